@@ -1,0 +1,1 @@
+"""coterie: diffusion models made of many experts."""

@@ -1,0 +1,1 @@
+"""Floor 0: the contracts as records. Imports torch, numpy and pydantic only."""

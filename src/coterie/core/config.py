@@ -1,0 +1,135 @@
+"""Typed, frozen, validated configuration; JSON is its serialisation.
+
+A configuration is a tree of :class:`Config`. A command-line flag is a path into it
+(``model.backbone.depth=4``), applied by :func:`override` and validated like any other value.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Self, TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from coterie.core.errors import ConfigError, describe, unknown
+
+
+class Config(BaseModel):
+    """Base of all configurations: frozen, unknown keys refused, non-finite numbers refused."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", allow_inf_nan=False, validate_default=True
+    )
+
+    def to_json(self) -> str:
+        """Serialise with sorted keys; ``from_json`` gives an equal object back."""
+        return json.dumps(self.model_dump(mode="json"), indent=2, sort_keys=True)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Self:
+        """Validate ``data``; every problem is reported in the house form (:class:`ConfigError`)."""
+        try:
+            return cls.model_validate(data)
+        except ValidationError as error:
+            raise ConfigError(explain(error, cls)) from None
+
+    @classmethod
+    def from_json(cls, text: str, origin: str = "configuration") -> Self:
+        """Parse JSON text; ``origin`` names the file in errors."""
+        try:
+            data = json.loads(text)
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise ConfigError(f"{origin}: not valid JSON ({error})") from None
+        if not isinstance(data, dict):
+            raise ConfigError(describe(origin, type(data).__name__, "a JSON object"))
+        return cls.from_dict(data)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        path = Path(path)
+        if not path.is_file():
+            raise ConfigError(describe("config file", str(path), "an existing file"))
+        return cls.from_json(path.read_text(encoding="utf-8"), origin=str(path))
+
+    def replace(self, **changes: Any) -> Self:
+        """Validated copy with some fields changed (``model_copy`` would not validate)."""
+        data = {name: getattr(self, name) for name in type(self).model_fields}
+        return type(self).from_dict({**data, **changes})
+
+
+ConfigT = TypeVar("ConfigT", bound=Config)
+
+
+def explain(error: ValidationError, cls: type[BaseModel]) -> str:
+    """Turn pydantic's report into one ``field: value ...`` clause per problem."""
+    clauses = []
+    for item in error.errors(include_url=False):
+        path = ".".join(str(part) for part in item["loc"]) or cls.__name__
+        if item["type"] == "extra_forbidden":
+            owner = _fields_at(cls, item["loc"][:-1])
+            clauses.append(
+                unknown(path, str(item["loc"][-1]), owner) if owner else f"{path}: unknown field"
+            )
+        elif item["type"] == "value_error":
+            # Validators name fields relative to their own configuration; prepend where it sits.
+            message = str(item["ctx"]["error"])
+            clauses.append(f"{path}.{message}" if item["loc"] else message)
+        elif item["type"] == "missing":
+            clauses.append(f"{path}: missing, and it has no default")
+        else:
+            clauses.append(f"{path}: {item['input']!r} is not allowed; {item['msg'].lower()}")
+    return " | ".join(clauses)
+
+
+def _fields_at(cls: type[BaseModel], path: Iterable[Any]) -> list[str]:
+    """Names of the fields of the config class found by walking ``path``; [] if a union hides it."""
+    current: Any = cls
+    for part in path:
+        field = getattr(current, "model_fields", {}).get(part)
+        current = getattr(field, "annotation", None)
+    return list(getattr(current, "model_fields", {}))
+
+
+def override(config: ConfigT, assignments: Mapping[str, Any]) -> ConfigT:
+    """Apply ``{"a.b.0.c": value}`` to a configuration and validate the result.
+
+    String values are read as JSON where they parse (``3``, ``true``, ``null``, ``[1, 2]``), else
+    kept as strings. An unknown path is an error that lists the fields there.
+    """
+    data = config.model_dump(mode="json")
+    for path, value in assignments.items():
+        _assign(data, path, _literal(value))
+    return type(config).from_dict(data)
+
+
+def _literal(value: Any) -> Any:
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except json.JSONDecodeError:
+        return value
+
+
+def _assign(data: Any, path: str, value: Any) -> None:
+    parts = path.split(".")
+    here = data
+    for depth, part in enumerate(parts):
+        last = depth == len(parts) - 1
+        if isinstance(here, list):
+            if not part.isdigit() or int(part) >= len(here):
+                allowed = f"an index 0..{len(here) - 1}" if here else "nothing: the list is empty"
+                raise ConfigError(describe(path, part, allowed))
+            key: Any = int(part)
+        elif isinstance(here, dict):
+            if part not in here:
+                raise ConfigError(unknown(path, part, here))
+            key = part
+        else:
+            raise ConfigError(f"{path}: {'.'.join(parts[:depth])} has no fields")
+        if last:
+            here[key] = value
+        else:
+            here = here[key]

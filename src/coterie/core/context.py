@@ -1,0 +1,46 @@
+"""What every expert slot is told: one record, the same for every slot and every backbone."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, Self
+
+from torch import Generator, Tensor
+
+NULL_LABEL = -1
+"""The class id that means "no condition", in every tensor of labels in the library."""
+
+
+@dataclass(frozen=True, eq=False)
+class Context:
+    """Facts about the forward pass at one slot (B samples, N tokens each, D width).
+
+    Every field may be None where a backbone has no such thing (a language model has no noise
+    level). ``label`` is the condition *after* dropout: NULL_LABEL marks an unconditional sample.
+    """
+
+    batch: int
+    tokens: int
+    noise: Tensor | None = None  # f32 [B], process time t in [0, 1]
+    step_index: Tensor | None = None  # i64 [B], index in the ORIGINAL grid 0..num_steps-1
+    num_steps: int = 1000  # length of that grid
+    time_embedding: Tensor | None = None  # [B, D], tau(t): timestep only, no condition
+    embedding: Tensor | None = None  # [B, D], timestep + condition
+    time_table: Any = None  # () -> [num_steps, D]: tau of every step, differentiable
+    label: Tensor | None = None  # i64 [B], after dropout
+    task: Tensor | None = None  # i64 [B] or [B, N]
+    modality: Tensor | None = None  # i64 [B] or [B, N]
+    positions: Tensor | None = None  # i64 [N] or [B, N]
+    sample_ids: Tensor | None = None  # i64 [B], dataset index or request id
+    token_mask: Tensor | None = None  # bool [B, N], False = padding, never routed or counted
+    slot: str = "ffn"
+    layer: int = 0
+    round: int = 0
+    progress: float = 1.0  # share of training done, for schedules
+    training: bool = False
+    rng: Generator | None = None  # for jitter and sampling routers; None = no noise
+    state: Tensor | None = None  # router state carried from the layer before
+
+    def replace(self, **changes: Any) -> Self:
+        return dataclasses.replace(self, **changes)
