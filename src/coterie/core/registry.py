@@ -34,7 +34,7 @@ class Part(Config):
         raise TypeError(f"{type(self).__name__} declares no build()")
 
 
-PartT = TypeVar("PartT", bound=type[Part])
+PartT = TypeVar("PartT", bound=Part)
 
 
 class Registry:
@@ -44,10 +44,10 @@ class Registry:
         self.name = name
         self.group = group
         self._parts: dict[str, type[Part]] = {}
-        self._scanned = group is None
+        self._scanned = False
         self.validator = BeforeValidator(self.parse)
 
-    def register(self, cls: PartT) -> PartT:
+    def register(self, cls: type[PartT]) -> type[PartT]:
         kind = cls.model_fields["kind"].default
         if not isinstance(kind, str):
             raise TypeError(f"{cls.__name__}.kind needs a literal default")
@@ -76,7 +76,7 @@ class Registry:
         return self.get(str(value["kind"])).from_dict(value)
 
     def _scan(self) -> None:
-        if self._scanned:
+        if self._scanned or self.group is None:
             return
         self._scanned = True
         for entry in importlib.metadata.entry_points(group=self.group):

@@ -1,0 +1,145 @@
+"""The house: a module imports only from lower floors or its own folder."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+SOURCE = Path(__file__).resolve().parents[1] / "src" / "coterie"
+
+FLOORS: tuple[tuple[str, ...], ...] = (
+    ("core",),
+    ("process", "nn", "data"),
+    ("experts", "adapters", "encoders"),
+    ("backbones", "denoiser"),
+    ("solvers", "ensembles", "cache", "compress", "inspect", "metrics"),
+    ("train", "hub", "interop"),
+    ("recipes",),
+    ("serve", "cli"),
+)
+FLOOR = {area: floor for floor, areas in enumerate(FLOORS) for area in areas}
+
+# A denoiser is a backbone with its process: the one neighbour that may be named.
+NEIGHBOURS = {("denoiser", "backbones")}
+
+# What anyone may take from the package itself; everything there is only a shorter name.
+ROOT_NAMES = {"__version__"}
+
+
+def modules_named(node: ast.AST, package: str) -> Iterator[str]:
+    """Absolute dotted names that an import, of any form and anywhere in the file, asks for."""
+    if isinstance(node, ast.Import):
+        yield from (alias.name for alias in node.names)
+    elif isinstance(node, ast.ImportFrom):
+        base = node.module or ""
+        if node.level:
+            above = package.split(".")[: len(package.split(".")) - node.level + 1]
+            base = ".".join([*above, *([node.module] if node.module else [])])
+        yield from (f"{base}.{alias.name}" for alias in node.names)
+    elif isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant):
+        name = getattr(node.func, "attr", getattr(node.func, "id", ""))
+        if name in {"import_module", "__import__"} and isinstance(node.args[0].value, str):
+            yield node.args[0].value
+
+
+def area_of(path: Path, source: Path) -> str:
+    parts = path.relative_to(source).parts
+    return parts[0].removesuffix(".py")
+
+
+def complaint(area: str, target: str) -> str | None:
+    """Why ``area`` may not import ``target`` (an area, or a name of the package itself)."""
+    if target in ROOT_NAMES or target == area:
+        return None
+    if target not in FLOOR:
+        return f"imports {target!r} from the package itself; name the module that defines it"
+    if target == "recipes" and area != "cli":
+        return "imports recipes; only cli may"
+    if FLOOR[target] > FLOOR[area]:
+        return f"imports {target} (floor {FLOOR[target]}) from floor {FLOOR[area]}: upward"
+    if FLOOR[target] == FLOOR[area] and (area, target) not in NEIGHBOURS:
+        return f"imports its sibling {target} (floor {FLOOR[target]})"
+    return None
+
+
+def violations(source: Path) -> list[str]:
+    """One line per arrow of the tree under ``source`` that the floors forbid."""
+    found = []
+    for path in sorted(source.rglob("*.py")):
+        area = area_of(path, source)
+        where = path.relative_to(source).as_posix()
+        if area == "__init__":
+            continue
+        if area not in FLOOR:
+            found.append(f"{where}: {area!r} stands on no floor")
+            continue
+        package = ".".join(["coterie", *path.relative_to(source).parent.parts])
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"), filename=str(path))):
+            for name in modules_named(node, package):
+                parts = name.split(".")
+                if parts[0] != "coterie":
+                    continue
+                reason = complaint(area, parts[1] if len(parts) > 1 else "the whole package")
+                if reason is not None:
+                    found.append(f"{where}:{getattr(node, 'lineno', 0)}: {reason}")
+    return found
+
+
+def test_no_import_runs_up_or_sideways() -> None:
+    assert violations(SOURCE) == []
+
+
+def test_the_tree_is_there() -> None:
+    assert (SOURCE / "core" / "routing.py").is_file()
+
+
+@pytest.mark.parametrize(
+    ("where", "code", "reason"),
+    [
+        ("core/a.py", "from coterie.process import Process", "upward"),
+        ("core/a.py", "def f():\n    import coterie.train.loop", "upward"),
+        ("core/a.py", "import importlib\nimportlib.import_module('coterie.nn.norm')", "upward"),
+        ("nn/a.py", "from coterie.process.base import Process", "sibling process"),
+        ("nn/a.py", "from ..data import order", "sibling data"),
+        ("nn/sub/a.py", "from ...data.order import order", "sibling data"),
+        ("solvers/a.py", "from coterie import ensembles", "sibling ensembles"),
+        ("backbones/a.py", "from coterie.denoiser import Denoiser", "sibling denoiser"),
+        ("hub.py", "from coterie.cli import main", "upward"),
+        ("serve/a.py", "from coterie.recipes import get_recipe", "only cli may"),
+        ("train/a.py", "from coterie import RunConfig", "from the package itself"),
+        ("extra/a.py", "import os", "stands on no floor"),
+        (
+            "core/a.py",
+            "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from coterie.hub import x",
+            "upward",
+        ),
+    ],
+)
+def test_a_forbidden_arrow_is_found(tmp_path: Path, where: str, code: str, reason: str) -> None:
+    path = tmp_path / where
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(code, encoding="utf-8")
+    (found,) = violations(tmp_path)
+    assert found.startswith(where)
+    assert reason in found
+
+
+@pytest.mark.parametrize(
+    ("where", "code"),
+    [
+        ("nn/a.py", "from coterie.core.errors import describe\nfrom .norm import x"),
+        ("nn/a.py", "from coterie import core, __version__"),
+        ("denoiser.py", "from coterie.backbones.dit import DiT"),
+        ("cli/train.py", "def f():\n    from coterie.recipes import get_recipe"),
+        ("__init__.py", "from coterie.recipes import get_recipe"),
+        ("train/a.py", "import torch, json\nfrom coterie.solvers import sample"),
+    ],
+)
+def test_an_allowed_arrow_is_not(tmp_path: Path, where: str, code: str) -> None:
+    path = tmp_path / where
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(code, encoding="utf-8")
+    assert violations(tmp_path) == []
