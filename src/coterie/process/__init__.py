@@ -1,0 +1,47 @@
+"""Floor 1: noising processes, views of a prediction, loss weights, times, preconditioning."""
+
+from coterie.process import discrete, learned_weightings, schedules
+from coterie.process.base import PROCESSES, Process, expand
+from coterie.process.closed_form import ExactDenoiser, Mixture
+from coterie.process.preconditioning import PRECONDITIONS, Precondition
+from coterie.process.times import TIMES, Times, cluster_of
+from coterie.process.transport import Transported, transport
+from coterie.process.variational import (
+    Transition,
+    elbo_weights,
+    learned_log_variance,
+    transition,
+    vlb_bits,
+)
+from coterie.process.views import as_view, check_view, convert, error_scale, target_of
+from coterie.process.weightings import WEIGHTINGS, Weighting
+
+__all__ = [
+    "PRECONDITIONS",
+    "PROCESSES",
+    "TIMES",
+    "WEIGHTINGS",
+    "ExactDenoiser",
+    "Mixture",
+    "Precondition",
+    "Process",
+    "Times",
+    "Transition",
+    "Transported",
+    "Weighting",
+    "as_view",
+    "check_view",
+    "cluster_of",
+    "convert",
+    "discrete",
+    "elbo_weights",
+    "error_scale",
+    "expand",
+    "learned_log_variance",
+    "learned_weightings",
+    "schedules",
+    "target_of",
+    "transition",
+    "transport",
+    "vlb_bits",
+]
