@@ -1,0 +1,200 @@
+"""Folders that are either complete and unchanged, or refused by name.
+
+A sealed folder holds files and a ``manifest.json`` with the size and SHA-256 of each, and a digest
+of the manifest itself. It is written beside its target and renamed, so a crash at any moment leaves
+either the old folder or the new one. Checkpoints and model directories are sealed folders.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from coterie.core.errors import CheckpointError, describe
+
+MANIFEST = "manifest.json"
+TEMPORARY = ".tmp-"
+MAX_MANIFEST_BYTES = 64 * 2**20
+_CHUNK = 2**20
+
+
+def canonical(data: Any) -> str:
+    """The one JSON text of ``data``: sorted keys, no NaN; equal data give equal text."""
+    return json.dumps(data, indent=1, sort_keys=True, allow_nan=False) + "\n"
+
+
+def digest(data: Any) -> str:
+    """SHA-256 (hex) of the canonical JSON of ``data``."""
+    return hashlib.sha256(canonical(data).encode()).hexdigest()
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 (hex) of a file's bytes."""
+    hasher = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            hasher.update(chunk)
+    return hasher.hexdigest()
+
+
+def sync(path: Path) -> None:
+    """Flush a file or folder to the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a file atomically: readers see the old text or the new one."""
+    temporary = path.with_name(f"{TEMPORARY}{path.name}-{os.getpid()}")
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+        sync(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_folder(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
+    """Yield an empty folder to fill; on success it becomes ``target``, else it is removed.
+
+    An existing target is replaced only with ``overwrite``. Failing disks (full, read-only) are a
+    CheckpointError; what was there before stays.
+    """
+    if target.exists() and not overwrite:
+        hint = "allow overwriting, or choose another path"
+        raise CheckpointError(describe("folder", str(target), "a path that does not exist", hint))
+    temporary = target.parent / f"{TEMPORARY}{target.name}-{os.getpid()}"
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        remove(temporary)
+        temporary.mkdir()
+        yield temporary
+        for path in [*_walk(temporary), temporary]:
+            sync(path)
+        remove(target)
+        temporary.rename(target)
+        sync(target.parent)
+    except OSError as error:
+        raise CheckpointError(
+            f"{target}: could not be written ({error.strerror or error}); "
+            "nothing saved before is changed; free space or choose another folder"
+        ) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def remove(folder: Path) -> None:
+    """Delete a folder so that a crash half-way leaves only a temporary name behind."""
+    if not folder.exists():
+        return
+    if not folder.name.startswith(TEMPORARY):
+        doomed = folder.parent / f"{TEMPORARY}old-{folder.name}-{os.getpid()}"
+        shutil.rmtree(doomed, ignore_errors=True)
+        folder = folder.rename(doomed)
+    shutil.rmtree(folder)
+
+
+def clean(parent: Path) -> None:
+    """Remove what interrupted writes left behind; call only while nobody writes there."""
+    if parent.is_dir():
+        for path in parent.glob(f"{TEMPORARY}*"):
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
+
+
+def seal(folder: Path, header: Mapping[str, Any]) -> dict[str, Any]:
+    """Hash every file in ``folder`` and write its manifest: ``header`` plus files and digest."""
+    files = {
+        path.relative_to(folder).as_posix(): {
+            "bytes": path.stat().st_size,
+            "sha256": file_digest(path),
+        }
+        for path in _walk(folder)
+        if path.is_file()
+    }
+    manifest = {**header, "files": files}
+    manifest["digest"] = digest(manifest)
+    (folder / MANIFEST).write_text(canonical(manifest), encoding="utf-8")
+    return manifest
+
+
+def read_manifest(folder: Path, kind: str, version: int) -> dict[str, Any]:
+    """The manifest of a sealed folder of format ``kind``; its files are not looked at yet."""
+    path = folder / MANIFEST
+    if path.is_symlink() or not path.is_file():
+        raise CheckpointError(f"{path}: missing; {folder} is not a complete {kind}")
+    if path.stat().st_size > MAX_MANIFEST_BYTES:
+        raise CheckpointError(f"{path}: larger than {MAX_MANIFEST_BYTES} bytes")
+    try:
+        text = path.read_bytes().decode()
+        manifest = json.loads(text)
+        unchanged = isinstance(manifest, dict) and canonical(manifest) == text
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: damaged, not valid JSON ({error})") from None
+    if not unchanged:
+        raise CheckpointError(f"{path}: damaged, not as it was written")
+    for field, allowed in (("format", kind), ("version", version)):
+        if manifest.get(field) != allowed:
+            raise CheckpointError(describe(f"{path}: {field}", manifest.get(field), repr(allowed)))
+    claimed = manifest.pop("digest", None)
+    if claimed != digest(manifest):
+        raise CheckpointError(f"{path}: damaged, its own digest does not match")
+    return manifest
+
+
+def check_name(name: str, where: Path) -> None:
+    """Refuse a file name that could lead out of its folder."""
+    parts = PurePosixPath(name).parts
+    if not name or "\0" in name or "\\" in name or name.startswith("/") or ".." in parts:
+        raise CheckpointError(f"{where / MANIFEST}: file name {name!r} is not allowed")
+
+
+def verify_file(
+    folder: Path, name: str, manifest: Mapping[str, Any], *, hashes: bool = True
+) -> Path:
+    """Check one listed file: inside the folder, regular, right size, right hash."""
+    check_name(name, folder)
+    entry = manifest["files"].get(name)
+    if not isinstance(entry, dict):
+        raise CheckpointError(f"{folder / name}: not listed in {MANIFEST}")
+    path = folder / name
+    if not path.resolve().is_relative_to(folder.resolve()) or path.is_symlink():
+        raise CheckpointError(f"{path}: a link; only regular files inside the folder are allowed")
+    if not path.is_file():
+        raise CheckpointError(f"{path}: missing")
+    if path.stat().st_size != entry.get("bytes"):
+        raise CheckpointError(
+            f"{path}: damaged, {path.stat().st_size} bytes instead of {entry.get('bytes')}"
+        )
+    if hashes and file_digest(path) != entry.get("sha256"):
+        raise CheckpointError(f"{path}: damaged, its SHA-256 does not match")
+    return path
+
+
+def verify_folder(folder: Path, manifest: Mapping[str, Any]) -> None:
+    """Check every file the manifest lists, and that no other file is there."""
+    for name in manifest["files"]:
+        verify_file(folder, name, manifest)
+    for path in _walk(folder):
+        name = path.relative_to(folder).as_posix()
+        if not path.is_dir() and name != MANIFEST and name not in manifest["files"]:
+            raise CheckpointError(f"{path}: not listed in {MANIFEST}")
+
+
+def _walk(folder: Path) -> list[Path]:
+    return sorted(folder.rglob("*"))

@@ -1,0 +1,80 @@
+"""Tensors of a module by name, to and from safetensors files; every mismatch is named."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from coterie.core.errors import CheckpointError
+
+
+def module_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """Parameters and persistent buffers, each tensor once (tied weights under the first name).
+
+    The values are the module's own tensors, not copies.
+    """
+    out: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, value in module.state_dict(keep_vars=True).items():
+        if isinstance(value, Tensor) and id(value) not in seen:
+            seen.add(id(value))
+            out[name] = value
+    return out
+
+
+@torch.no_grad()
+def assign(own: Mapping[str, Tensor], values: Mapping[str, Tensor], origin: str) -> None:
+    """Copy ``values`` into the tensors ``own``; names, shapes and dtypes must agree exactly."""
+    missing = sorted(own.keys() - values.keys())
+    unknown = sorted(values.keys() - own.keys())
+    for title, names in (("missing", missing), ("unknown", unknown)):
+        if names:
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            raise CheckpointError(f"{origin}: {title} tensors {', '.join(names[:3])}{more}")
+    for name, value in values.items():
+        if own[name].shape != value.shape or own[name].dtype != value.dtype:
+            raise CheckpointError(
+                f"{origin}: {name} is {value.dtype} {list(value.shape)}, "
+                f"expected {own[name].dtype} {list(own[name].shape)}"
+            )
+    for name, value in values.items():
+        own[name].copy_(value)
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write a safetensors file; a failing disk raises OSError."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    try:
+        save_file(_separate(tensors), path)
+    except SafetensorError as error:
+        raise OSError(f"{path.name}: {error}") from error
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """All tensors of a safetensors file, on the CPU; a bad file is a CheckpointError."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError, KeyError, ValueError, RuntimeError) as error:
+        raise CheckpointError(f"{path}: not a valid safetensors file ({error})") from None
+
+
+def _separate(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Contiguous tensors that share no storage, as the file format wants them."""
+    out: dict[str, Tensor] = {}
+    storages: set[int] = set()
+    for name, value in tensors.items():
+        value = value.detach().contiguous()
+        pointer = value.untyped_storage().data_ptr()
+        if pointer in storages:
+            value = value.clone()
+        storages.add(pointer)
+        out[name] = value
+    return out

@@ -1,0 +1,155 @@
+"""Checkpoints: atomic, checksummed, without pickle.
+
+``<run>/checkpoints/step-00000120/`` holds one safetensors file per group of tensors (model,
+optimizer, ema-...) and a manifest with the hash of every file, the step, the configuration's hash
+and all scalars. Killed at any moment, the newest complete checkpoint is found again; a damaged one
+is skipped by name.
+"""
+
+from __future__ import annotations
+
+import platform
+import re
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import coterie.core.tensors as tensors_io
+from coterie.core.errors import CheckpointError
+from coterie.core.folder import atomic_folder, read_manifest, remove, seal, verify_folder
+
+FORMAT = "coterie.checkpoint"
+VERSION = 1
+FOLDER = "checkpoints"
+_NAME = re.compile(r"step-(\d{8,})")
+
+Groups = Mapping[str, Mapping[str, Tensor]]
+
+
+class CheckpointWarning(UserWarning):
+    """A damaged checkpoint was skipped; the message names the file."""
+
+
+@dataclass(frozen=True, eq=False)
+class Checkpoint:
+    """``state``: group -> name -> tensor on the CPU. ``scalars``: whatever JSON was saved."""
+
+    path: Path
+    step: int
+    config_hash: str
+    state: dict[str, dict[str, Tensor]]
+    scalars: dict[str, Any]
+
+
+def steps(run_dir: str | Path) -> list[tuple[int, Path]]:
+    """(step, folder) of every checkpoint, oldest first; the listing is the truth."""
+    parent = Path(run_dir) / FOLDER
+    found = []
+    if parent.is_dir():
+        for path in parent.iterdir():
+            match = _NAME.fullmatch(path.name)
+            if match and path.is_dir():
+                found.append((int(match[1]), path))
+    return sorted(found)
+
+
+def save(
+    run_dir: str | Path,
+    state: Groups,
+    scalars: Mapping[str, Any],
+    *,
+    step: int,
+    config_hash: str = "",
+    keep: int = 3,
+) -> Path:
+    """Write the checkpoint of ``step`` and drop all but the ``keep`` newest.
+
+    Raises CheckpointError when the disk fails; earlier checkpoints stay as they are. Checkpoints
+    of later steps (damaged ones that resuming skipped) are left alone until training reaches them.
+    """
+    target = Path(run_dir) / FOLDER / f"step-{step:08d}"
+    with atomic_folder(target, overwrite=True) as folder:
+        for group, tensors in state.items():
+            tensors_io.write_tensors(folder / f"{group}.safetensors", tensors)
+        header = {
+            "format": FORMAT,
+            "version": VERSION,
+            "step": step,
+            "config_hash": config_hash,
+            "libraries": libraries(),
+            "groups": sorted(state),
+            "scalars": dict(scalars),
+        }
+        seal(folder, header)
+    earlier = [path for number, path in steps(run_dir) if number < step]
+    for path in earlier[: len(earlier) - max(keep, 1) + 1]:
+        _drop(path)
+    return target
+
+
+def verify(path: str | Path) -> dict[str, Any]:
+    """The manifest of a complete checkpoint; CheckpointError names the first bad file."""
+    path = Path(path)
+    manifest = read_manifest(path, FORMAT, VERSION)
+    verify_folder(path, manifest)
+    return manifest
+
+
+def latest(run_dir: str | Path, config_hash: str | None = None) -> Path | None:
+    """The newest undamaged checkpoint, None if there is none at all.
+
+    Damaged ones are skipped with a CheckpointWarning; if all are damaged, or the newest belongs to
+    another configuration, CheckpointError.
+    """
+    problems = []
+    for _, path in reversed(steps(run_dir)):
+        try:
+            manifest = verify(path)
+        except CheckpointError as error:
+            problems.append(str(error))
+            warnings.warn(f"checkpoint skipped: {error}", CheckpointWarning, stacklevel=2)
+            continue
+        if config_hash is not None and manifest["config_hash"] != config_hash:
+            raise CheckpointError(
+                f"{path}: made by configuration {manifest['config_hash']}, "
+                f"this run is {config_hash}; use another run directory"
+            )
+        return path
+    if problems:
+        raise CheckpointError(f"{run_dir}: every checkpoint is damaged: {' | '.join(problems)}")
+    return None
+
+
+def load(path: str | Path) -> Checkpoint:
+    """Verify every hash, then read everything to the CPU."""
+    path = Path(path)
+    manifest = verify(path)
+    state = {
+        group: tensors_io.read_tensors(path / f"{group}.safetensors")
+        for group in manifest["groups"]
+    }
+    return Checkpoint(path, manifest["step"], manifest["config_hash"], state, manifest["scalars"])
+
+
+def libraries() -> dict[str, str]:
+    """Versions that wrote a file; kept for people, never compared."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        own = version("coterie")
+    except PackageNotFoundError:
+        own = "unknown"
+    return {"coterie": own, "torch": torch.__version__, "python": platform.python_version()}
+
+
+def _drop(path: Path) -> None:
+    # Failing to tidy up must not stop training: the new checkpoint is already safe.
+    try:
+        remove(path)
+    except OSError as error:
+        warnings.warn(f"{path}: could not be removed ({error})", CheckpointWarning, stacklevel=3)

@@ -1,0 +1,241 @@
+"""The training loop. It knows an objective, and nothing of what is being learnt.
+
+Invariants: a run killed at any moment and started again leaves the losses and weights of one never
+interrupted, to the bit (same machine and thread count); weights are never non-finite.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from coterie.core.errors import TrainingError
+from coterie.train import checkpoint, state
+from coterie.train.config import TrainConfig
+from coterie.train.ema import Ema
+from coterie.train.log import RunLog
+from coterie.train.optim import build_optimizer, set_lr, trainable
+from coterie.train.precision import resolve_device, resolve_precision
+from coterie.train.progress import Progress, ProgressOption
+from coterie.train.rundir import RunDir
+from coterie.train.signals import Interrupted, StopSignals
+from coterie.train.step import GradientStep, StepResult
+
+Callback = Callable[["Trainer", dict[str, Any]], None]
+
+
+@dataclass
+class TrainState:
+    """Where training stands; saved with every checkpoint."""
+
+    step: int = 0  # optimiser steps done, skipped ones included
+    samples_seen: int = 0
+    skipped: int = 0  # steps skipped for non-finite values
+    skipped_in_a_row: int = 0
+    seconds: float = 0.0
+
+
+class Trainer:
+    """Trains ``model`` on ``source`` towards ``objective``; the same call again resumes.
+
+    The objective may be an ``nn.Module``: its parameters are trained with learning rate
+    ``objective.lr`` (default the configuration's) and no weight decay. A model with
+    ``after_step(routings)`` gets the routings of all micro-batches after each optimiser step.
+    ``run_dir`` None keeps everything in memory. ``run_config`` is the whole run's configuration
+    (default: this one and the seed), written to ``config.json`` and guarded by its hash.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        model: nn.Module,
+        objective: Any,
+        source: Any,
+        seed: int = 0,
+        run_dir: RunDir | Path | str | None = None,
+        *,
+        run_config: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.config = config
+        self.device = resolve_device(config.device)
+        self.dtype = resolve_precision(config.precision, self.device)
+        self.model = model.to(self.device)
+        self.objective = objective
+        if isinstance(objective, nn.Module):
+            objective.to(self.device)
+        self.run_dir = RunDir(run_dir) if isinstance(run_dir, Path | str) else run_dir
+        self._run_config = run_config or {"seed": seed, "train": config.model_dump(mode="json")}
+        self._run_config_given = run_config is not None
+        self.parameters = trainable(model, objective)
+        self.optimizer = build_optimizer(config, model, objective, self.parameters)
+        self.ema = Ema(model, config.ema, warmup=config.ema_warmup)
+        self.parts = state.Parts(model, objective, self.optimizer, self.parameters, self.ema)
+        self.state = TrainState()
+        self.log = RunLog(config, self.device)
+        self._gradients = GradientStep(
+            config, model, objective, source, self.parameters,
+            seed=seed, device=self.device, dtype=self.dtype,
+        )  # fmt: skip
+        self._saved_step = -1
+
+    def fit(
+        self, progress: ProgressOption = True, callbacks: tuple[Callback, ...] = ()
+    ) -> TrainState:
+        """Train to ``config.steps``, from the newest checkpoint if there is one.
+
+        Raises TrainingError (non-finite values, locked or full disk), Interrupted (a signal; a
+        checkpoint was written first), DataError (non-finite data), CheckpointError.
+        """
+        with ExitStack() as stack:
+            stack.enter_context(self._own_threads_and_rng())
+            if self.run_dir is not None:
+                stack.enter_context(self.run_dir.lock())
+                self._resume(self.run_dir)
+            stack.enter_context(self.log.open(self.run_dir, self.state.step))
+            bar = Progress(progress, self.state.step, self.config.steps)
+            stack.callback(bar.close)
+            signals = stack.enter_context(StopSignals())
+            while self.state.step < self.config.steps:
+                record = self._train_step()
+                bar.update(record)
+                for callback in callbacks:
+                    callback(self, record)
+                self._after_record(record, signals)
+            self._save()
+        return self.state
+
+    def project(self, steps: int = 5) -> float:
+        """Seconds the rest of training would take, from timing a few steps and undoing them."""
+        before = {
+            group: {name: value.detach().clone() for name, value in tensors.items()}
+            for group, tensors in state.capture(self.parts).items()
+        }
+        position, updates, bins = asdict(self.state), self.ema.num_updates, self.log.bins.dump()
+        with self._own_threads_and_rng():
+            self._train_step()  # the first step also pays for caches and compilation
+            start = time.perf_counter()
+            for _ in range(steps):
+                self._train_step()
+            seconds = (time.perf_counter() - start) / steps
+        state.restore(self.parts, before, updates, "projection")
+        self.state = TrainState(**position)
+        self.log = RunLog(self.config, self.device)
+        self.log.bins.load(bins)
+        return seconds * (self.config.steps - self.state.step)
+
+    @contextmanager
+    def averaged(self) -> Iterator[nn.Module]:
+        """The model with averaged weights (first decay) inside the block; plain ones if none."""
+        if not self.config.ema:
+            yield self.model
+            return
+        with self.ema.swap(self.model):
+            yield self.model
+
+    def save(self) -> Path | None:
+        """Write a checkpoint of the present step now; None without a run directory."""
+        return self._save()
+
+    @contextmanager
+    def _own_threads_and_rng(self) -> Iterator[None]:
+        """Set torch's thread count and global generator for training only."""
+        threads = torch.get_num_threads()
+        devices = [self.device] if self.device.type == "cuda" else []
+        try:
+            if self.config.threads is not None:
+                torch.set_num_threads(self.config.threads)
+            with torch.random.fork_rng(devices):
+                yield
+        finally:
+            torch.set_num_threads(threads)
+
+    def _train_step(self) -> dict[str, Any]:
+        start = time.perf_counter()
+        self.model.train()
+        if isinstance(self.objective, nn.Module):
+            self.objective.train()
+        self.optimizer.zero_grad(set_to_none=True)
+        step = self.state.step
+        lr = self.config.lr_at(step)
+        hook = getattr(self.model, "after_step", None)
+        wanted = hook is not None or self.log.is_due(step + 1)
+        result = self._gradients(step, self.state.samples_seen, keep_routings=wanted)
+        if not result.problem:
+            set_lr(self.optimizer, lr)
+            self.optimizer.step()
+            if hook is not None:
+                hook(result.routings)
+            self.ema.update(self.model)
+        self._advance(result, time.perf_counter() - start)
+        return self.log.record(self.state.step, lr, result)
+
+    def _advance(self, result: StepResult, seconds: float) -> None:
+        self.state.step += 1
+        self.state.samples_seen += self.config.batch
+        self.state.seconds += seconds
+        self.state.skipped += bool(result.problem)
+        self.state.skipped_in_a_row = self.state.skipped_in_a_row + 1 if result.problem else 0
+        self.log.count(self.config.batch, result.tokens, seconds)
+
+    def _after_record(self, record: dict[str, Any], signals: StopSignals) -> None:
+        """Save or stop where this step asks for it."""
+        if self.state.skipped_in_a_row >= self.config.nonfinite_limit:
+            self._save()
+            problem = record["skipped"]
+            where = problem["module"] or problem["gradient"]
+            raise TrainingError(
+                f"step {self.state.step}: {problem['reason']} in {self.state.skipped_in_a_row} "
+                f"steps in a row, first in {where}; weights are as before those steps; "
+                "lower train.lr, or set train.clip"
+            )
+        if signals.received is not None:
+            path = self._save()
+            saved = f"saved {path}; the same command resumes" if path else "nothing was saved"
+            raise Interrupted(signals.received, f"after step {self.state.step}; {saved}")
+        if self.state.step % self.config.checkpoint_every == 0:
+            self._save()
+
+    def _save(self) -> Path | None:
+        if self.run_dir is None or self._saved_step == self.state.step:
+            return None
+        self.log.sync()
+        scalars = {
+            **asdict(self.state),
+            "ema": list(self.config.ema),
+            "ema_updates": self.ema.num_updates,
+            "bins": self.log.bins.dump(),
+        }
+        path = checkpoint.save(
+            self.run_dir.path,
+            state.capture(self.parts),
+            scalars,
+            step=self.state.step,
+            config_hash=self._config_hash,
+            keep=self.config.keep,
+        )
+        self._saved_step = self.state.step
+        return path
+
+    def _resume(self, run_dir: RunDir) -> None:
+        run_config = self._run_config
+        existing = run_dir.stored_config()
+        if existing is not None and not self._run_config_given:
+            # The caller wrote config.json: ours covers only some of its fields.
+            run_config = {**existing, **{k: v for k, v in run_config.items() if k in existing}}
+        self._config_hash = run_dir.write_config(run_config)
+        path = checkpoint.latest(run_dir.path, self._config_hash)
+        if path is None:
+            return
+        found = checkpoint.load(path)
+        names = TrainState.__dataclass_fields__
+        state.restore(self.parts, found.state, found.scalars["ema_updates"], str(path))
+        self.state = TrainState(**{name: found.scalars[name] for name in names})
+        self.log.bins.load(found.scalars["bins"])
+        self._saved_step = self.state.step

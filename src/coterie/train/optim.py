@@ -1,0 +1,119 @@
+"""Optimiser, its parameter groups, and its state as named tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import AdamW, Optimizer
+
+from coterie.core.errors import CheckpointError, ConfigError
+from coterie.train.config import TrainConfig
+
+
+def decayed(model: nn.Module) -> set[int]:
+    """Ids of the parameters weight decay applies to: those of two or more dimensions.
+
+    Stacks of experts count without their leading E, so stacked biases are not decayed. A parameter
+    may say otherwise by an attribute: ``parameter.use_decay = False``.
+    """
+    stacked = {
+        id(parameter)
+        for module in model.modules()
+        if hasattr(module, "expert_state")
+        for parameter in module.parameters(recurse=False)
+    }
+    return {
+        id(parameter)
+        for parameter in model.parameters()
+        if getattr(parameter, "use_decay", parameter.dim() - (id(parameter) in stacked) >= 2)
+    }
+
+
+def trainable(model: nn.Module, objective: Any) -> dict[str, nn.Parameter]:
+    """Every parameter to train once: ``model.<name>``, then ``objective.<name>``."""
+    out: dict[str, nn.Parameter] = {}
+    seen: set[int] = set()
+    owners = [("model", model)]
+    if isinstance(objective, nn.Module):
+        owners.append(("objective", objective))
+    for prefix, owner in owners:
+        for name, parameter in owner.named_parameters():
+            if parameter.requires_grad and id(parameter) not in seen:
+                seen.add(id(parameter))
+                out[f"{prefix}.{name}"] = parameter
+    return out
+
+
+def build_optimizer(
+    config: TrainConfig,
+    model: nn.Module,
+    objective: Any,
+    parameters: Mapping[str, nn.Parameter],
+) -> Optimizer:
+    """AdamW in three groups: decayed, not decayed, and the objective's own parameters.
+
+    The objective's group uses ``objective.lr`` if it has one and is never decayed. Every group has
+    ``scale``: its learning rate as a multiple of the scheduled one.
+    """
+    heavy = decayed(model)
+    main = [p for name, p in parameters.items() if name.startswith("model.")]
+    own = [p for name, p in parameters.items() if name.startswith("objective.")]
+    scale = float(getattr(objective, "lr", None) or config.lr) / config.lr
+    groups = [
+        {"params": [p for p in main if id(p) in heavy], "weight_decay": config.weight_decay},
+        {"params": [p for p in main if id(p) not in heavy], "weight_decay": 0.0},
+        {"params": own, "weight_decay": 0.0, "scale": scale},
+    ]
+    groups = [{"scale": 1.0, **group} for group in groups if group["params"]]
+    if not groups:
+        raise ConfigError("model: no trainable parameters; every one is frozen")
+    fused = all(p.device.type in ("cpu", "cuda") for p in parameters.values())
+    return AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=fused)
+
+
+def set_lr(optimizer: Optimizer, lr: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group["scale"]
+
+
+def gradient_norm(parameters: Iterable[nn.Parameter], clip: float | None) -> Tensor:
+    """Total gradient norm (float32 scalar) before clipping; clips to ``clip`` in place."""
+    parameters = list(parameters)
+    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    if clip is not None:
+        torch.nn.utils.clip_grads_with_norm_(parameters, clip, norm)
+    return norm
+
+
+def optimizer_tensors(
+    optimizer: Optimizer, parameters: Mapping[str, nn.Parameter]
+) -> dict[str, Tensor]:
+    """The optimiser's state as ``<field>/<parameter>`` -> tensor."""
+    out = {}
+    for name, parameter in parameters.items():
+        for field, value in optimizer.state.get(parameter, {}).items():
+            out[f"{field}/{name}"] = value
+    return out
+
+
+def load_optimizer(
+    optimizer: Optimizer, parameters: Mapping[str, nn.Parameter], values: Mapping[str, Tensor]
+) -> None:
+    """Inverse of :func:`optimizer_tensors`; parameters never stepped have no state."""
+    state: dict[nn.Parameter, dict[str, Tensor]] = {}
+    for key, value in values.items():
+        field, _, name = key.partition("/")
+        if name not in parameters:
+            raise CheckpointError(f"optimizer: unknown tensor {key}")
+        parameter = parameters[name]
+        if field != "step" and value.shape != parameter.shape:
+            raise CheckpointError(
+                f"optimizer: {key} is {list(value.shape)}, expected {list(parameter.shape)}"
+            )
+        # A copy: the file may be memory-mapped, and updates happen in place.
+        state.setdefault(parameter, {})[field] = value.to(parameter.device, copy=True)
+    optimizer.state.clear()
+    optimizer.state.update(state)  # type: ignore[arg-type]

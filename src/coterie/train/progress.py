@@ -1,0 +1,38 @@
+"""Progress of training for people: a bar, nothing, or the caller's own function."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+ProgressOption = bool | Callable[[int, int, dict[str, Any]], None]
+"""True = bar, False = nothing, or a function of (steps done, steps in all, metrics record)."""
+
+
+class Progress:
+    """Shows the projected end, the loss and the gradient norm of the last step."""
+
+    def __init__(self, option: ProgressOption, done: int, total: int) -> None:
+        self.total = total
+        self._call = option if callable(option) else None
+        self._bar: Any = None
+        if option is True:
+            from tqdm.auto import tqdm
+
+            self._bar = tqdm(total=total, initial=done, unit="step", dynamic_ncols=True)
+
+    def update(self, record: dict[str, Any]) -> None:
+        if self._bar is not None:
+            loss = record["loss"]
+            shown = "not finite" if loss is None else f"{loss:.4g}"
+            norm = record["grad_norm"]
+            self._bar.set_postfix(
+                loss=shown, grad_norm="-" if norm is None else f"{norm:.3g}", refresh=False
+            )
+            self._bar.update(1)
+        if self._call is not None:
+            self._call(record["step"], self.total, record)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()

@@ -1,0 +1,214 @@
+"""A run directory: one configuration, one log, checkpoints; one trainer at a time."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TextIO
+
+from coterie.core.config import Config, ConfigT
+from coterie.core.errors import ConfigError, TrainingError, describe
+from coterie.core.folder import clean, digest, write_text
+from coterie.train.checkpoint import FOLDER
+from coterie.train.config import TrainConfig
+
+FREE = tuple(f"train.{name}" for name in TrainConfig.free)
+"""Paths of a run's configuration that may change when it is resumed."""
+
+
+class RunDir:
+    """``config.json``, ``metrics.jsonl``, ``checkpoints/``, ``samples/``, ``report/``, ``lock``.
+
+    Nothing is created before something is written.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.config_path = self.path / "config.json"
+        self.metrics_path = self.path / "metrics.jsonl"
+        self.checkpoints = self.path / FOLDER
+        self.samples = self.path / "samples"
+        self.report = self.path / "report"
+        self._locked = False
+
+    def read_config(self, cls: type[ConfigT]) -> ConfigT:
+        """The run's configuration, validated; ConfigError if there is none or it is damaged."""
+        if not self.config_path.is_file():
+            hint = "start a run there first"
+            raise ConfigError(describe("run", str(self.path), "a run directory", hint))
+        return cls.load(self.config_path)
+
+    def stored_config(self) -> dict[str, Any] | None:
+        """The JSON of ``config.json`` as it stands, None for a new run."""
+        if not self.config_path.is_file():
+            return None
+        try:
+            data = json.loads(self.config_path.read_text(encoding="utf-8"))
+        except (ValueError, RecursionError) as error:
+            raise ConfigError(f"{self.config_path}: not valid JSON ({error})") from None
+        if not isinstance(data, dict):
+            raise ConfigError(f"{self.config_path}: not a JSON object")
+        return data
+
+    def write_config(self, config: Mapping[str, Any], free: tuple[str, ...] = FREE) -> str:
+        """Write the configuration once, or check that it is the one already there.
+
+        ``free`` paths may differ. Returns the configuration's hash (without them); checkpoints
+        carry it. ConfigError lists the paths that differ.
+        """
+        existing = self.stored_config()
+        if existing is None:
+            self.write_json("config.json", config)
+            existing = dict(config)
+        changes = differences(_fixed(existing, free), _fixed(config, free))
+        if changes:
+            raise ConfigError(
+                f"{self.path} holds a run with another configuration: {'; '.join(changes[:8])}; "
+                "use another run directory"
+            )
+        return config_hash(existing, free)
+
+    def write_json(self, name: str, data: Any) -> Path:
+        """Write a small JSON file into the directory, atomically."""
+        self._create()
+        path = self.path / name
+        with _disk(path):
+            write_text(path, json.dumps(data, indent=2, sort_keys=True) + "\n")
+        return path
+
+    @contextmanager
+    def opened(self, config: Config) -> Iterator[RunDir]:
+        """Lock the directory and write (or check) its configuration."""
+        with self.lock():
+            self.write_config(config.model_dump(mode="json"))
+            yield self
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Hold the directory against a second trainer; TrainingError names the holder.
+
+        The system releases the lock when its process dies, however it dies, so it is never stale.
+        This object may lock again inside (the trainer does).
+        """
+        import fcntl
+
+        if self._locked:
+            yield
+            return
+        self._create()
+        with (self.path / "lock").open("a+", encoding="utf-8") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                file.seek(0)
+                holder = file.read().strip() or "unknown"
+                raise TrainingError(
+                    f"{self.path}: already being trained by process {holder}; "
+                    "wait for it, stop it, or use another run directory"
+                ) from None
+            file.truncate(0)
+            file.write(f"{os.getpid()}\n")
+            file.flush()
+            clean(self.path)
+            clean(self.checkpoints)
+            self._locked = True
+            try:
+                yield
+            finally:
+                self._locked = False
+                file.truncate(0)
+
+    def _create(self) -> None:
+        with _disk(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+
+
+class MetricsLog:
+    """Append-only JSON lines, one per step, cut back to the step training resumes from."""
+
+    def __init__(self, path: Path, last_step: int) -> None:
+        self.path = path
+        with _disk(path):
+            self._cut(last_step)
+            self._file: TextIO = path.open("a", encoding="utf-8")
+
+    def write(self, record: Mapping[str, Any], *, flush: bool) -> None:
+        with _disk(self.path):
+            self._file.write(json.dumps(record, allow_nan=False) + "\n")
+            if flush:
+                self._file.flush()
+
+    def sync(self) -> None:
+        with _disk(self.path):
+            self._file.flush()
+            os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        with _disk(self.path):
+            self._file.close()
+
+    def _cut(self, last_step: int) -> None:
+        """Drop later records and lines a crash tore apart."""
+        if not self.path.exists():
+            return
+        lines = self.path.read_text(encoding="utf-8", errors="replace").splitlines()
+        kept = [line for line in lines if (_step(line) or last_step + 1) <= last_step]
+        if len(kept) < len(lines):
+            write_text(self.path, "".join(f"{line}\n" for line in kept))
+
+
+@contextmanager
+def _disk(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise TrainingError(
+            f"{path}: could not be written ({error.strerror or error}); "
+            "checkpoints saved so far are intact"
+        ) from error
+
+
+def read_metrics(path: str | Path) -> list[dict[str, Any]]:
+    """All whole records of a ``metrics.jsonl``."""
+    lines = Path(path).read_text(encoding="utf-8", errors="replace").splitlines()
+    return [json.loads(line) for line in lines if _step(line) is not None]
+
+
+def config_hash(config: Mapping[str, Any], free: tuple[str, ...] = FREE) -> str:
+    """Short hash of a configuration without its free paths."""
+    return digest(_fixed(config, free))[:16]
+
+
+def differences(old: Any, new: Any, path: str = "") -> list[str]:
+    """``path: old -> new`` for every leaf in which two JSON trees differ."""
+    if isinstance(old, Mapping) and isinstance(new, Mapping):
+        out = []
+        for key in sorted({*old, *new}):
+            here = f"{path}.{key}" if path else str(key)
+            out += differences(old.get(key, "absent"), new.get(key, "absent"), here)
+        return out
+    return [] if old == new else [f"{path}: {old!r} -> {new!r}"]
+
+
+def _fixed(config: Mapping[str, Any], free: tuple[str, ...]) -> dict[str, Any]:
+    # Through JSON, so that tuples and lists compare equal.
+    data = json.loads(json.dumps(config, sort_keys=True))
+    for path in free:
+        *parents, last = path.split(".")
+        here = data
+        for part in parents:
+            here = here.get(part) if isinstance(here, dict) else None
+        if isinstance(here, dict):
+            here.pop(last, None)
+    return data
+
+
+def _step(line: str) -> int | None:
+    try:
+        step = json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):
+        return None
+    return step if isinstance(step, int) else None

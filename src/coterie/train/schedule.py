@@ -1,0 +1,57 @@
+"""Learning-rate schedules: pure functions of the step, so resuming needs no state."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from coterie.core.errors import ConfigError, describe
+from coterie.core.registry import Part, Registry
+
+SCHEDULES = Registry("learning-rate schedule", "coterie.lr_schedules")
+
+Factor = Callable[[float], float]
+"""Share of training done, [0, 1] -> multiplier of the learning rate."""
+
+
+@SCHEDULES.register
+class ConstantSchedule(Part):
+    kind: Literal["constant"] = "constant"
+
+    def build(self) -> Factor:
+        return lambda progress: 1.0
+
+
+@SCHEDULES.register
+class CosineSchedule(Part):
+    """Half a cosine from 1 down to ``final``."""
+
+    kind: Literal["cosine"] = "cosine"
+    final: float = Field(default=0.0, ge=0, le=1)
+
+    def build(self) -> Factor:
+        def factor(progress: float) -> float:
+            return self.final + (1 - self.final) * 0.5 * (1 + math.cos(math.pi * progress))
+
+        return factor
+
+
+@SCHEDULES.register
+class StepSchedule(Part):
+    """Multiplied by ``factor`` at every share of training in ``at``."""
+
+    kind: Literal["steps"] = "steps"
+    at: tuple[float, ...] = (0.6, 0.85)
+    factor: float = Field(default=0.1, gt=0, le=1)
+
+    @model_validator(mode="after")
+    def _ordered(self) -> StepSchedule:
+        if list(self.at) != sorted(set(self.at)) or not all(0 < share < 1 for share in self.at):
+            raise ConfigError(describe("at", self.at, "increasing shares between 0 and 1"))
+        return self
+
+    def build(self) -> Factor:
+        return lambda progress: self.factor ** sum(progress >= share for share in self.at)

@@ -1,0 +1,152 @@
+"""Gradients of one optimiser step: micro-batches, mixed precision, finiteness."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from coterie.core.batch import Batch, Losses
+from coterie.core.rng import derive, generator
+from coterie.core.routing import Routing
+from coterie.data.order import order
+from coterie.train.config import TrainConfig
+from coterie.train.nonfinite import check_batch, first_nonfinite, last_bad_gradient
+from coterie.train.optim import gradient_norm
+from coterie.train.precision import autocast
+
+
+@dataclass(eq=False)
+class StepResult:
+    """``loss``: mean of the micro-batches' totals. Lists hold one entry per micro-batch."""
+
+    loss: float
+    grad_norm: float
+    losses: list[Losses]
+    routings: tuple[Routing, ...]
+    tokens: int  # 0 = unknown
+    problem: dict[str, Any] = field(default_factory=dict)  # not empty: the step must be skipped
+
+
+class GradientStep:
+    """Draws the samples of a step, runs the objective and leaves (clipped) gradients.
+
+    Everything random in step s is a function of (seed, s, micro-batch): the objective's generator
+    (on the CPU, so that every device sees the same noise) and torch's global one (third-party
+    dropout).
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        model: nn.Module,
+        objective: Any,
+        source: Any,
+        parameters: dict[str, nn.Parameter],
+        *,
+        seed: int,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
+        self.config = config
+        self.model = model
+        self.objective = objective
+        self.source = source
+        self.parameters = parameters
+        self.seed = seed
+        self.device = device
+        self.dtype = dtype
+        self.forward_model: Any = torch.compile(model) if config.compile else model
+
+    def __call__(self, step: int, samples_seen: int, *, keep_routings: bool) -> StepResult:
+        accumulate = self.config.accumulate
+        indices = order(self.seed, samples_seen, self.config.batch, len(self.source))
+        buffers = [(b, b.clone()) for b in self.model.buffers() if b.is_floating_point()]
+        total = torch.zeros((), device=self.device)
+        losses: list[Losses] = []
+        routings: list[Routing] = []
+        tokens = 0
+        for micro, part in enumerate(np.split(indices, accumulate)):
+            batch = self._batch(part)
+            result = self._forward(self.forward_model, batch, step, micro)
+            value = result.total / accumulate
+            if value.requires_grad:
+                value.backward()
+            total = total + value.detach()
+            tokens += _tokens(batch, result)
+            if keep_routings:
+                routings += [routing.detach() for routing in result.routings]
+            losses.append(_detached(result))
+        norm = gradient_norm(self.parameters.values(), self.config.clip)
+        loss, grad_norm = torch.stack([total, norm.float()]).tolist()
+        outcome = StepResult(loss, grad_norm, losses, tuple(routings), tokens)
+        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+            with torch.no_grad():
+                for buffer, before in buffers:
+                    buffer.copy_(before)
+            outcome.problem = self._diagnose(outcome, step, indices)
+        return outcome
+
+    def _batch(self, indices: np.ndarray) -> Batch:
+        batch = self.source.get(indices)
+        check_batch(batch, getattr(self.source, "name", type(self.source).__name__))
+        return Batch(
+            x=batch.x.to(self.device),
+            cond=batch.cond.to(self.device),
+            ids=batch.ids.to(self.device),
+        )
+
+    def _forward(self, model: Any, batch: Batch, step: int, micro: int) -> Losses:
+        torch.manual_seed(derive(self.seed, "global", step, micro))
+        rng = generator(self.seed, "train", step, micro)
+        with autocast(self.device, self.dtype):
+            return self.objective(model, batch, rng, step / self.config.steps)
+
+    def _diagnose(self, outcome: StepResult, step: int, indices: np.ndarray) -> dict[str, Any]:
+        """What to log about a non-finite step: reason, first culprit, sample indices."""
+        finite_loss = math.isfinite(outcome.loss)
+        gradient = last_bad_gradient(self.parameters)
+        module = None
+        for micro, part in enumerate(np.split(indices, self.config.accumulate)):
+            batch = self._batch(part)
+
+            def again(batch: Batch = batch, micro: int = micro) -> None:
+                self._forward(self.model, batch, step, micro)
+
+            module = module or first_nonfinite(self.model, again)
+        return {
+            "reason": f"loss is {outcome.loss}" if not finite_loss else "gradient is not finite",
+            "module": module,
+            "gradient": gradient,
+            "ids": [int(index) for index in indices],
+        }
+
+
+def _tokens(batch: Batch, losses: Losses) -> int:
+    if not batch.x.is_floating_point():
+        return batch.x.numel()
+    if losses.routings:
+        samples, tokens = losses.routings[0].batch
+        return samples * tokens
+    return 0
+
+
+def _detached(losses: Losses) -> Losses:
+    """What the log needs, without the graph."""
+
+    def cut(value: Tensor | None) -> Tensor | None:
+        return None if value is None else value.detach()
+
+    return Losses(
+        main={name: value.detach() for name, value in losses.main.items()},
+        aux=tuple(
+            type(item)(item.name, item.value.detach(), item.weight, item.layer)
+            for item in losses.aux
+        ),
+        per_sample=cut(losses.per_sample),
+        noise=cut(losses.noise),
+    )
