@@ -1,0 +1,30 @@
+"""Expert layers: routers, dispatch, experts, combine; and the losses that keep them in balance."""
+
+from coterie.experts.balance import BALANCES
+from coterie.experts.dispatch import DispatchPlan, dispatch, plan
+from coterie.experts.kinds import EXPERTS, ExpertKind, ExpertPool
+from coterie.experts.layer import ExpertLayer, ExpertLayerConfig, ExpertOutput, routers_of
+from coterie.experts.routers import EDITS, SCORES, SELECTS, Router, RouterConfig, share_cells
+from coterie.experts.shared import SharedConfig, SharedExperts
+
+__all__ = [
+    "BALANCES",
+    "EDITS",
+    "EXPERTS",
+    "SCORES",
+    "SELECTS",
+    "DispatchPlan",
+    "ExpertKind",
+    "ExpertLayer",
+    "ExpertLayerConfig",
+    "ExpertOutput",
+    "ExpertPool",
+    "Router",
+    "RouterConfig",
+    "SharedConfig",
+    "SharedExperts",
+    "dispatch",
+    "plan",
+    "routers_of",
+    "share_cells",
+]

@@ -1,0 +1,32 @@
+"""Balance: auxiliary losses and updates that read Routing records only."""
+
+from coterie.experts.balance.base import BALANCES, BalancePart
+from coterie.experts.balance.contrastive import ContrastiveBalance
+from coterie.experts.balance.diffusion_prior import (
+    DiffusionPrior,
+    jensen_shannon,
+    match_columns,
+    usage_map,
+)
+from coterie.experts.balance.load import (
+    EntropyLoss,
+    NoBalance,
+    SelectionBiasUpdate,
+    SwitchBalance,
+    ZLoss,
+)
+
+__all__ = [
+    "BALANCES",
+    "BalancePart",
+    "ContrastiveBalance",
+    "DiffusionPrior",
+    "EntropyLoss",
+    "NoBalance",
+    "SelectionBiasUpdate",
+    "SwitchBalance",
+    "ZLoss",
+    "jensen_shannon",
+    "match_columns",
+    "usage_map",
+]

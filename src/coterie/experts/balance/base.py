@@ -1,0 +1,63 @@
+"""What a balance part answers, and how statistics read a Routing.
+
+Every loss reads Routing records and nothing else, so it works for any router, exists whether or
+not logits are logged, and stays attached to the graph. Rows with mask False never count.
+Legend: R rows, E scored experts, K choices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Generator, Tensor
+
+from coterie.core.registry import Part, Registry
+from coterie.core.routing import Aux, Routing
+from coterie.experts.routers import Router, RouterConfig
+
+BALANCES = Registry("balance", "coterie.balances")
+
+
+class BalancePart(Part):
+    """Base of balance configurations; the configuration is the object (nothing is learnt)."""
+
+    kind: str
+
+    def build(self) -> BalancePart:
+        return self
+
+    def losses(self, routings: Sequence[Routing], rng: Generator | None = None) -> tuple[Aux, ...]:
+        """Auxiliary losses of all routings of one slot (all layers and rounds)."""
+        return ()
+
+    def after_step(self, routers: Sequence[Router], routings: Sequence[Routing]) -> None:
+        """Once per optimiser step, with the routings of all its micro-batches."""
+
+    def check(self, router: RouterConfig) -> None:
+        """Raise ConfigError where this part cannot work with that router."""
+
+
+def num_scored(routing: Routing) -> int:
+    """Experts the router chooses among: all but the reserved ones at the end."""
+    return routing.num_experts - int(routing.extras.get("reserved", 0))
+
+
+def scored_columns(routing: Routing, values: Tensor) -> Tensor:
+    """[R, num_experts] -> [R, E]."""
+    return values[:, : num_scored(routing)]
+
+
+def mean_rows(routing: Routing, values: Tensor) -> Tensor:
+    """Mean over rows that count of values [R, ...]; 0 where none does."""
+    keep = routing.rows_mask().to(values.dtype)
+    shaped = keep.reshape(-1, *[1] * (values.dim() - 1))
+    zeros = torch.zeros_like(values)
+    kept = torch.where(shaped > 0, values, zeros)  # NaN in a masked row must not spread
+    return kept.sum(dim=0) / keep.sum().clamp_min(1.0)
+
+
+def term(name: str, routing: Routing, value: Tensor, weight: float) -> Aux:
+    """One loss of one layer; later rounds of a layer are named apart, all are added."""
+    full = name if routing.round == 0 else f"{name}_round{routing.round}"
+    return Aux(full, value, weight, routing.layer)

@@ -1,0 +1,64 @@
+"""Routing contrastive loss of ProMoE (arXiv:2510.24711). Legend: R rows, E experts, V valid."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import NonNegativeFloat, PositiveFloat
+from torch import Generator, Tensor
+
+from coterie.core.errors import ConfigError, describe
+from coterie.core.routing import Aux, Routing
+from coterie.experts.balance.base import BALANCES, BalancePart, scored_columns, term
+from coterie.experts.routers import CosineScore, RouterConfig
+
+
+@BALANCES.register
+class ContrastiveBalance(BalancePart):
+    """Cross-entropy of ``cos(P_i, mu_j) / tau`` with target j = i; rows are the prototypes.
+
+    mu_j is the mean of the rows that chose expert j, with gradient. Only experts that have any
+    take part; the loss is 0 for fewer than two. ``statistics`` ``batch``: means over the batch
+    (token choice); ``sequence``: per sample, averaged over samples and experts (expert choice).
+    """
+
+    kind: Literal["contrastive"] = "contrastive"
+    weight: NonNegativeFloat = 1.0
+    tau: PositiveFloat = 0.07
+    statistics: Literal["batch", "sequence"] = "batch"
+
+    def losses(self, routings: Sequence[Routing], rng: Generator | None = None) -> tuple[Aux, ...]:
+        return tuple(term("contrastive", r, self.value(r), self.weight) for r in routings)
+
+    def value(self, routing: Routing) -> Tensor:
+        """Scalar, float32."""
+        inputs, prototypes = routing.inputs, routing.prototypes
+        if inputs is None or prototypes is None:
+            raise ValueError("the contrastive loss needs routings with inputs and prototypes")
+        batch = routing.batch[0] if self.statistics == "sequence" else 1
+        chosen = (scored_columns(routing, routing.one_hot()) > 0).float()
+        chosen_SRE = chosen.view(batch, -1, chosen.shape[1])
+        # Masked rows have no choice, so 0 * x drops them; where() also drops NaN padding.
+        rows = torch.where(chosen.any(dim=1)[:, None], inputs.float(), 0.0)
+        rows_SRD = rows.view(batch, -1, rows.shape[1])
+        count_SE = chosen_SRE.sum(dim=1)
+        mean_SED = chosen_SRE.transpose(1, 2) @ rows_SRD / count_SE.clamp_min(1.0)[:, :, None]
+        return self._cross_entropy(prototypes.float(), mean_SED, count_SE > 0)
+
+    def _cross_entropy(self, prototypes: Tensor, means: Tensor, valid: Tensor) -> Tensor:
+        similarity = F.normalize(prototypes, dim=-1) @ F.normalize(means, dim=-1).transpose(1, 2)
+        logits_SEE = (similarity / self.tau).masked_fill(~valid[:, None, :], float("-inf"))
+        usable = valid & (valid.sum(dim=1, keepdim=True) >= 2)
+        # Rows of an invalid expert keep a finite dummy so that their gradient is 0, not NaN.
+        safe = torch.where(usable[:, :, None], logits_SEE, torch.zeros_like(logits_SEE))
+        diagonal = safe.diagonal(dim1=1, dim2=2)
+        loss_SE = safe.logsumexp(dim=2) - diagonal
+        kept = torch.where(usable, loss_SE, torch.zeros_like(loss_SE))
+        return kept.sum() / usable.sum().clamp_min(1)
+
+    def check(self, router: RouterConfig) -> None:
+        if not isinstance(router.score, CosineScore):
+            raise ConfigError(describe("kind", self.kind, "a router with cosine prototypes"))

@@ -1,0 +1,161 @@
+"""Losses on load: Switch form, router z-loss, entropy; and the bias that needs no loss."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
+from torch import Generator, Tensor
+
+from coterie.core.errors import ConfigError, describe
+from coterie.core.routing import Aux, Routing
+from coterie.experts.balance.base import (
+    BALANCES,
+    BalancePart,
+    mean_rows,
+    num_scored,
+    scored_columns,
+    term,
+)
+from coterie.experts.routers import Router, RouterConfig
+
+
+@BALANCES.register
+class NoBalance(BalancePart):
+    """No loss."""
+
+    kind: Literal["none"] = "none"
+
+
+@BALANCES.register
+class SwitchBalance(BalancePart):
+    """``E * sum_e f_e P_e`` per layer and round (arXiv:2101.03961, eq. 4): 1 when uniform.
+
+    f_e: share of all choices that went to e (so dividing by K is included); no gradient.
+    P_e: mean probability of e. ``statistics``: over the batch, or per sequence and then averaged
+    (DeepSeekMoE's released form, CoE). ``groups`` > 0: the device form of DeepSeekMoE, mean f and
+    summed P over equal consecutive groups. ``per_choice`` False: f_e per row, not divided by the
+    mean number of choices (dynamic routing). ``importance`` ``gates``: P from gates (MoDE).
+    """
+
+    kind: Literal["switch"] = "switch"
+    weight: NonNegativeFloat = 0.01
+    statistics: Literal["batch", "sequence"] = "batch"
+    groups: PositiveInt | None = None
+    per_choice: bool = True
+    importance: Literal["probs", "gates"] = "probs"
+
+    def losses(self, routings: Sequence[Routing], rng: Generator | None = None) -> tuple[Aux, ...]:
+        return tuple(term("switch", r, self.value(r), self.weight) for r in routings)
+
+    def value(self, routing: Routing) -> Tensor:
+        """Scalar, float32."""
+        chosen = scored_columns(routing, routing.one_hot())
+        share = scored_columns(routing, self._importance(routing))
+        keep = routing.rows_mask().float()
+        share = torch.where(keep[:, None] > 0, share, torch.zeros_like(share))
+        batch = routing.batch[0]
+        if self.statistics == "batch" or routing.unit == "sample":
+            batch = 1
+        counts_SE = chosen.view(batch, -1, chosen.shape[1]).sum(dim=1)
+        sums_SE = share.view(batch, -1, share.shape[1]).sum(dim=1)
+        rows_S = keep.view(batch, -1).sum(dim=1)
+        choices_S = counts_SE.sum(dim=1) if self.per_choice else rows_S
+        f = counts_SE / choices_S.clamp_min(1.0)[:, None] * chosen.shape[1]
+        p = sums_SE / rows_S.clamp_min(1.0)[:, None]
+        if self.groups is not None:
+            f = f.view(batch, self.groups, -1).mean(dim=2)
+            p = p.view(batch, self.groups, -1).sum(dim=2)
+        each = (f * p).sum(dim=1)
+        return each.sum() / (rows_S > 0).sum().clamp_min(1)
+
+    def _importance(self, routing: Routing) -> Tensor:
+        if self.importance == "probs":
+            return routing.probs
+        width = routing.num_experts + 1
+        full = routing.gates.new_zeros(routing.gates.shape[0], width)
+        return full.scatter_add(1, routing.ids, routing.gates)[:, :-1]
+
+    def check(self, router: RouterConfig) -> None:
+        if router.probability == "identity":
+            hint = "raw scores are no shares; use contrastive, or softmax"
+            raise ConfigError(describe("kind", self.kind, "a softmax or sigmoid router", hint))
+
+
+@BALANCES.register
+class ZLoss(BalancePart):
+    """``mean(logsumexp(logits) ** 2)``: keeps logits small (arXiv:2202.08906)."""
+
+    kind: Literal["z_loss"] = "z_loss"
+    weight: NonNegativeFloat = 1e-3
+
+    def losses(self, routings: Sequence[Routing], rng: Generator | None = None) -> tuple[Aux, ...]:
+        return tuple(term("z_loss", r, self.value(r), self.weight) for r in routings)
+
+    def value(self, routing: Routing) -> Tensor:
+        logits = scored_columns(routing, routing.logits)
+        return mean_rows(routing, logits.logsumexp(dim=1).square())
+
+
+@BALANCES.register
+class EntropyLoss(BalancePart):
+    """Mean entropy of the probabilities in nats; a positive weight makes rows decisive.
+
+    (Dynamic routing, arXiv:2403.07652.)
+    """
+
+    kind: Literal["entropy"] = "entropy"
+    weight: float = 1e-4
+
+    def losses(self, routings: Sequence[Routing], rng: Generator | None = None) -> tuple[Aux, ...]:
+        return tuple(term("entropy", r, self.value(r), self.weight) for r in routings)
+
+    def value(self, routing: Routing) -> Tensor:
+        p = scored_columns(routing, routing.probs)
+        # log of 0 has no gradient to give; a closed candidate contributes 0.
+        return mean_rows(routing, -(p * p.clamp_min(1e-30).log()).sum(dim=1))
+
+    def check(self, router: RouterConfig) -> None:
+        if router.probability != "softmax":
+            raise ConfigError(describe("kind", self.kind, "a softmax router"))
+
+
+@BALANCES.register
+class SelectionBiasUpdate(BalancePart):
+    """``bias += rate * sign(mean load - load)`` once per optimiser step (DeepSeek-V3).
+
+    No loss. Counts come from the routings handed over, summed over micro-batches, layers' own
+    rounds included; forward never changes the bias, so evaluation never counts.
+    """
+
+    kind: Literal["selection_bias"] = "selection_bias"
+    rate: PositiveFloat = 1e-3
+
+    def after_step(self, routers: Sequence[Router], routings: Sequence[Routing]) -> None:
+        """``routers`` in the order of the (layer, round) pairs of the routings; a router that
+        serves several rounds is listed once for each."""
+        places = sorted({(r.layer, r.round) for r in routings})
+        if not places:
+            return
+        if len(places) != len(routers):
+            raise ValueError(f"{len(routers)} routers for {len(places)} (layer, round) pairs")
+        counts: dict[int, Tensor] = {}
+        owners: dict[int, Router] = {}
+        for router, place in zip(routers, places):
+            same = [r for r in routings if (r.layer, r.round) == place]
+            load = torch.stack([r.counts()[: num_scored(r)] for r in same]).sum(dim=0)
+            owners[id(router)] = router
+            counts[id(router)] = counts.get(id(router), torch.zeros_like(load)) + load
+        for key, router in owners.items():
+            if router.selection_bias is None:
+                raise ValueError("a router without selection_bias cannot be updated")
+            load = counts[key]
+            with torch.no_grad():
+                step = self.rate * torch.sign(load.mean() - load)
+                router.selection_bias += step.to(router.selection_bias)
+
+    def check(self, router: RouterConfig) -> None:
+        if not router.selection_bias:
+            raise ConfigError(describe("kind", self.kind, "a router with selection_bias=true"))

@@ -1,0 +1,7 @@
+"""Dispatch: a parameter-free plan made from a Routing, and backends that carry it out."""
+
+from coterie.experts.dispatch.auto import choose, dispatch
+from coterie.experts.dispatch.backends import BACKENDS, available
+from coterie.experts.dispatch.plan import DispatchPlan, plan
+
+__all__ = ["BACKENDS", "DispatchPlan", "available", "choose", "dispatch", "plan"]

@@ -1,0 +1,182 @@
+"""Backends that compute ``y[r] = sum_k gate[r, k] * expert[id[r, k]](x[r])``; all give one answer.
+
+``loop`` is the oracle. ``sorted`` runs each expert once on its contiguous rows. ``grouped`` hands
+all segments to torch's grouped product. ``dense`` runs every expert on every row (right for k = E).
+``fold`` mixes the weights of affine experts per sample, ``table`` serves experts that ignore x.
+Parameters are split by ``unbind``: indexing a stack per expert makes its backward grow as E^2.
+
+x is [R, D] for unit "token" and [B, N, D] for unit "sample" (a row is then a whole sample).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from coterie.experts.dispatch.plan import DispatchPlan, add_rows, gate_rows, one_hot_rows
+from coterie.experts.kinds.pool import ExpertPool
+
+
+class OneExpert:
+    """Weights of a single expert (or of several with equal leading structure)."""
+
+    def __init__(self, parameters: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> None:
+        self.parameters = parameters
+        self.buffers = buffers
+
+    def linear(self, x: Tensor, weight: str, bias: str | None = None) -> Tensor:
+        return F.linear(
+            x,
+            self.parameters[weight].to(x.dtype),
+            None if bias is None else self.parameters[bias].to(x.dtype),
+        )
+
+    def constant(self, name: str) -> Tensor:
+        return self.buffers[name]
+
+
+def experts_of(pool: ExpertPool) -> list[OneExpert]:
+    """The pool's experts, split with one backward per stack."""
+    buffers = {name: table.unbind(0) for name, table in pool.named_buffers(recurse=False)}
+    return [
+        OneExpert(own, {name: rows[e] for name, rows in buffers.items()})
+        for e, own in enumerate(pool.unbind())
+    ]
+
+
+def run_loop(x: Tensor, plan: DispatchPlan, pool: ExpertPool, float32: bool) -> Tensor:
+    """Plain loop over experts and masks: the definition."""
+    y = torch.zeros_like(x)
+    for e, weights in enumerate(experts_of(pool)):
+        rows, slots = (plan.ids == e).nonzero(as_tuple=True)
+        out = pool.kind.forward(x.index_select(0, rows), weights)
+        y = add_rows(y, rows, gate_rows(plan.gates[rows, slots], out), float32)
+    return y
+
+
+def run_dense(x: Tensor, plan: DispatchPlan, pool: ExpertPool, float32: bool) -> Tensor:
+    """Every expert on every row; rows that chose nobody are zeroed so that they cannot leak."""
+    chosen = one_hot_rows(plan.ids, plan.num_experts)
+    used = chosen.any(dim=1).reshape(-1, *[1] * (x.dim() - 1))
+    x = torch.where(used, x, torch.zeros_like(x))
+    y = torch.zeros_like(x, dtype=torch.float32) if float32 and x.itemsize < 4 else None
+    for gate, weights in zip(plan.dense_gates().unbind(1), experts_of(pool)):
+        part = gate_rows(gate, pool.kind.forward(x, weights))
+        y = part if y is None else y + part
+    assert y is not None
+    return y.to(x.dtype)
+
+
+def run_sorted(x: Tensor, plan: DispatchPlan, pool: ExpertPool, float32: bool) -> Tensor:
+    """Gather rows by expert, one call per expert that has any, scatter-add."""
+    segments = x.index_select(0, plan.rows).split(plan.counts)
+    outs = [
+        pool.kind.forward(segment, weights)
+        for segment, weights in zip(segments, experts_of(pool))
+        if segment.shape[0]
+    ]
+    values = gate_rows(plan.sorted_gates, torch.cat(outs))
+    return add_rows(torch.zeros_like(x), plan.rows, values, float32)
+
+
+class _Contiguous(torch.autograd.Function):
+    """Identity whose gradient is contiguous: the grouped product's backward needs strides."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad.contiguous()
+
+
+class SortedExperts:
+    """All experts at once on rows [A, in] sorted by expert."""
+
+    def __init__(self, pool: ExpertPool, plan: DispatchPlan, repeat: int) -> None:
+        self.stacks = pool.stacks()
+        self.ids = plan.sorted_ids.repeat_interleave(repeat) if repeat > 1 else plan.sorted_ids
+        self.offsets = plan.offsets * repeat
+        self.pool = pool
+
+    def linear(self, x: Tensor, weight: str, bias: str | None = None) -> Tensor:
+        stack = self.stacks[weight].to(x.dtype).transpose(-2, -1)
+        out: Tensor = _Contiguous.apply(F.grouped_mm(x, stack, offs=self.offsets))
+        if bias is not None:
+            out = out + self.stacks[bias].to(x.dtype).index_select(0, self.ids)
+        return out
+
+    def constant(self, name: str) -> Tensor:
+        table: Tensor = getattr(self.pool, name)
+        return table.index_select(0, self.ids)
+
+
+def run_grouped(x: Tensor, plan: DispatchPlan, pool: ExpertPool, float32: bool) -> Tensor:
+    """Gather rows by expert, one grouped product per weight, scatter-add."""
+    taken = x.index_select(0, plan.rows)
+    flat = taken.reshape(-1, x.shape[-1])
+    repeat = 1 if x.dim() == 2 else x.shape[1]
+    out = pool.kind.forward(flat, SortedExperts(pool, plan, repeat)).view(taken.shape)
+    values = gate_rows(plan.sorted_gates, out)
+    return add_rows(torch.zeros_like(x), plan.rows, values, float32)
+
+
+def run_fold(x: Tensor, plan: DispatchPlan, pool: ExpertPool, float32: bool) -> Tensor:
+    """One affine map per sample, ``sum_k g_k A_k``, then one batched product: exact."""
+    stacks = pool.stacks()
+    gates = plan.dense_gates().to(x.dtype)
+    weight = gates @ stacks["weight"].to(x.dtype).flatten(1)
+    bias = gates @ stacks["bias"].to(x.dtype)
+    return torch.baddbmm(
+        bias[:, None, :], x, weight.view(-1, x.shape[-1], x.shape[-1]).transpose(1, 2)
+    )
+
+
+def run_table(x: Tensor, plan: DispatchPlan, pool: ExpertPool, float32: bool) -> Tensor:
+    """Experts that ignore x: one row per sample, broadcast over its tokens (not copied)."""
+    (table,) = (value for _, value in pool.named_buffers(recurse=False))
+    padded = F.pad(table, (0, 0, 0, 1))
+    y = torch.einsum("rk,rkd->rd", plan.gates, padded[plan.ids]).to(x.dtype)
+    return y if x.dim() == 2 else y[:, None, :].expand(x.shape)
+
+
+BACKENDS: dict[str, Callable[[Tensor, DispatchPlan, ExpertPool, bool], Tensor]] = {
+    "loop": run_loop,
+    "dense": run_dense,
+    "sorted": run_sorted,
+    "grouped": run_grouped,
+    "fold": run_fold,
+    "table": run_table,
+}
+
+
+def grouped_works(x: Tensor, pool: ExpertPool) -> bool:
+    """torch 2.13's grouped product: no float64, rows of a multiple of 16 bytes, not compiled.
+
+    On CUDA only bfloat16 has a kernel of its own; elsewhere it would be a slow loop.
+    """
+    if torch.compiler.is_compiling() or not hasattr(F, "grouped_mm"):
+        return False
+    if not pool.names or x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return False
+    if x.is_cuda and x.dtype != torch.bfloat16:
+        return False
+    sizes = [size for s in pool.stacks().values() if s.dim() == 3 for size in s.shape[1:]]
+    return all((size * x.itemsize) % 16 == 0 for size in sizes)
+
+
+def available(x: Tensor, plan: DispatchPlan, pool: ExpertPool) -> list[str]:
+    """Names of the backends that can serve this call."""
+    names = ["loop", "dense", "sorted"]
+    if grouped_works(x, pool):
+        names.append("grouped")
+    if pool.kind.foldable and plan.unit == "sample":
+        names.append("fold")
+    if pool.kind.input_free:
+        names.append("table")
+    return names

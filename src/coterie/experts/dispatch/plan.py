@@ -1,0 +1,110 @@
+"""From a Routing to the order in which experts read rows: no parameters, no arithmetic on x.
+
+Legend: R rows (tokens, or whole samples), K choices, A assignments (choices that are not the
+sentinel), E tensors in the pool.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from coterie.core.routing import Routing, Unit
+
+
+@dataclass(frozen=True, eq=False)
+class DispatchPlan:
+    """Choices of R rows, and (made on first use) the same choices sorted by expert."""
+
+    unit: Unit
+    ids: Tensor  # i64 [R, K], tensor index; num_experts = nobody
+    gates: Tensor  # f32 [R, K]
+    num_experts: int
+
+    @property
+    def num_rows(self) -> int:
+        return self.ids.shape[0]
+
+    @cached_property
+    def counts(self) -> list[int]:
+        """Assignments per expert."""
+        counted = torch.bincount(self.ids.flatten(), minlength=self.num_experts + 1)
+        result: list[int] = counted[: self.num_experts].tolist()
+        return result
+
+    @cached_property
+    def order(self) -> Tensor:
+        """i64 [A]: positions in the flattened [R*K] choices, by expert, rows ascending."""
+        return self.ids.flatten().argsort(stable=True)[: sum(self.counts)]
+
+    @cached_property
+    def rows(self) -> Tensor:
+        """i64 [A]: the row of each sorted assignment."""
+        return torch.div(self.order, self.ids.shape[1], rounding_mode="floor")
+
+    @cached_property
+    def sorted_gates(self) -> Tensor:
+        """f32 [A]."""
+        return self.gates.flatten().index_select(0, self.order)
+
+    @cached_property
+    def sorted_ids(self) -> Tensor:
+        """i64 [A], ascending."""
+        return self.ids.flatten().index_select(0, self.order)
+
+    @cached_property
+    def offsets(self) -> Tensor:
+        """i32 [E]: where each expert's segment ends."""
+        ends = torch.tensor(self.counts, dtype=torch.int64).cumsum(0).to(torch.int32)
+        return ends.to(self.ids.device)
+
+    def dense_gates(self) -> Tensor:
+        """f32 [R, E]: gate of each row for each expert, 0 where not chosen."""
+        full = self.gates.new_zeros(self.num_rows, self.num_experts + 1)
+        return full.scatter_add(1, self.ids, self.gates)[:, : self.num_experts]
+
+
+def plan(
+    routing: Routing, slot_map: Sequence[int] | None = None, num_experts: int | None = None
+) -> DispatchPlan:
+    """Plan one routing over a pool of ``num_experts`` tensors (default: the routing's own).
+
+    ``slot_map[c]`` is the tensor of candidate c; several candidates may share one. A row that
+    chose the same tensor twice computes it once with the gates added.
+    """
+    ids, gates = routing.ids, routing.gates
+    tensors = routing.num_experts if num_experts is None else num_experts
+    if slot_map is not None:
+        table = torch.tensor([*slot_map, tensors], dtype=torch.int64, device=ids.device)
+        ids, gates = _merge(table[ids], gates, tensors)
+    return DispatchPlan(routing.unit, ids, gates, tensors)
+
+
+def _merge(ids: Tensor, gates: Tensor, nobody: int) -> tuple[Tensor, Tensor]:
+    """Move the gate of a repeated choice to its first place in the row."""
+    first = (ids[:, :, None] == ids[:, None, :]).int().argmax(dim=2)
+    merged = torch.zeros_like(gates).scatter_add(1, first, gates)
+    repeated = first != torch.arange(ids.shape[1], device=ids.device)
+    return ids.masked_fill(repeated, nobody), merged
+
+
+def add_rows(y: Tensor, rows: Tensor, values: Tensor, float32: bool) -> Tensor:
+    """``y[rows] += values`` without touching y; ``float32`` accumulates in float32."""
+    if float32 and y.dtype != torch.float32 and y.dtype != torch.float64:
+        return y.float().index_add(0, rows, values.float()).to(y.dtype)
+    return y.index_add(0, rows, values.to(y.dtype))
+
+
+def gate_rows(gates: Tensor, values: Tensor) -> Tensor:
+    """gates [A] times values [A, ..., D], in the wider of the two types' own dtype."""
+    return values * gates.to(values.dtype).reshape(-1, *[1] * (values.dim() - 1))
+
+
+def one_hot_rows(ids: Tensor, num_experts: int) -> Tensor:
+    """bool [R, E]: which experts each row chose."""
+    return F.one_hot(ids, num_experts + 1).any(dim=1)[:, :num_experts]

@@ -1,0 +1,17 @@
+"""Expert kinds: what an expert computes and how its weights are laid out."""
+
+from coterie.experts.kinds.base import EXPERTS, ExpertKind, Weights
+from coterie.experts.kinds.masks import Affine, ChannelWindow
+from coterie.experts.kinds.mlp import GeluMLP, SwiGLU
+from coterie.experts.kinds.pool import ExpertPool
+
+__all__ = [
+    "EXPERTS",
+    "Affine",
+    "ChannelWindow",
+    "ExpertKind",
+    "ExpertPool",
+    "GeluMLP",
+    "SwiGLU",
+    "Weights",
+]

@@ -1,0 +1,88 @@
+"""Experts that shape what a block reads: m = 1 + layer(z) in the ``pre_block`` slot.
+
+``affine`` (Switch-DiT, arXiv:2403.09176): one map D -> D per expert that starts at zero, so m = 1.
+``channel_window`` (DTR, arXiv:2310.07138): no parameters; expert e answers 0 on the channels it
+keeps and -1 on the others, so m is the binary mask.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+import torch
+from pydantic import Field, PositiveInt
+from torch import Generator, Tensor, nn
+
+from coterie.core.rng import generator
+from coterie.experts.kinds.base import EXPERTS, ExpertKind, Weights
+from coterie.experts.windows import window_masks, window_size
+
+
+@EXPERTS.register
+class Affine(ExpertKind):
+    """``A_e x + b_e`` with A_e [D, D], both zero at the start."""
+
+    kind: Literal["affine"] = "affine"
+    foldable: ClassVar[bool] = True
+
+    def shapes(self, width: int) -> dict[str, tuple[int, ...]]:
+        return {"weight": (width, width), "bias": (width,)}
+
+    def forward(self, x: Tensor, weights: Weights) -> Tensor:
+        return weights.linear(x, "weight", "bias")
+
+    def reset(self, name: str, parameter: Tensor, rng: Generator | None) -> None:
+        torch.nn.init.zeros_(parameter)
+
+    def module(self, width: int) -> nn.Module:
+        return nn.Linear(width, width)
+
+    def plain_names(self) -> dict[str, str]:
+        return {"weight": "weight", "bias": "bias"}
+
+
+@EXPERTS.register
+class ChannelWindow(ExpertKind):
+    """Expert e keeps ``n = int(C * share)`` of C channels.
+
+    ``window``: channels e .. e+n-1, so there are C - n + 1 experts. ``random``: ``num_masks``
+    independent random subsets drawn from ``seed`` (the control of the DTR paper).
+    """
+
+    kind: Literal["channel_window"] = "channel_window"
+    share: float = Field(default=0.8, gt=0.0, le=1.0)
+    mode: Literal["window", "random"] = "window"
+    num_masks: PositiveInt = 1000
+    seed: int = 0
+    input_free: ClassVar[bool] = True
+
+    def shapes(self, width: int) -> dict[str, tuple[int, ...]]:
+        return {}
+
+    def fixed_count(self, width: int) -> int:
+        if self.mode == "random":
+            return self.num_masks
+        return width - window_size(width, self.share) + 1
+
+    def buffers(self, width: int) -> dict[str, Tensor]:
+        size = window_size(width, self.share)
+        if self.mode == "window":
+            kept = window_masks(torch.arange(self.fixed_count(width)), width, size)
+        else:
+            rng = generator(self.seed, "channel_window")
+            order = torch.rand(self.num_masks, width, generator=rng).argsort(dim=1, stable=True)
+            kept = torch.zeros(self.num_masks, width, dtype=torch.bool)
+            kept.scatter_(1, order[:, :size], True)
+        return {"delta": kept.float() - 1.0}
+
+    def forward(self, x: Tensor, weights: Weights) -> Tensor:
+        return weights.constant("delta").to(x.dtype).expand(x.shape)
+
+    def reset(self, name: str, parameter: Tensor, rng: Generator | None) -> None:
+        raise TypeError("channel windows have no parameters")
+
+    def module(self, width: int) -> nn.Module:
+        raise TypeError("channel windows have no parameters to unpack")
+
+    def plain_names(self) -> dict[str, str]:
+        return {}

@@ -1,0 +1,118 @@
+"""Feed-forward experts: two-layer GELU with biases, and bias-free SwiGLU.
+
+SwiGLU weights use the layout of Hugging Face MoE models: ``gate_up`` [E, 2F, D] with the gate rows
+first, ``down`` [E, D, F]; so a converter is a slice.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, Self
+
+import torch
+import torch.nn.functional as F
+from pydantic import PositiveInt
+from torch import Generator, Tensor, nn
+
+from coterie.experts.kinds.base import EXPERTS, ExpertKind, Weights, normal, xavier_uniform
+
+
+class _HiddenKind(ExpertKind):
+    """Shared by kinds with an inner size F: ``hidden``, or ``ratio`` times the width."""
+
+    hidden: PositiveInt | None = None
+    ratio: float = 4.0
+    init_std: float | None = None  # None = Xavier uniform per expert; else N(0, init_std)
+
+    def size(self, width: int) -> int:
+        """Inner size F."""
+        return self.hidden if self.hidden is not None else round(self.ratio * width)
+
+    def with_hidden(self, hidden: int) -> Self:
+        return self.replace(hidden=hidden)
+
+    def reset(self, name: str, parameter: Tensor, rng: Generator | None) -> None:
+        if parameter.dim() == 1:
+            torch.nn.init.zeros_(parameter)
+        elif self.init_std is not None:
+            normal(parameter, self.init_std, rng)
+        else:
+            xavier_uniform(parameter, rng)
+
+
+@EXPERTS.register
+class SwiGLU(_HiddenKind):
+    """``down(SiLU(gate(x)) * up(x))``, no biases; three matrices D x F."""
+
+    kind: Literal["swiglu"] = "swiglu"
+
+    def shapes(self, width: int) -> dict[str, tuple[int, ...]]:
+        inner = self.size(width)
+        return {"gate_up": (2 * inner, width), "down": (width, inner)}
+
+    def forward(self, x: Tensor, weights: Weights) -> Tensor:
+        gate, up = weights.linear(x, "gate_up").chunk(2, dim=-1)
+        return weights.linear(F.silu(gate) * up, "down")
+
+    def module(self, width: int) -> nn.Module:
+        return PlainSwiGLU(width, self.size(width))
+
+    def plain_names(self) -> dict[str, str]:
+        return {"gate_up": "gate_up.weight", "down": "down.weight"}
+
+
+@EXPERTS.register
+class GeluMLP(_HiddenKind):
+    """``down(GELU_tanh(up(x) + b1)) + b2``: the feed-forward block of a DiT."""
+
+    kind: Literal["gelu_mlp"] = "gelu_mlp"
+
+    def shapes(self, width: int) -> dict[str, tuple[int, ...]]:
+        inner = self.size(width)
+        return {
+            "up": (inner, width),
+            "up_bias": (inner,),
+            "down": (width, inner),
+            "down_bias": (width,),
+        }
+
+    def forward(self, x: Tensor, weights: Weights) -> Tensor:
+        inner = F.gelu(weights.linear(x, "up", "up_bias"), approximate="tanh")
+        return weights.linear(inner, "down", "down_bias")
+
+    def module(self, width: int) -> nn.Module:
+        return PlainGeluMLP(width, self.size(width))
+
+    def plain_names(self) -> dict[str, str]:
+        return {
+            "up": "up.weight",
+            "up_bias": "up.bias",
+            "down": "down.weight",
+            "down_bias": "down.bias",
+        }
+
+
+class PlainSwiGLU(nn.Module):
+    """One SwiGLU expert as ordinary Linear modules (for adapters and quantisers)."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.gate_up = nn.Linear(width, 2 * hidden, bias=False)
+        self.down = nn.Linear(hidden, width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.gate_up(x).chunk(2, dim=-1)
+        out: Tensor = self.down(F.silu(gate) * up)
+        return out
+
+
+class PlainGeluMLP(nn.Module):
+    """One GELU expert as ordinary Linear modules."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.up = nn.Linear(width, hidden)
+        self.down = nn.Linear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.down(F.gelu(self.up(x), approximate="tanh"))
+        return out

@@ -1,0 +1,100 @@
+"""Stacked parameters of E experts, owned once; layers hold a reference."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Generator, Tensor, nn
+
+from coterie.core.errors import CheckpointError, ConfigError, describe
+from coterie.experts.kinds.base import ExpertKind
+
+
+class ExpertPool(nn.Module):
+    """E experts of one kind; every parameter is [E, *shape of one expert].
+
+    A pool may serve several layers (register it once; a shared tensor appears once in counts and
+    optimisers). Never index ``pool.gate_up[e]`` under autograd: the backward would build a full
+    zero stack per expert; :meth:`unbind` splits all experts with one backward.
+    """
+
+    def __init__(self, kind: ExpertKind, num_experts: int, width: int) -> None:
+        super().__init__()
+        if num_experts < 1:
+            raise ConfigError(describe("num_experts", num_experts, "at least 1"))
+        self.kind = kind
+        self.num_experts = num_experts
+        self.width = width
+        self.names = tuple(kind.shapes(width))
+        for name, shape in kind.shapes(width).items():
+            self.register_parameter(name, nn.Parameter(torch.empty(num_experts, *shape)))
+        for name, table in kind.buffers(width).items():
+            self.register_buffer(name, table, persistent=False)
+        self._used_per_row = 0.0
+        self.reset_parameters()
+
+    def reset_parameters(self, rng: Generator | None = None) -> None:
+        """The kind's initialisation, expert by expert. ``rng`` None uses a fixed seed."""
+        rng = rng if rng is not None else Generator().manual_seed(0)
+        for name, stack in self.stacks().items():
+            if stack.device.type == "meta":
+                continue
+            values = torch.empty(stack.shape, dtype=torch.float32)
+            for one in values.unbind(0):
+                self.kind.reset(name, one, rng)
+            with torch.no_grad():
+                stack.copy_(values)
+
+    def stacks(self) -> dict[str, Tensor]:
+        """Parameter name -> [E, ...]."""
+        return {name: getattr(self, name) for name in self.names}
+
+    def unbind(self) -> list[dict[str, Tensor]]:
+        """Parameters of each expert, views with gradient."""
+        split = {name: stack.unbind(0) for name, stack in self.stacks().items()}
+        return [{name: split[name][e] for name in self.names} for e in range(self.num_experts)]
+
+    def unpack(self) -> list[nn.Module]:
+        """Every expert as a plain module (a copy), for tools that expect Linear layers."""
+        modules = []
+        names = self.kind.plain_names()
+        for own in self.unbind():
+            module = self.kind.module(self.width).to(next(iter(own.values())))
+            module.load_state_dict({names[name]: value.detach() for name, value in own.items()})
+            modules.append(module)
+        return modules
+
+    def expert_state(self, expert: int) -> dict[str, Tensor]:
+        """Copies of one expert's tensors, without the leading E: what a model directory stores."""
+        self._check(expert)
+        return {name: stack.detach()[expert].clone() for name, stack in self.stacks().items()}
+
+    def load_expert_state(self, expert: int, tensors: Mapping[str, Tensor]) -> None:
+        """Replace one expert; raises CheckpointError unless names and shapes are exactly ours."""
+        self._check(expert)
+        shapes = self.kind.shapes(self.width)
+        if set(tensors) != set(shapes):
+            raise CheckpointError(describe("expert tensors", sorted(tensors), str(sorted(shapes))))
+        for name, shape in shapes.items():
+            if tuple(tensors[name].shape) != shape:
+                raise CheckpointError(describe(name, tuple(tensors[name].shape), str(shape)))
+        with torch.no_grad():
+            for name, stack in self.stacks().items():
+                stack[expert].copy_(tensors[name])
+
+    def register_use(self, experts_per_row: float) -> None:
+        """A layer tells how many of these experts it uses for one row (for active counts)."""
+        self._used_per_row += experts_per_row
+
+    def active_share(self) -> dict[str, float]:
+        """Share of each stack that one row uses, over all layers that use this pool."""
+        used = self._used_per_row if self._used_per_row else float(self.num_experts)
+        return {name: min(1.0, used / self.num_experts) for name in self.names}
+
+    def _check(self, expert: int) -> None:
+        if not 0 <= expert < self.num_experts:
+            raise ConfigError(describe("expert", expert, f"0..{self.num_experts - 1}"))
+
+    def extra_repr(self) -> str:
+        return f"{self.kind.kind}, num_experts={self.num_experts}, width={self.width}"

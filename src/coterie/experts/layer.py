@@ -1,0 +1,207 @@
+"""The expert layer: router -> dispatch -> experts -> combine, ``rounds`` times.
+
+    x_0 = h;  x_{c+1} = x_c + routed_c(x_c) + shared(x_c);  the layer answers x_C - x_0
+
+The block that owns the slot adds the answer (``ffn``), or reads ``m = 1 + answer`` (``pre_block``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Annotated, Literal, Self, cast
+
+import torch
+from pydantic import NonNegativeInt, PositiveInt, SerializeAsAny, model_validator
+from torch import Generator, Tensor, nn
+
+from coterie.core.config import Config
+from coterie.core.context import Context
+from coterie.core.errors import ConfigError, describe
+from coterie.core.registry import Part
+from coterie.core.routing import Routing
+from coterie.experts.balance import BALANCES, BalancePart
+from coterie.experts.dispatch import dispatch, plan
+from coterie.experts.kinds import EXPERTS, ExpertKind, ExpertPool, SwiGLU
+from coterie.experts.routers import Router, RouterConfig
+from coterie.experts.routers.config import within
+from coterie.experts.shared import SharedConfig
+
+
+@dataclass(frozen=True, eq=False)
+class ExpertOutput:
+    """``y`` [B, N, D] (float type of the input), one routing per round, the router state."""
+
+    y: Tensor
+    routings: tuple[Routing, ...]
+    state: Tensor | None = None
+
+
+class ExpertLayerConfig(Config):
+    """An expert layer of any kind.
+
+    ``num_experts``: candidates of the router; None where the experts' kind fixes the number
+    (``channel_window``). ``slot_map``: candidate -> tensor of the pool, many to one (merged
+    experts); None = one tensor each. ``rounds``: times the pool is passed (Chain-of-Experts),
+    with a router per round unless ``shared_router``. ``inner_residual`` False drops x_c from
+    x_{c+1}. ``accumulate_float32``: sum expert answers in float32 under lower precision.
+    """
+
+    num_experts: PositiveInt | None = 8
+    experts: Annotated[SerializeAsAny[Part], EXPERTS.validator] = SwiGLU()
+    router: RouterConfig = RouterConfig()
+    shared: SharedConfig | None = None
+    slot_map: tuple[NonNegativeInt, ...] | None = None
+    rounds: PositiveInt = 1
+    shared_router: bool = False
+    inner_residual: bool = True
+    balance: tuple[Annotated[SerializeAsAny[Part], BALANCES.validator], ...] = ()
+    dispatch: Literal["auto", "loop", "dense", "sorted", "grouped"] = "auto"
+    accumulate_float32: bool = False
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.num_experts is not None:
+            count = self.num_experts
+            within("router", lambda: self.router.check(count))
+            if self.slot_map is not None and len(self.slot_map) != count:
+                allowed = f"{count} entries, one per candidate"
+                raise ConfigError(describe("slot_map", len(self.slot_map), allowed))
+        if self.slot_map is not None and set(self.slot_map) != set(range(max(self.slot_map) + 1)):
+            raise ConfigError(
+                describe("slot_map", self.slot_map, "every tensor 0..max used at least once")
+            )
+        for place, part in enumerate(self.balance):
+            balance = cast(BalancePart, part)
+            within(f"balance.{place}", lambda b=balance: b.check(self.router))  # type: ignore[misc]
+        return self
+
+    @property
+    def kind(self) -> ExpertKind:
+        return cast(ExpertKind, self.experts)
+
+    def candidates(self, width: int) -> int:
+        """How many experts the router chooses among at this width."""
+        fixed = self.kind.fixed_count(width)
+        if fixed is None and self.num_experts is None:
+            raise ConfigError(describe("num_experts", None, "a number for this kind of expert"))
+        if fixed is not None and self.num_experts is not None and self.num_experts != fixed:
+            hint = f"{self.kind.kind} has {fixed} experts at width {width}; leave it null"
+            raise ConfigError(describe("num_experts", self.num_experts, f"null or {fixed}", hint))
+        count = self.num_experts if fixed is None else fixed
+        assert count is not None
+        return count
+
+    def tensors(self, width: int) -> int:
+        """How many experts the pool holds: one per candidate or slot, plus the reserved one."""
+        routed = self.candidates(width)
+        if self.slot_map is not None:
+            routed = max(self.slot_map) + 1
+        return routed + self.router.num_reserved
+
+    def build_pool(self, width: int) -> ExpertPool:
+        """A pool of the right size, to be owned outside and passed to several layers."""
+        return ExpertPool(self.kind, self.tensors(width), width)
+
+    def build(
+        self, width: int, time_width: int | None = None, pool: ExpertPool | None = None
+    ) -> ExpertLayer:
+        """``time_width``: size of ctx.time_embedding where it is not ``width``."""
+        return ExpertLayer(self, width, time_width, pool)
+
+
+class ExpertLayer(nn.Module):
+    """``layer(h [B, N, D], ctx) -> ExpertOutput``.
+
+    A ``pool`` that is passed in stays out of this module's parameters and state: whoever owns it
+    registers it, once, however many layers use it.
+    """
+
+    pool: ExpertPool
+
+    def __init__(
+        self,
+        config: ExpertLayerConfig,
+        width: int,
+        time_width: int | None = None,
+        pool: ExpertPool | None = None,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.width = width
+        candidates = config.candidates(width)
+        num_routers = 1 if config.shared_router else config.rounds
+        self.routers = nn.ModuleList(
+            config.router.build(width, candidates, time_width) for _ in range(num_routers)
+        )
+        self.owns_pool = pool is None
+        if pool is None:
+            self.pool = config.build_pool(width)
+        else:
+            self.__dict__["pool"] = pool  # not a submodule here: its owner registers it once
+        self._check_pool(config.tensors(width))
+        self.shared = None if config.shared is None else config.shared.build(config.kind, width)
+        self._slots = self._slot_table(candidates)
+        used = config.router.select_part.expected(candidates) * config.rounds
+        self.pool.register_use(used)
+
+    def _check_pool(self, tensors: int) -> None:
+        pool = self.pool
+        if pool.kind != self.config.kind or pool.width != self.width:
+            raise ConfigError(describe("pool", str(pool), f"{self.config.kind} of {self.width}"))
+        if pool.num_experts != tensors:
+            raise ConfigError(describe("pool.num_experts", pool.num_experts, str(tensors)))
+
+    def _slot_table(self, candidates: int) -> tuple[int, ...] | None:
+        """Candidate (reserved ones last) -> tensor; None where that is the identity."""
+        if self.config.slot_map is None:
+            return None
+        first = max(self.config.slot_map) + 1
+        return (*self.config.slot_map, *range(first, first + self.config.router.num_reserved))
+
+    def reset_parameters(self, rng: Generator | None = None) -> None:
+        """Initialisation of each part's paper; apply after a backbone's generic pass.
+
+        A pool that was passed in is left to its owner.
+        """
+        for router in self.routers:
+            cast(Router, router).reset_parameters(rng)
+        if self.owns_pool:
+            self.pool.reset_parameters(rng)
+        if self.shared is not None:
+            self.shared.reset_parameters(rng)
+
+    def router(self, round: int) -> Router:
+        """The router of one round."""
+        return cast(Router, self.routers[0 if self.config.shared_router else round])
+
+    def forward(self, h: Tensor, ctx: Context) -> ExpertOutput:
+        x, total, state = h, torch.zeros_like(h), ctx.state
+        routings: list[Routing] = []
+        for round in range(self.config.rounds):
+            routing = self.router(round)(x, ctx.replace(round=round, state=state))
+            routings.append(routing)
+            state = state if routing.state is None else routing.state
+            delta = self.combine(x, routing)
+            last = round == self.config.rounds - 1
+            total = total + delta if self.config.inner_residual and round else delta
+            if not last:
+                x = x + delta if self.config.inner_residual else delta
+        return ExpertOutput(total, tuple(routings), state)
+
+    def combine(self, x: Tensor, routing: Routing) -> Tensor:
+        """Routed answer plus shared answer for x [B, N, D] under a given routing.
+
+        Takes any routing of the right shape: a recorded, edited or cached one works too.
+        """
+        made = plan(routing, self._slots, self.pool.num_experts)
+        rows = x.flatten(0, 1) if routing.unit == "token" else x
+        config = self.config
+        y = dispatch(rows, made, self.pool, config.dispatch, config.accumulate_float32)
+        y = y.view(x.shape)
+        return y if self.shared is None else y + self.shared(x)
+
+
+def routers_of(layers: Iterable[ExpertLayer]) -> list[Router]:
+    """Routers in the order of (layer, round), as a balance's ``after_step`` expects them."""
+    return [layer.router(round) for layer in layers for round in range(layer.config.rounds)]

@@ -1,0 +1,52 @@
+"""Routers: one module, composed from registered scores, edits and selections."""
+
+from coterie.experts.routers.base import EDITS, SCORES, SELECTS, ScorePart, SelectPart
+from coterie.experts.routers.config import RouterConfig
+from coterie.experts.routers.edits import BiasDelta, CandidateMask, Jitter, ProgressiveCandidates
+from coterie.experts.routers.noise import FixedScore, NoiseLevelScore, NoiseWindowScore
+from coterie.experts.routers.recurrent import RecurrentScore, share_cells
+from coterie.experts.routers.router import Router
+from coterie.experts.routers.scores import CosineScore, LinearScore, MLPScore, TaskLinearScore
+from coterie.experts.routers.selections import (
+    Dense,
+    ExpertChoice,
+    Fixed,
+    GroupLimited,
+    RandomK,
+    Rank,
+    TopK,
+    TopP,
+    top_ids,
+)
+
+__all__ = [
+    "EDITS",
+    "SCORES",
+    "SELECTS",
+    "BiasDelta",
+    "CandidateMask",
+    "CosineScore",
+    "Dense",
+    "ExpertChoice",
+    "Fixed",
+    "FixedScore",
+    "GroupLimited",
+    "Jitter",
+    "LinearScore",
+    "MLPScore",
+    "NoiseLevelScore",
+    "NoiseWindowScore",
+    "ProgressiveCandidates",
+    "RandomK",
+    "Rank",
+    "RecurrentScore",
+    "Router",
+    "RouterConfig",
+    "ScorePart",
+    "SelectPart",
+    "TaskLinearScore",
+    "TopK",
+    "TopP",
+    "share_cells",
+    "top_ids",
+]

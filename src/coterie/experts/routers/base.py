@@ -1,0 +1,106 @@
+"""Registries of the router's parts, and what a score module answers.
+
+Legend: R rows, E candidates, D width, S steps of the noise grid, B samples, N tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Generator, Tensor, nn
+
+from coterie.core.context import Context
+from coterie.core.registry import Part, Registry
+
+SCORES = Registry("score", "coterie.scores")
+EDITS = Registry("edit", "coterie.edits")
+SELECTS = Registry("select", "coterie.selects")
+
+
+@dataclass(frozen=True, eq=False)
+class Scored:
+    """Raw logits of one call and what the losses of this kind of router need."""
+
+    logits: Tensor  # f32 [R, E]
+    prototypes: Tensor | None = None  # [E, D]
+    table: Tensor | None = None  # f32 [S, E], logits of every step
+    state: Tensor | None = None  # [R, P]
+
+
+class ScoreModule(nn.Module):
+    """Maps rows x f32 [R, D] and the context to logits [R, E]."""
+
+    def forward(self, x: Tensor, ctx: Context) -> Scored:
+        raise NotImplementedError
+
+    def reset_parameters(self, rng: Generator | None) -> None:
+        """Own initialisation, applied after any generic pass."""
+
+
+class ScorePart(Part):
+    """Base of score configurations."""
+
+    kind: str
+    unit: ClassVar[Literal["token", "sample"] | None] = None
+    """None: the router's configuration decides."""
+    reads_rows: ClassVar[bool] = True
+    """Whether logits depend on the rows themselves (else on the context alone)."""
+    learned: ClassVar[bool] = True
+
+    def build(self, width: int, num_experts: int, time_width: int | None) -> ScoreModule:
+        raise NotImplementedError
+
+
+class EditPart(Part):
+    """Base of logit edits."""
+
+    kind: str
+    for_table: ClassVar[bool] = False
+    """Whether the edit also applies to the table of all steps (it must not depend on rows)."""
+
+    def build(self, num_experts: int) -> nn.Module:
+        raise NotImplementedError
+
+    def check(self, num_experts: int) -> None:
+        """Raise ConfigError where the edit does not fit the number of candidates."""
+
+
+class SelectPart(Part):
+    """Base of selections: scores f32 [R, E] -> ids i64 [R, K], best first, E = nobody.
+
+    A score of -inf is never chosen. Ties go to the lowest index.
+    """
+
+    kind: str
+    needs_tokens: ClassVar[bool] = False
+
+    def select(
+        self, scores: Tensor, ctx: Context, shape: tuple[int, int], valid: Tensor | None
+    ) -> Tensor:
+        raise NotImplementedError
+
+    def expected(self, num_experts: int) -> float:
+        """Experts used per row (an upper limit where it varies), for active counts."""
+        raise NotImplementedError
+
+    def check(self, num_experts: int) -> None:
+        """Raise ConfigError where the selection does not fit the number of candidates."""
+
+
+def per_row(value: Tensor, shape: tuple[int, int], rows: int) -> Tensor:
+    """A fact per sample [B] or per token [B, N] or per position [N], as one value per row [R]."""
+    batch, tokens = shape
+    if rows == batch * tokens and value.dim() == 2:
+        return value.expand(batch, tokens).reshape(-1)
+    if value.shape[0] != batch:
+        raise ValueError(f"expected {batch} samples, got {tuple(value.shape)}")
+    if value.dim() == 2:
+        value = value[:, 0]
+    return value if rows == batch else value.repeat_interleave(tokens)
+
+
+def draw(shape: torch.Size, rng: Generator, like: Tensor) -> Tensor:
+    """f32 uniform [0, 1) noise from ``rng``, moved to the device of ``like``."""
+    return torch.rand(shape, generator=rng, device=rng.device).to(like.device)

@@ -1,0 +1,119 @@
+"""A router's configuration: score -> edits -> probability -> select -> weight."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Annotated, Literal, Self, cast
+
+from pydantic import NonNegativeFloat, SerializeAsAny, model_validator
+
+from coterie.core.config import Config
+from coterie.core.errors import ConfigError, describe
+from coterie.core.registry import Part
+from coterie.experts.routers.base import EDITS, SCORES, SELECTS, EditPart, ScorePart, SelectPart
+from coterie.experts.routers.scores import LinearScore
+from coterie.experts.routers.selections import ExpertChoice, RandomK, TopK
+
+if TYPE_CHECKING:
+    from coterie.experts.routers.router import Router
+
+
+def within(path: str, check: Callable[[], None]) -> None:
+    """Run a check of a part; its errors name the field relative to ``path``'s owner."""
+    try:
+        check()
+    except ConfigError as error:
+        raise ConfigError(f"{path}.{error}") from None
+
+
+class RouterConfig(Config):
+    """What decides which experts a row uses and with what gate. All arithmetic is float32.
+
+    ``probability``: softmax or sigmoid of the logits, or the logits themselves (``identity``).
+    ``when``: ``before`` = probabilities of all candidates, then select; ``after`` = select by
+    logits, then the softmax over the selected ones only. ``weight``: gates are the selected
+    probabilities (``raw``), these divided by their sum + ``renorm_eps`` (``renorm``), or 1
+    (``one``); always times ``scale``. ``selection_bias`` adds a buffer [E] to what is selected
+    by, never to the gates (DeepSeek-V3). ``partition`` ``null_label``: unconditional samples go
+    with gate 1 to one more expert at the end of the pool and are masked in the Routing (ProMoE).
+    """
+
+    score: Annotated[SerializeAsAny[Part], SCORES.validator] = LinearScore()
+    edits: tuple[Annotated[SerializeAsAny[Part], EDITS.validator], ...] = ()
+    probability: Literal["softmax", "sigmoid", "identity"] = "softmax"
+    when: Literal["before", "after"] = "before"
+    select: Annotated[SerializeAsAny[Part], SELECTS.validator] = TopK()
+    weight: Literal["raw", "renorm", "one"] = "raw"
+    renorm_eps: NonNegativeFloat = 1e-20
+    scale: float = 1.0
+    selection_bias: bool = False
+    partition: Literal["none", "null_label"] = "none"
+    unit: Literal["token", "sample"] = "token"
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        score, select = self.score_part, self.select_part
+        if select.needs_tokens and self.routed_unit == "sample":
+            hint = "experts choose among the tokens of a sample"
+            raise ConfigError(describe("select", select.kind, "a row-wise selection", hint))
+        if select.needs_tokens and self.when == "after":
+            raise ConfigError(describe("when", self.when, "before, for expert choice"))
+        if self.probability == "identity" and self.weight == "renorm":
+            hint = "raw scores may be negative or sum to 0"
+            raise ConfigError(describe("weight", self.weight, "raw or one", hint))
+        if self.probability != "softmax" and self.when == "after":
+            raise ConfigError(describe("probability", self.probability, "softmax, with when=after"))
+        if self.probability == "identity" and select.kind in ("top_p", "random"):
+            raise ConfigError(describe("probability", self.probability, "softmax or sigmoid"))
+        if self.when == "after" and select.kind in ("top_p", "random"):
+            raise ConfigError(describe("when", self.when, "before, for this selection"))
+        if score.learned and self._gate_is_constant():
+            warnings.warn(
+                "router: one expert per row with a renormalised gate is always 1, so the task "
+                "loss gives the router no gradient; use weight=raw",
+                UserWarning,
+                stacklevel=2,
+            )
+        return self
+
+    def _gate_is_constant(self) -> bool:
+        one = isinstance(self.select, TopK | RandomK) and self.select.k == 1
+        return one and (self.weight == "renorm" or self.when == "after")
+
+    @property
+    def score_part(self) -> ScorePart:
+        return cast(ScorePart, self.score)
+
+    @property
+    def select_part(self) -> SelectPart:
+        return cast(SelectPart, self.select)
+
+    @property
+    def routed_unit(self) -> Literal["token", "sample"]:
+        """What one row is."""
+        return self.score_part.unit or self.unit
+
+    @property
+    def num_reserved(self) -> int:
+        """Experts at the end of the pool that are never scored."""
+        return 0 if self.partition == "none" else 1
+
+    @property
+    def batchwide(self) -> bool:
+        """Whether a row's choice depends on other rows (of its own sample)."""
+        return isinstance(self.select, ExpertChoice)
+
+    def check(self, num_experts: int) -> None:
+        """Raise ConfigError unless the parts fit ``num_experts`` candidates."""
+        within("select", lambda: self.select_part.check(num_experts))
+        for place, edit in enumerate(self.edits):
+            part = cast(EditPart, edit)
+            within(f"edits.{place}", lambda part=part: part.check(num_experts))  # type: ignore[misc]
+
+    def build(self, width: int, num_experts: int, time_width: int | None = None) -> Router:
+        """A router over ``num_experts`` candidates (the reserved expert not counted)."""
+        from coterie.experts.routers.router import Router
+
+        self.check(num_experts)
+        return Router(self, width, num_experts, time_width)

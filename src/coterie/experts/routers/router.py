@@ -1,0 +1,183 @@
+"""One router module for every configuration. Legend: R rows, E candidates, K choices, B, N, D."""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Generator, Tensor, nn
+
+from coterie.core.context import NULL_LABEL, Context
+from coterie.core.routing import Routing
+from coterie.experts.routers.base import EditPart, Scored
+from coterie.experts.routers.config import RouterConfig
+
+
+class Router(nn.Module):
+    """``router(h [B, N, D], ctx) -> Routing``. Float32 throughout, also under autocast.
+
+    With a partition, ``Routing.num_experts`` is the candidates plus the reserved expert, whose
+    columns hold probability 0 and logit -inf; ``Routing.extras["reserved"]`` says how many.
+    """
+
+    selection_bias: Tensor | None
+
+    def __init__(
+        self, config: RouterConfig, width: int, num_experts: int, time_width: int | None = None
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.num_experts = num_experts
+        self.score = config.score_part.build(width, num_experts, time_width)
+        self.edits = nn.ModuleList(cast(EditPart, e).build(num_experts) for e in config.edits)
+        bias = torch.zeros(num_experts) if config.selection_bias else None
+        self.register_buffer("selection_bias", bias)
+        self.reset_parameters(Generator().manual_seed(0))
+
+    def reset_parameters(self, rng: Generator | None = None) -> None:
+        """The score's own initialisation; edits and the selection bias go back to zero."""
+        if any(parameter.device.type == "meta" for parameter in self.parameters()):
+            return
+        self.score.reset_parameters(rng)
+        with torch.no_grad():
+            for parameter in self.edits.parameters():
+                parameter.zero_()
+            if self.selection_bias is not None:
+                self.selection_bias.zero_()
+
+    def forward(self, h: Tensor, ctx: Context) -> Routing:
+        with torch.autocast(device_type=h.device.type, enabled=False):
+            return self._route(h, ctx)
+
+    def _route(self, h: Tensor, ctx: Context) -> Routing:
+        shape = (h.shape[0], h.shape[1])
+        x, real = self._rows(h, ctx)
+        null = self._null_rows(ctx, x.shape[0], shape)
+        scored_rows = real if null is None else (~null if real is None else real & ~null)
+        scored = self.score(x, ctx)
+        logits = self._edit(scored.logits, ctx, table=False)
+        probs = self._probabilities(logits)
+        keys = self._keys(logits, probs)
+        ids = self.config.select_part.select(keys, ctx, shape, scored_rows)
+        gates = self._gates(ids, probs, logits)
+        if scored_rows is not None:
+            ids = ids.masked_fill(~scored_rows[:, None], self.num_experts)
+        gates = gates.masked_fill(ids == self.num_experts, 0.0)
+        if self.config.num_reserved:
+            ids, gates = self._reserve(ids, gates, null, real)
+            logits = F.pad(logits, (0, 1), value=float("-inf"))
+            probs = F.pad(probs, (0, 1))
+        return self._record(ctx, shape, x, scored, ids, gates, probs, logits, scored_rows)
+
+    def _rows(self, h: Tensor, ctx: Context) -> tuple[Tensor, Tensor | None]:
+        """What is scored, f32 [R, D], and which rows are real (None = all)."""
+        mask = ctx.token_mask
+        if mask is not None:
+            # Padding may hold anything, also NaN, which would reach the weights' gradient.
+            h = h.masked_fill(~mask[:, :, None], 0.0)
+        if self.config.routed_unit == "token":
+            return h.float().flatten(0, 1), None if mask is None else mask.flatten()
+        if not self.config.score_part.reads_rows:
+            return h.new_zeros(h.shape[0], 0, dtype=torch.float32), _any(mask)
+        total = h.float().sum(dim=1)
+        if mask is None:
+            return total / max(1, h.shape[1]), None
+        return total / mask.sum(dim=1, keepdim=True).clamp_min(1), _any(mask)
+
+    def _null_rows(self, ctx: Context, rows: int, shape: tuple[int, int]) -> Tensor | None:
+        """bool [R]: rows of unconditional samples; None without a partition."""
+        if not self.config.num_reserved:
+            return None
+        if ctx.label is None:
+            device = None if ctx.noise is None else ctx.noise.device
+            return torch.zeros(rows, dtype=torch.bool, device=device)
+        null = ctx.label == NULL_LABEL
+        return null if self.config.routed_unit == "sample" else null.repeat_interleave(shape[1])
+
+    def _edit(self, logits: Tensor, ctx: Context, table: bool) -> Tensor:
+        for part, edit in zip(self.config.edits, self.edits):
+            if not table or cast(EditPart, part).for_table:
+                logits = edit(logits, ctx)
+        return logits
+
+    def _probabilities(self, logits: Tensor) -> Tensor:
+        if self.config.probability == "softmax":
+            return logits.softmax(dim=-1)
+        if self.config.probability == "sigmoid":
+            return logits.sigmoid()
+        return logits
+
+    def _keys(self, logits: Tensor, probs: Tensor) -> Tensor:
+        """What is selected by; a masked candidate keeps -inf whatever the bias."""
+        keys = (logits if self.config.when == "after" else probs).detach()
+        if self.selection_bias is not None:
+            keys = keys + self.selection_bias
+        return keys.masked_fill(logits.detach() == float("-inf"), float("-inf"))
+
+    def _gates(self, ids: Tensor, probs: Tensor, logits: Tensor) -> Tensor:
+        """f32 [R, K]; the sentinel's gate is 0."""
+        if self.config.weight == "one":
+            return torch.full(ids.shape, self.config.scale, device=ids.device)
+        if self.config.when == "after":
+            # A row of nobody would be a softmax over nothing; its gates are dropped below.
+            chosen = F.pad(logits, (0, 1), value=-1e30).gather(1, ids)
+            gates = chosen.softmax(dim=1)
+        else:
+            gates = F.pad(probs, (0, 1)).gather(1, ids)
+        if self.config.weight == "renorm":
+            gates = gates / (gates.sum(dim=1, keepdim=True) + self.config.renorm_eps)
+        return gates * self.config.scale
+
+    def _reserve(
+        self, ids: Tensor, gates: Tensor, null: Tensor | None, real: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Send unconditional rows to the expert after the candidates, with gate 1."""
+        assert null is not None
+        ids = torch.where(ids == self.num_experts, self.num_experts + 1, ids)
+        taken = null if real is None else null & real
+        first = torch.zeros_like(ids, dtype=torch.bool)
+        first[:, 0] = taken
+        return ids.masked_fill(first, self.num_experts), gates.masked_fill(first, 1.0)
+
+    def _record(
+        self,
+        ctx: Context,
+        shape: tuple[int, int],
+        x: Tensor,
+        scored: Scored,
+        ids: Tensor,
+        gates: Tensor,
+        probs: Tensor,
+        logits: Tensor,
+        mask: Tensor | None,
+    ) -> Routing:
+        table = scored.table
+        if table is not None:
+            table = self._probabilities(self._edit(table, ctx, table=True))
+        return Routing(
+            unit=self.config.routed_unit,
+            num_experts=self.num_experts + self.config.num_reserved,
+            ids=ids,
+            gates=gates,
+            probs=probs,
+            logits=logits,
+            batch=shape,
+            mask=mask,
+            slot=ctx.slot,
+            layer=ctx.layer,
+            round=ctx.round,
+            noise=ctx.noise,
+            step_index=ctx.step_index,
+            label=ctx.label,
+            sample_ids=ctx.sample_ids,
+            inputs=x if self.config.score_part.reads_rows else None,
+            prototypes=scored.prototypes,
+            table=table,
+            state=scored.state,
+            extras={"reserved": self.config.num_reserved} if self.config.num_reserved else {},
+        )
+
+
+def _any(mask: Tensor | None) -> Tensor | None:
+    return None if mask is None else mask.any(dim=1)

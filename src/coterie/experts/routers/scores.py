@@ -1,0 +1,145 @@
+"""Scores that read the rows: linear, two-layer, cosine prototypes, one router per task."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import PositiveInt
+from torch import Generator, Tensor, nn
+
+from coterie.core.context import Context
+from coterie.core.errors import ConfigError
+from coterie.experts.routers.base import SCORES, Scored, ScoreModule, ScorePart, per_row
+
+
+def init_linear(linear: nn.Linear, std: float | None, rng: Generator | None) -> None:
+    """N(0, std), or Kaiming uniform with a = sqrt(5) (bound 1/sqrt(fan_in)); bias 0."""
+    with torch.no_grad():
+        if std is None:
+            bound = 1.0 / math.sqrt(linear.in_features)
+            linear.weight.uniform_(-bound, bound, generator=rng)
+        else:
+            linear.weight.normal_(0.0, std, generator=rng)
+        if linear.bias is not None:
+            linear.bias.zero_()
+
+
+def linear_f32(linear: nn.Linear, x: Tensor) -> Tensor:
+    """The map in float32 whatever the parameters' storage type."""
+    bias = None if linear.bias is None else linear.bias.float()
+    return F.linear(x, linear.weight.float(), bias)
+
+
+@SCORES.register
+class LinearScore(ScorePart):
+    """``logits = x W^T (+ b)``. ``init_std`` None = Kaiming uniform (DiT-MoE)."""
+
+    kind: Literal["linear"] = "linear"
+    bias: bool = False
+    init_std: float | None = None
+
+    def build(self, width: int, num_experts: int, time_width: int | None) -> ScoreModule:
+        return _Linear(self, width, num_experts)
+
+
+class _Linear(ScoreModule):
+    def __init__(self, config: LinearScore, width: int, num_experts: int) -> None:
+        super().__init__()
+        self.std = config.init_std
+        self.proj = nn.Linear(width, num_experts, bias=config.bias)
+
+    def forward(self, x: Tensor, ctx: Context) -> Scored:
+        return Scored(linear_f32(self.proj, x))
+
+    def reset_parameters(self, rng: Generator | None) -> None:
+        init_linear(self.proj, self.std, rng)
+
+
+@SCORES.register
+class MLPScore(ScorePart):
+    """``W2 GELU(W1 x + b1) + b2`` with inner size ``hidden`` (default twice the width)."""
+
+    kind: Literal["mlp"] = "mlp"
+    hidden: PositiveInt | None = None
+    init_std: float | None = 0.02
+
+    def build(self, width: int, num_experts: int, time_width: int | None) -> ScoreModule:
+        return TwoLayer(width, self.hidden or 2 * width, num_experts, self.init_std)
+
+
+class TwoLayer(ScoreModule):
+    """Two-layer score on rows."""
+
+    def __init__(self, width: int, hidden: int, num_experts: int, std: float | None) -> None:
+        super().__init__()
+        self.std = std
+        self.inner = nn.Linear(width, hidden)
+        self.proj = nn.Linear(hidden, num_experts)
+
+    def forward(self, x: Tensor, ctx: Context) -> Scored:
+        return Scored(linear_f32(self.proj, F.gelu(linear_f32(self.inner, x))))
+
+    def reset_parameters(self, rng: Generator | None) -> None:
+        init_linear(self.inner, self.std, rng)
+        init_linear(self.proj, self.std, rng)
+
+
+@SCORES.register
+class CosineScore(ScorePart):
+    """Cosine of a row with each prototype (ProMoE, arXiv:2510.24711); prototypes N(0, 0.02)."""
+
+    kind: Literal["cosine"] = "cosine"
+    init_std: float = 0.02
+
+    def build(self, width: int, num_experts: int, time_width: int | None) -> ScoreModule:
+        return _Cosine(self, width, num_experts)
+
+
+class _Cosine(ScoreModule):
+    def __init__(self, config: CosineScore, width: int, num_experts: int) -> None:
+        super().__init__()
+        self.std = config.init_std
+        self.prototypes = nn.Parameter(torch.empty(num_experts, width))
+
+    def forward(self, x: Tensor, ctx: Context) -> Scored:
+        prototypes = self.prototypes.float()
+        logits = F.normalize(x, dim=-1) @ F.normalize(prototypes, dim=-1).T
+        return Scored(logits, prototypes=prototypes)
+
+    def reset_parameters(self, rng: Generator | None) -> None:
+        with torch.no_grad():
+            self.prototypes.normal_(0.0, self.std, generator=rng)
+
+
+@SCORES.register
+class TaskLinearScore(ScorePart):
+    """One linear router per task, picked by ``ctx.task``: a softmax per task (HoME, MMoE)."""
+
+    kind: Literal["task_linear"] = "task_linear"
+    num_tasks: PositiveInt
+    init_std: float | None = None
+
+    def build(self, width: int, num_experts: int, time_width: int | None) -> ScoreModule:
+        return _TaskLinear(self, width, num_experts)
+
+
+class _TaskLinear(ScoreModule):
+    def __init__(self, config: TaskLinearScore, width: int, num_experts: int) -> None:
+        super().__init__()
+        self.std = config.init_std
+        self.num_tasks = config.num_tasks
+        self.proj = nn.Linear(width, config.num_tasks * num_experts, bias=False)
+
+    def forward(self, x: Tensor, ctx: Context) -> Scored:
+        if ctx.task is None:
+            raise ConfigError("router.score: task_linear needs a task in the context")
+        every = linear_f32(self.proj, x).view(x.shape[0], self.num_tasks, -1)
+        task = per_row(ctx.task, (ctx.batch, ctx.tokens), x.shape[0])
+        index = task[:, None, None].expand(-1, 1, every.shape[2])
+        return Scored(every.gather(1, index)[:, 0])
+
+    def reset_parameters(self, rng: Generator | None) -> None:
+        init_linear(self.proj, self.std, rng)

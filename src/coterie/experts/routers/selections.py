@@ -1,0 +1,258 @@
+"""Selections: which candidates a row (or, for expert choice, an expert) takes.
+
+All return ids i64 [R, K] in the order of preference, the number of candidates standing for nobody.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+import torch
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
+from torch import Tensor
+
+from coterie.core.context import Context
+from coterie.core.errors import ConfigError, describe
+from coterie.experts.routers.base import SELECTS, SelectPart, draw
+
+_FEW = 4  # up to here k passes of argmax beat one stable sort
+
+
+def top_ids(scores: Tensor, k: int) -> Tensor:
+    """i64 [R, k]: the k best per row, ties to the lowest index (``topk`` promises no order)."""
+    if k <= _FEW:
+        left, chosen = scores.detach(), []
+        for _ in range(k):
+            best = left.argmax(dim=1, keepdim=True)
+            chosen.append(best)
+            left = left.scatter(1, best, float("-inf"))
+        ids = torch.cat(chosen, dim=1)
+    else:
+        ids = scores.detach().sort(dim=1, descending=True, stable=True).indices[:, :k]
+    return _drop_masked(scores, ids)
+
+
+def _drop_masked(scores: Tensor, ids: Tensor) -> Tensor:
+    """Choices whose score is -inf were no candidates: nobody."""
+    dead = scores.detach().gather(1, ids) == float("-inf")
+    return ids.masked_fill(dead, scores.shape[1])
+
+
+class _K(SelectPart):
+    k: PositiveInt = 2
+
+    def expected(self, num_experts: int) -> float:
+        return float(self.k)
+
+    def check(self, num_experts: int) -> None:
+        if self.k > num_experts:
+            allowed = f"k <= E, that is 1..{num_experts}"
+            raise ConfigError(describe("k", self.k, allowed, f"k > E: {self.k} > {num_experts}"))
+
+
+@SELECTS.register
+class TopK(_K):
+    """The k best."""
+
+    kind: Literal["top_k"] = "top_k"
+
+    def select(
+        self, scores: Tensor, ctx: Context, shape: tuple[int, int], valid: Tensor | None
+    ) -> Tensor:
+        return top_ids(scores, self.k)
+
+
+@SELECTS.register
+class RandomK(_K):
+    """Training: k drawn without replacement in proportion to the probabilities; else the k best.
+
+    (MoDE, arXiv:2412.12953.) Drawn by Gumbel noise from ``ctx.rng``; without one, the k best.
+    """
+
+    kind: Literal["random"] = "random"
+
+    def select(
+        self, scores: Tensor, ctx: Context, shape: tuple[int, int], valid: Tensor | None
+    ) -> Tensor:
+        if not ctx.training or ctx.rng is None:
+            return top_ids(scores, self.k)
+        uniform = draw(scores.shape, ctx.rng, scores).clamp_min(torch.finfo(torch.float32).tiny)
+        gumbel = -(-uniform.log()).clamp_min(torch.finfo(torch.float32).tiny).log()
+        floor = torch.finfo(torch.float32).tiny
+        masked = scores.detach() == float("-inf")
+        keys = scores.detach().clamp_min(floor).log() + gumbel
+        return top_ids(keys.masked_fill(masked, float("-inf")), self.k)
+
+
+@SELECTS.register
+class Dense(SelectPart):
+    """All candidates."""
+
+    kind: Literal["dense"] = "dense"
+
+    def select(
+        self, scores: Tensor, ctx: Context, shape: tuple[int, int], valid: Tensor | None
+    ) -> Tensor:
+        ids = torch.arange(scores.shape[1], device=scores.device).expand(scores.shape)
+        return _drop_masked(scores, ids)
+
+    def expected(self, num_experts: int) -> float:
+        return float(num_experts)
+
+
+@SELECTS.register
+class TopP(SelectPart):
+    """The fewest best whose probabilities exceed p, the crossing one included.
+
+    (Dynamic routing, arXiv:2403.07652.) Between ``min_k`` and ``max_k`` (None = all).
+    """
+
+    kind: Literal["top_p"] = "top_p"
+    p: float = Field(default=0.4, gt=0.0, le=1.0)
+    min_k: PositiveInt = 1
+    max_k: PositiveInt | None = None
+
+    def select(
+        self, scores: Tensor, ctx: Context, shape: tuple[int, int], valid: Tensor | None
+    ) -> Tensor:
+        num_experts = scores.shape[1]
+        limit = num_experts if self.max_k is None else self.max_k
+        ranked, ids = scores.detach().sort(dim=1, descending=True, stable=True)
+        before = ranked.clamp_min(0.0).double().cumsum(dim=1)
+        needed = (1 + (before <= self.p).sum(dim=1)).clamp(self.min_k, limit)
+        widest = int(needed.max()) if needed.numel() else 1
+        rank = torch.arange(num_experts, device=scores.device)
+        ids = ids.masked_fill(rank >= needed[:, None], num_experts)
+        ids = ids.masked_fill(ranked == float("-inf"), num_experts)
+        return ids[:, : min(widest, num_experts)]
+
+    def expected(self, num_experts: int) -> float:
+        return float(num_experts if self.max_k is None else self.max_k)
+
+    def check(self, num_experts: int) -> None:
+        high = num_experts if self.max_k is None else self.max_k
+        if high > num_experts:
+            raise ConfigError(describe("max_k", high, f"1..{num_experts}"))
+        if self.min_k > high:
+            raise ConfigError(describe("min_k", self.min_k, f"1..{high}"))
+
+
+@SELECTS.register
+class Rank(SelectPart):
+    """The candidates at given places of the descending order, e.g. (1,) = the second best."""
+
+    kind: Literal["rank"] = "rank"
+    ranks: tuple[NonNegativeInt, ...] = (0, 1)
+
+    def select(
+        self, scores: Tensor, ctx: Context, shape: tuple[int, int], valid: Tensor | None
+    ) -> Tensor:
+        order = scores.detach().sort(dim=1, descending=True, stable=True).indices
+        wanted = torch.tensor(self.ranks, device=scores.device)
+        return _drop_masked(scores, order.index_select(1, wanted))
+
+    def expected(self, num_experts: int) -> float:
+        return float(len(self.ranks))
+
+    def check(self, num_experts: int) -> None:
+        if not self.ranks or len(set(self.ranks)) != len(self.ranks):
+            raise ConfigError(describe("ranks", self.ranks, "at least one, all different"))
+        if max(self.ranks) >= num_experts:
+            raise ConfigError(describe("ranks", self.ranks, f"each in 0..{num_experts - 1}"))
+
+
+@SELECTS.register
+class Fixed(SelectPart):
+    """Always these experts, whatever the scores (ablations, single-expert runs)."""
+
+    kind: Literal["fixed"] = "fixed"
+    ids: tuple[NonNegativeInt, ...] = (0,)
+
+    def select(
+        self, scores: Tensor, ctx: Context, shape: tuple[int, int], valid: Tensor | None
+    ) -> Tensor:
+        ids = torch.tensor(self.ids, device=scores.device).expand(scores.shape[0], -1)
+        return _drop_masked(scores, ids)
+
+    def expected(self, num_experts: int) -> float:
+        return float(len(self.ids))
+
+    def check(self, num_experts: int) -> None:
+        if not self.ids or len(set(self.ids)) != len(self.ids):
+            raise ConfigError(describe("ids", self.ids, "at least one, all different"))
+        if max(self.ids) >= num_experts:
+            raise ConfigError(describe("ids", self.ids, f"each in 0..{num_experts - 1}"))
+
+
+@SELECTS.register
+class GroupLimited(_K):
+    """The k best within the best ``top_groups`` of ``groups`` consecutive groups.
+
+    A group's score is its best candidate (DeepSeek-V2, arXiv:2405.04434) or the sum of its two
+    best (DeepSeek-V3, arXiv:2412.19437).
+    """
+
+    kind: Literal["group_limited"] = "group_limited"
+    groups: PositiveInt = 2
+    top_groups: PositiveInt = 1
+    group_score: Literal["max", "top2_sum"] = "max"
+
+    def select(
+        self, scores: Tensor, ctx: Context, shape: tuple[int, int], valid: Tensor | None
+    ) -> Tensor:
+        rows, num_experts = scores.shape
+        grouped = scores.detach().view(rows, self.groups, num_experts // self.groups)
+        if self.group_score == "max" or grouped.shape[2] == 1:
+            strength = grouped.amax(dim=2)
+        else:
+            strength = grouped.topk(2, dim=2).values.sum(dim=2)
+        kept = torch.zeros(rows, self.groups + 1, dtype=torch.bool, device=scores.device)
+        kept.scatter_(1, top_ids(strength, self.top_groups), True)
+        open_ = kept[:, : self.groups, None].expand_as(grouped).reshape(rows, num_experts)
+        return top_ids(scores.masked_fill(~open_, float("-inf")), self.k)
+
+    def check(self, num_experts: int) -> None:
+        super().check(num_experts)
+        if num_experts % self.groups:
+            raise ConfigError(describe("groups", self.groups, f"a divisor of {num_experts}"))
+        if self.top_groups > self.groups:
+            raise ConfigError(describe("top_groups", self.top_groups, f"1..{self.groups}"))
+        reach = self.top_groups * (num_experts // self.groups)
+        if self.k > reach:
+            raise ConfigError(describe("k", self.k, f"1..{reach}, the size of the kept groups"))
+
+
+@SELECTS.register
+class ExpertChoice(SelectPart):
+    """Each expert takes its best tokens of each sample: ``max(1, min(floor(N / E * k), N))``.
+
+    (arXiv:2202.09368; per sample as in ProMoE.) A token may be taken by several experts or none.
+    ``k`` is the mean number of experts per token and need not be whole.
+    """
+
+    kind: Literal["expert_choice"] = "expert_choice"
+    k: PositiveFloat = 1.0
+    needs_tokens: ClassVar[bool] = True
+
+    def capacity(self, tokens: int, num_experts: int) -> int:
+        return max(1, min(int(tokens / num_experts * self.k), tokens))
+
+    def select(
+        self, scores: Tensor, ctx: Context, shape: tuple[int, int], valid: Tensor | None
+    ) -> Tensor:
+        (batch, tokens), num_experts = shape, scores.shape[1]
+        if scores.shape[0] == 0:
+            return scores.new_zeros(0, 1, dtype=torch.int64)
+        free = scores.detach()
+        if valid is not None:
+            free = free.masked_fill(~valid[:, None], float("-inf"))
+        by_expert = free.view(batch, tokens, num_experts).transpose(1, 2).flatten(0, 1)
+        taken = top_ids(by_expert, self.capacity(tokens, num_experts))
+        chosen = torch.zeros(batch * num_experts, tokens + 1, dtype=torch.bool, device=free.device)
+        chosen.scatter_(1, taken, True)
+        chosen = chosen[:, :tokens].view(batch, num_experts, tokens).transpose(1, 2).flatten(0, 1)
+        most = max(1, int(chosen.sum(dim=1).max()))
+        return top_ids(free.masked_fill(~chosen, float("-inf")), min(most, num_experts))
+
+    def expected(self, num_experts: int) -> float:
+        return min(self.k, float(num_experts))

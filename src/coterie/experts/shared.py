@@ -1,0 +1,59 @@
+"""Shared experts: always on, outside the softmax, never counted by a balance loss."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from pydantic import PositiveInt
+from torch import Generator, Tensor, nn
+
+from coterie.core.config import Config
+from coterie.experts.dispatch.backends import experts_of
+from coterie.experts.kinds import ExpertKind, ExpertPool
+from coterie.experts.routers.scores import init_linear, linear_f32
+
+
+class SharedConfig(Config):
+    """``count`` shared experts of inner size ``hidden``, of the same kind as the routed ones.
+
+    ``gate`` ``one``: weight exactly 1, merged into one expert of inner size count * hidden (the
+    same function). ``self``: each times its own gate read from the input, a sigmoid for one
+    expert and a softmax over several (Qwen2-MoE's shared gate, HoME's self gate).
+    """
+
+    hidden: PositiveInt
+    count: PositiveInt = 1
+    gate: Literal["one", "self"] = "one"
+
+    def build(self, kind: ExpertKind, width: int) -> SharedExperts:
+        return SharedExperts(self, kind, width)
+
+
+class SharedExperts(nn.Module):
+    """``forward(x [..., D]) -> [..., D]``."""
+
+    def __init__(self, config: SharedConfig, kind: ExpertKind, width: int) -> None:
+        super().__init__()
+        merged = config.gate == "one"
+        hidden = config.hidden * (config.count if merged else 1)
+        self.pool = ExpertPool(kind.with_hidden(hidden), 1 if merged else config.count, width)
+        self.gate = None if merged else nn.Linear(width, config.count, bias=False)
+        self.reset_parameters(Generator().manual_seed(0))
+
+    def reset_parameters(self, rng: Generator | None = None) -> None:
+        self.pool.reset_parameters(rng)
+        if self.gate is not None and self.gate.weight.device.type != "meta":
+            init_linear(self.gate, None, rng)
+
+    def forward(self, x: Tensor) -> Tensor:
+        answers = [self.pool.kind.forward(x, weights) for weights in experts_of(self.pool)]
+        if self.gate is None:
+            return answers[0]
+        with torch.autocast(device_type=x.device.type, enabled=False):
+            logits = linear_f32(self.gate, x.float())
+        gates = logits.sigmoid() if len(answers) == 1 else logits.softmax(dim=-1)
+        total = torch.zeros_like(x)
+        for gate, answer in zip(gates.to(x.dtype).unbind(-1), answers):
+            total = total + gate[..., None] * answer
+        return total
