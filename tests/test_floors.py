@@ -22,8 +22,9 @@ FLOORS: tuple[tuple[str, ...], ...] = (
 )
 FLOOR = {area: floor for floor, areas in enumerate(FLOORS) for area in areas}
 
-# A denoiser is a backbone with its process: the one neighbour that may be named.
-NEIGHBOURS = {("denoiser", "backbones")}
+# Neighbours that may be named, one way only: a denoiser is a backbone with its process, and a
+# finished run leaves a model directory.
+NEIGHBOURS = {("denoiser", "backbones"), ("train", "hub")}
 
 # What anyone may take from the package itself; everything there is only a shorter name.
 ROOT_NAMES = {"__version__"}
@@ -108,6 +109,7 @@ def test_the_tree_is_there() -> None:
         ("solvers/a.py", "from coterie import ensembles", "sibling ensembles"),
         ("backbones/a.py", "from coterie.denoiser import Denoiser", "sibling denoiser"),
         ("hub.py", "from coterie.cli import main", "upward"),
+        ("hub.py", "from coterie.train.run import RunConfig", "sibling train"),
         ("serve/a.py", "from coterie.recipes import get_recipe", "only cli may"),
         ("train/a.py", "from coterie import RunConfig", "from the package itself"),
         ("extra/a.py", "import os", "stands on no floor"),

@@ -1,0 +1,46 @@
+"""``coterie demo``: from nothing to trained experts, samples and a report."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from coterie.cli.output import progress_bar, say
+from coterie.cli.overrides import ANY_FLAG, apply, split, takes_paths
+
+RECIPE = "dit-moe"
+DATA = "mnist-5k"
+NUM = 100
+
+
+@click.command("demo", context_settings=ANY_FLAG)
+@takes_paths("[--PATH=VALUE]...")
+@click.option(
+    "--out", type=click.Path(path_type=Path), default=Path("runs/demo"), show_default=True
+)
+@click.option("-q", "--quiet", is_flag=True, help="No progress bar.")
+@click.pass_context
+def command(ctx: click.Context, arguments: tuple[str, ...], out: Path, quiet: bool) -> None:
+    """Train a small mixture of experts on handwritten digits, draw samples, report who does what.
+
+    Takes minutes on two processor cores. The same command again resumes, or only draws again.
+    """
+    words, paths = split(arguments)
+    if words:
+        raise click.UsageError(f"unexpected: {' '.join(words)}")
+    from coterie.data.fetch import fetch
+    from coterie.recipes import get_recipe
+    from coterie.train.report import report_run
+    from coterie.train.run import load_run, start
+    from coterie.train.sampling import sample_run
+
+    config = apply(ctx, get_recipe(RECIPE).config("demo"), paths)
+    fetch(DATA)
+    run = start(config, out, progress=not quiet)
+    with progress_bar(NUM, "sampling", quiet) as advance:
+        samples = sample_run(load_run(run), num=NUM, out=run / "samples", progress=advance)
+    page = report_run(run, run / "report", progress=not quiet)
+    say(f"samples  {samples / 'grid.png'}")
+    say(f"report   {page}")
+    say(f"numbers  {page.with_name('report.json')}")

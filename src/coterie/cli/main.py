@@ -1,0 +1,80 @@
+"""The command ``coterie``: loads a verb when it is called, and turns errors into one line."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+
+import click
+
+from coterie.core.errors import CoterieError, unknown
+
+VERBS = {
+    "demo": "Train a small mixture of experts on digits, sample, report. Minutes.",
+    "train": "Train a recipe, or resume it.",
+    "sample": "Draw samples from a run.",
+    "report": "Who does what: experts over layers, noise levels and classes of a run.",
+    "verify": "Measure the claims of recipes against their baselines.",
+    "bench": "Time the expert layers on this machine.",
+    "data": "List data sets, or get one.",
+    "list": "List recipes and every kind of part.",
+    "show": "The configuration and the size of a recipe.",
+    "cite": "BibTeX of recipes.",
+    "env": "Versions, processor, threads and devices here.",
+}
+"""Verb -> one line of help; ``cli/<verb>.py`` defines its ``command``."""
+
+INTERRUPTED = 130
+USER_ERROR = 2
+
+
+class LazyGroup(click.Group):
+    """A group whose commands are imported one at a time, so that help stays quick."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(VERBS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in VERBS:
+            raise click.UsageError(unknown("command", cmd_name, VERBS), ctx)
+        command = importlib.import_module(f"coterie.cli.{cmd_name}").command
+        assert isinstance(command, click.Command)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl(list(VERBS.items()))
+
+
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="coterie")
+def cli() -> None:
+    """coterie: diffusion models made of many experts.
+
+    Start with `coterie demo`. The same command again resumes what was interrupted. Any flag with a
+    dot is a path into the configuration: `coterie train dit-moe --train.steps=300`.
+    """
+
+
+def run(argv: Sequence[str] | None = None) -> int:
+    """Run one command line (default: the process's) and return its exit code."""
+    try:
+        code = cli.main(
+            args=None if argv is None else list(argv), prog_name="coterie", standalone_mode=False
+        )
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except click.Abort:
+        click.echo("interrupted; what was saved is intact", err=True)
+        return INTERRUPTED
+    except CoterieError as error:
+        click.echo(f"error: {' '.join(str(error).split())}", err=True)
+        return USER_ERROR
+    return code if isinstance(code, int) else 0
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point of the console script. Exit codes: 0, 2 (a user's error), 130 (interrupted)."""
+    sys.exit(run(argv))

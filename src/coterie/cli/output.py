@@ -1,0 +1,90 @@
+"""What the verbs say: tables for people, JSON for programs."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import click
+
+
+def say(text: str = "") -> None:
+    click.echo(text)
+
+
+def say_json(value: Any) -> None:
+    """Print ``value`` as JSON; paths and records become strings and objects."""
+    click.echo(json.dumps(value, indent=2, default=_plain))
+
+
+@contextmanager
+def progress_bar(total: int, label: str, quiet: bool = False) -> Iterator[Callable[[int], None]]:
+    """A bar on standard error; yields the function that moves it on by some units."""
+    from tqdm.auto import tqdm
+
+    with tqdm(total=total, desc=label, disable=quiet, dynamic_ncols=True) as bar:
+        yield bar.update
+
+
+def table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str] | None = None) -> str:
+    """Rows of equal keys as aligned text; numbers to the right."""
+    if not rows:
+        return "(none)"
+    names = list(columns or rows[0])
+    cells = [[human(row.get(name)) for name in names] for row in rows]
+    widths = [max(len(line[i]) for line in [names, *cells]) for i in range(len(names))]
+    right = [all(_is_number(row.get(name)) for row in rows) for name in names]
+
+    def join(line: Sequence[str]) -> str:
+        padded = (
+            text.rjust(width) if to_right else text.ljust(width)
+            for text, width, to_right in zip(line, widths, right)
+        )
+        return "  ".join(padded).rstrip()
+
+    return "\n".join([join(names), join(["-" * width for width in widths]), *map(join, cells)])
+
+
+def human(value: Any) -> str:
+    """A value for reading: thousands separated, four significant digits."""
+    if value is None:
+        return "-"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, float):
+        return f"{value:,.0f}" if abs(value) >= 10_000 else f"{value:.4g}"
+    if isinstance(value, list | tuple):
+        return ", ".join(human(item) for item in value)
+    return str(value)
+
+
+def facts(values: Mapping[str, Any], indent: str = "") -> str:
+    """``name  value`` lines; nested mappings indented below their name."""
+    width = max((len(name) for name in values), default=0)
+    lines = []
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            lines += [f"{indent}{name}", facts(value, indent + "  ")]
+        else:
+            lines.append(f"{indent}{name.ljust(width)}  {human(value)}")
+    return "\n".join(lines)
+
+
+def _is_number(value: Any) -> bool:
+    return value is None or (isinstance(value, int | float) and not isinstance(value, bool))
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return dataclasses.asdict(value)
+    if isinstance(value, Path):
+        return str(value)
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    raise TypeError(f"{type(value).__name__} has no JSON form")

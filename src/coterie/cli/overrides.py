@@ -1,0 +1,100 @@
+"""Flags that are paths into the configuration: ``--train.steps=300`` or ``--train.steps 300``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+if TYPE_CHECKING:
+    from coterie.recipes import Recipe
+    from coterie.train.run import RunConfig
+
+ANY_FLAG = {"ignore_unknown_options": True, "help_option_names": ["-h", "--help"]}
+"""Context settings of a command that takes configuration paths as flags."""
+
+CommandT = TypeVar("CommandT", bound=Callable[..., Any])
+
+
+def takes_paths(metavar: str) -> Callable[[CommandT], CommandT]:
+    """Decorator: collect what is no option of the command as ``arguments`` (see :func:`split`)."""
+    return click.argument("arguments", nargs=-1, type=click.UNPROCESSED, metavar=metavar)
+
+
+def split(arguments: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+    """Positional words, and ``{path: text}`` of the flags. The last of equal flags wins.
+
+    Raises click.UsageError for a flag without a value.
+    """
+    words: list[str] = []
+    paths: dict[str, str] = {}
+    waiting = iter(arguments)
+    for argument in waiting:
+        if not argument.startswith("--"):
+            if argument.startswith("-") and len(argument) > 1:
+                raise click.NoSuchOption(argument)
+            words.append(argument)
+            continue
+        path, equals, value = argument[2:].partition("=")
+        if not equals:
+            value = next(waiting, "--")
+            if value.startswith("--"):
+                raise click.UsageError(f"--{path} needs a value: --{path}=VALUE")
+        paths[path.replace("-", "_")] = value
+    return words, paths
+
+
+def one_word(words: Sequence[str], what: str) -> str:
+    """The only positional argument, named ``what`` in the error."""
+    if not words:
+        raise click.UsageError(f"missing {what}")
+    if len(words) > 1:
+        raise click.UsageError(f"one {what} at a time; unexpected: {' '.join(words[1:])}")
+    return words[0]
+
+
+def apply(ctx: click.Context, config: RunConfig, paths: Mapping[str, str]) -> RunConfig:
+    """The configuration with the flags applied, validated.
+
+    A flag that is neither an option of the command nor a field at the top of the configuration
+    is reported against both, so that a misspelt option is recognised.
+    """
+    from coterie.core.config import override
+
+    fields = type(config).model_fields
+    for path in paths:
+        if path.split(".")[0] not in fields:
+            raise click.NoSuchOption(
+                f"--{path}", possibilities=_close(path, [*_options(ctx), *fields]), ctx=ctx
+            )
+    return override(config, paths)
+
+
+def recipe_and_config(
+    ctx: click.Context, arguments: Sequence[str], preset: str
+) -> tuple[Recipe, RunConfig]:
+    """What ``RECIPE [--PATH=VALUE]...`` asks for."""
+    words, paths = split(arguments)
+    name = one_word(words, "RECIPE")
+    from coterie.recipes import get_recipe
+
+    recipe = get_recipe(name)
+    return recipe, apply(ctx, recipe.config(preset), paths)
+
+
+def _options(ctx: click.Context) -> list[str]:
+    return [
+        flag.lstrip("-")
+        for parameter in ctx.command.params
+        if isinstance(parameter, click.Option)
+        for flag in parameter.opts
+    ]
+
+
+def _close(path: str, known: Iterable[str]) -> list[str]:
+    import difflib
+
+    head, dot, rest = path.partition(".")
+    close = difflib.get_close_matches(head, list(known), n=3)
+    return [f"--{name}{dot}{rest}" for name in close]
