@@ -1,7 +1,20 @@
 """Floor 1: data sources, the order in which they are seen, and islands cut from them."""
 
-from coterie.data import image_downloads, images, text, text_downloads, toys
-from coterie.data.order import order
+# Importing a module registers its sources and downloads.
+from coterie.data import (
+    emoji,
+    fetch,
+    folder,
+    hub_datasets,
+    image_downloads,
+    images,
+    text,
+    text_downloads,
+    toys,
+)
+from coterie.data.catalog import SourceStatus, describe_source, status
+from coterie.data.ordering import order
+from coterie.data.partition import Partition, Shard, compact, kmeans_partition, shards_of
 from coterie.data.source import (
     SOURCES,
     ArraySource,
@@ -19,14 +32,26 @@ __all__ = [
     "ArraySource",
     "ByteTokenizer",
     "Mixture",
+    "Partition",
+    "Shard",
     "SourceConfig",
     "SourceInfo",
+    "SourceStatus",
     "Split",
     "Subset",
     "build_source",
+    "compact",
+    "describe_source",
+    "emoji",
+    "fetch",
+    "folder",
+    "hub_datasets",
     "image_downloads",
     "images",
+    "kmeans_partition",
     "order",
+    "shards_of",
+    "status",
     "text",
     "text_downloads",
     "toys",

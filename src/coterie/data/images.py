@@ -69,8 +69,7 @@ class ImageConfig(SourceConfig):
 
     def transform(self, images: Tensor) -> Tensor:
         """u8 [B, C, H, W], or f32 already in [-1, 1] -> f32 in [-1, 1]."""
-        if images.dtype == torch.uint8:
-            images = images.float().div_(127.5).sub_(1.0)
+        images = self.scale(images)
         if self.size is not None and images.shape[-1] != self.size:
             images = resize(images, self.size)
         if self.crop:
@@ -78,6 +77,11 @@ class ImageConfig(SourceConfig):
         if self.pad:
             images = F.pad(images, [self.pad] * 4, value=self.background)
         return images.contiguous()
+
+    @staticmethod
+    def scale(images: Tensor) -> Tensor:
+        """u8 -> f32 in [-1, 1]; f32 stays as it is."""
+        return images.float().div_(127.5).sub_(1.0) if images.dtype == torch.uint8 else images
 
 
 def resize(images: Tensor, side: int) -> Tensor:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Protocol
 
 import numpy as np
 import torch
@@ -22,7 +22,7 @@ from coterie.core.batch import Batch, Source
 from coterie.core.errors import ConfigError, DataError, describe
 from coterie.core.prediction import Condition
 from coterie.core.registry import Part, Registry
-from coterie.data.order import permutation
+from coterie.data.ordering import permutation
 
 Split = Literal["train", "held_out"]
 SPLITS: tuple[Split, ...] = ("train", "held_out")
@@ -111,8 +111,16 @@ def check_labels(labels: np.ndarray, num_classes: int, name: str) -> np.ndarray:
     return labels.astype(np.int64)
 
 
+class Rows(Protocol):
+    """Anything indexed like the first axis of an array."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, rows: Any) -> np.ndarray: ...
+
+
 class ArraySource:
-    """Samples that lie in one array, in memory or memory-mapped.
+    """Samples that lie in one array: in memory, memory-mapped, or decoded when read.
 
     ``data`` is [T, ...]; ``rows`` picks the S samples of this split (None: all). ``transform``
     maps the gathered values [B, ...] to model input. ``labels``, ``tasks`` and ``captions`` have
@@ -123,7 +131,7 @@ class ArraySource:
         self,
         name: str,
         modality: str,
-        data: np.ndarray,
+        data: Rows,
         *,
         shape: Sequence[int],
         licence: str,

@@ -63,12 +63,17 @@ class Corpus:
 
 
 def pack(documents: Iterable[Document], num_topics: int, split: Split) -> Corpus:
-    """Keep the documents of ``split`` and lay them out topic by topic, each ended by EOS."""
+    """The documents of ``split``, as :func:`pack_stream` lays them out."""
+    wanted = split == "held_out"
+    return pack_stream((item for item in documents if is_held_out(item.key) == wanted), num_topics)
+
+
+def pack_stream(documents: Iterable[Document], num_topics: int) -> Corpus:
+    """Lay documents out topic by topic, each ended by EOS."""
     piles: list[list[np.ndarray]] = [[] for _ in range(num_topics)]
     end = np.array([ByteTokenizer.EOS], dtype=np.uint16)
     for document in documents:
-        if is_held_out(document.key) == (split == "held_out"):
-            piles[document.topic] += [np.frombuffer(document.content, dtype=np.uint8), end]
+        piles[document.topic] += [np.frombuffer(document.content, dtype=np.uint8), end]
     sizes = [sum(map(len, pile)) for pile in piles]
     pieces = [piece.astype(np.uint16) for pile in piles for piece in pile]
     tokens = np.concatenate(pieces) if pieces else np.zeros(0, dtype=np.uint16)
