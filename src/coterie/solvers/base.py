@@ -1,0 +1,147 @@
+"""What a solver is: one step t -> u, with explicit state, asking a denoiser through a Query."""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from coterie.core.errors import ConfigError, describe
+from coterie.core.prediction import Condition, DenoiserLike, Prediction
+from coterie.core.registry import Part, Registry
+from coterie.core.rng import SampleNoise
+from coterie.process import Process, convert
+
+SOLVERS = Registry("solver", "coterie.solvers")
+
+
+@dataclass(frozen=True, eq=False)
+class Estimate:
+    """A prediction at (x, t) in every view a solver may want; converted at most once each."""
+
+    process: Process
+    x: Tensor
+    t: Tensor
+    prediction: Prediction
+
+    def _as(self, view: str) -> Tensor:
+        return convert(
+            self.process, self.prediction.value, self.prediction.view, view, self.x, self.t
+        )
+
+    @cached_property
+    def x0(self) -> Tensor:
+        return self._as("x0")
+
+    @cached_property
+    def eps(self) -> Tensor:
+        return self._as("eps")
+
+    @cached_property
+    def flow(self) -> Tensor:
+        return self._as("flow")
+
+
+class Query:
+    """Asks one denoiser about one condition, and counts: ``evaluations`` is the NFE so far.
+
+    The denoiser gets t as [B] in float32 (float64 if x is); conversions use t as given.
+    """
+
+    def __init__(self, denoiser: DenoiserLike, cond: Condition) -> None:
+        self.denoiser, self.cond = denoiser, cond
+        self.process: Process = denoiser.process
+        self.evaluations = 0
+
+    def __call__(self, x: Tensor, t: Tensor) -> Estimate:
+        """``t``: 0-dimensional f64, or [B] where particles sit at different times."""
+        self.evaluations += 1
+        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+        rows = t.to(device=x.device, dtype=dtype).expand(x.shape[0])
+        return Estimate(self.process, x, t, self.denoiser(x, rows, self.cond))
+
+
+@dataclass(frozen=True, eq=False)
+class SolverState:
+    """What a solver remembers between steps. It belongs to the particles, row by row.
+
+    When particles are resampled, ``index`` it with the same rows; when a particle's denoiser
+    changes, ``reset`` that row (its next step is first order).
+    """
+
+    previous: Tensor | None = None  # [B, ...], x0 estimate of the step before
+    valid: Tensor | None = None  # bool [B], whether ``previous`` may be used
+    lam_step: Tensor | None = None  # 0-dimensional f64, length in lam of the step before
+    length: Tensor | None = None  # f64 [B], step length of adaptive solvers
+
+    def index(self, rows: Tensor) -> Self:
+        """State of the particles ``rows`` (i64 or bool [B])."""
+
+        def pick(value: Tensor | None) -> Tensor | None:
+            return None if value is None else value[rows.to(value.device)]
+
+        return dataclasses.replace(
+            self,
+            previous=pick(self.previous),
+            valid=pick(self.valid),
+            length=pick(self.length),
+        )
+
+    def reset(self, rows: Tensor | None = None) -> Self:
+        """Forget: everything, or the particles where ``rows`` (bool [B]) is True."""
+        if rows is None or self.valid is None:
+            return type(self)(length=self.length)
+        return dataclasses.replace(self, valid=self.valid & ~rows.to(self.valid.device))
+
+
+class Solver(ABC):
+    """One step of an integrator. Steps to sigma = 0 are not its business: there x is D."""
+
+    stochastic: bool = False
+
+    def perturb(
+        self, process: Process, x: Tensor, t: Tensor, steps: int, noise: SampleNoise | None
+    ) -> tuple[Tensor, Tensor]:
+        """State and time at which the step starts instead (churn); by default as they are."""
+        return x, t
+
+    @abstractmethod
+    def step(
+        self,
+        query: Query,
+        estimate: Estimate,
+        u: Tensor,
+        state: SolverState,
+        noise: SampleNoise | None,
+    ) -> tuple[Tensor, SolverState]:
+        """From ``estimate`` (which holds x and t) to time ``u`` (0-dimensional f64, sigma > 0)."""
+
+
+class SolverConfig(Part):
+    """Configuration of a solver."""
+
+    def build(self) -> Solver:
+        raise TypeError(f"{type(self).__name__} declares no build()")
+
+    def evaluations_per_step(self) -> int | None:
+        """Evaluations of the denoiser in one step; None where they depend on the data."""
+        return 1
+
+    def evaluations(self, steps: int, to_clean: bool = True) -> int | None:
+        """NFE of ``steps`` steps; the last one, to sigma = 0, takes one evaluation."""
+        each = self.evaluations_per_step()
+        if each is None:
+            return None
+        return (steps - 1) * each + 1 if to_clean else steps * each
+
+
+def draw(noise: SampleNoise | None, x: Tensor) -> Tensor:
+    """Standard normal noise like ``x``: drawn as float32 per sample, cast up for float64."""
+    if noise is None:
+        raise ConfigError(describe("noise", None, "a SampleNoise", "this solver is stochastic"))
+    return noise.normal(x.shape[1:]).to(x)

@@ -1,0 +1,207 @@
+"""Runge-Kutta solvers of the probability flow ODE dx/dt = flow(x, t): a tableau each.
+
+``rk45`` (Dormand and Prince 1980) chooses its own substeps between grid times, for each particle
+alone, so a sample does not depend on its batch mates.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from coterie.core.errors import ConfigError, describe
+from coterie.core.rng import SampleNoise
+from coterie.process import expand
+from coterie.solvers.base import SOLVERS, Estimate, Query, Solver, SolverConfig, SolverState
+
+
+@dataclass(frozen=True)
+class Tableau:
+    """Explicit method: stage i sits at t + c[i] h, at x + h sum_j a[i-1][j] k_j; result weights b.
+
+    ``error``: weights of the difference to the embedded lower-order method.
+    """
+
+    order: int
+    a: tuple[tuple[float, ...], ...]
+    b: tuple[float, ...]
+    error: tuple[float, ...] = ()
+
+    @property
+    def c(self) -> tuple[float, ...]:
+        return (0.0, *(sum(row) for row in self.a))
+
+
+TABLEAUS = {
+    "euler": Tableau(1, (), (1.0,)),
+    "midpoint": Tableau(2, ((0.5,),), (0.0, 1.0)),
+    "heun": Tableau(2, ((1.0,),), (0.5, 0.5)),
+    "rk4": Tableau(4, ((0.5,), (0.0, 0.5), (0.0, 0.0, 1.0)), (1 / 6, 1 / 3, 1 / 3, 1 / 6)),
+    "rk45": Tableau(
+        5,
+        (
+            (1 / 5,),
+            (3 / 40, 9 / 40),
+            (44 / 45, -56 / 15, 32 / 9),
+            (19372 / 6561, -25360 / 2187, 64448 / 6561, -212 / 729),
+            (9017 / 3168, -355 / 33, 46732 / 5247, 49 / 176, -5103 / 18656),
+            (35 / 384, 0.0, 500 / 1113, 125 / 192, -2187 / 6784, 11 / 84),
+        ),
+        (35 / 384, 0.0, 500 / 1113, 125 / 192, -2187 / 6784, 11 / 84, 0.0),
+        (
+            71 / 57600,
+            0.0,
+            -71 / 16695,
+            71 / 1920,
+            -17253 / 339200,
+            22 / 525,
+            -1 / 40,
+        ),
+    ),
+}
+
+
+def _weighted(weights: tuple[float, ...], stages: list[Tensor]) -> Tensor:
+    total = torch.zeros_like(stages[0])
+    for weight, stage in zip(weights, stages):
+        if weight:
+            total = total + weight * stage
+    return total
+
+
+def _stages(
+    tableau: Tableau, query: Query, x: Tensor, t: Tensor, h: Tensor, first: Tensor
+) -> list[Tensor]:
+    """Slopes of all stages; ``t`` and ``h`` 0-dimensional or [B]."""
+    slopes = [first]
+    for row, c in zip(tableau.a, tableau.c[1:]):
+        inner = x + expand(h, x).to(x) * _weighted(row, slopes)
+        slopes.append(query(inner, t + c * h).flow)
+    return slopes
+
+
+@dataclass(frozen=True)
+class RungeKutta(Solver):
+    """Fixed-step explicit Runge-Kutta method."""
+
+    tableau: Tableau
+
+    def step(
+        self,
+        query: Query,
+        estimate: Estimate,
+        u: Tensor,
+        state: SolverState,
+        noise: SampleNoise | None,
+    ) -> tuple[Tensor, SolverState]:
+        x, t = estimate.x, estimate.t
+        slopes = _stages(self.tableau, query, x, t, u - t, estimate.flow)
+        return x + (u - t).to(x) * _weighted(self.tableau.b, slopes), state
+
+
+class _RungeKuttaConfig(SolverConfig):
+    def build(self) -> Solver:
+        return RungeKutta(TABLEAUS[self.kind])
+
+    def evaluations_per_step(self) -> int:
+        return len(TABLEAUS[self.kind].b)
+
+
+@SOLVERS.register
+class EulerConfig(_RungeKuttaConfig):
+    """First order: x + (u - t) flow."""
+
+    kind: Literal["euler"] = "euler"
+
+
+@SOLVERS.register
+class MidpointConfig(_RungeKuttaConfig):
+    """Second order, slope of the half step in t."""
+
+    kind: Literal["midpoint"] = "midpoint"
+
+
+@SOLVERS.register
+class HeunConfig(_RungeKuttaConfig):
+    """Second order, trapezoid (the deterministic solver of arXiv:2206.00364 on ``ve``)."""
+
+    kind: Literal["heun"] = "heun"
+
+
+@SOLVERS.register
+class RK4Config(_RungeKuttaConfig):
+    """The classical fourth-order method; a reference solution."""
+
+    kind: Literal["rk4"] = "rk4"
+
+
+@dataclass(frozen=True)
+class AdaptiveRungeKutta(Solver):
+    """Embedded pair with a step-length controller per particle."""
+
+    tableau: Tableau
+    rtol: float
+    atol: float
+    max_substeps: int
+
+    def step(
+        self,
+        query: Query,
+        estimate: Estimate,
+        u: Tensor,
+        state: SolverState,
+        noise: SampleNoise | None,
+    ) -> tuple[Tensor, SolverState]:
+        x, slope = estimate.x, estimate.flow
+        t = estimate.t.to(x.device).expand(x.shape[0]).double()
+        goal, sign = u.to(x.device), torch.sign(u - estimate.t).to(x.device)
+        length = (goal - t).abs() if state.length is None else state.length
+        for _ in range(self.max_substeps):
+            left = (goal - t).abs()
+            if not bool((left > 0).any()):
+                return x, replace(state, length=length)
+            last = length >= left
+            h = sign * torch.where(last, left, length)
+            slopes = _stages(self.tableau, query, x, t, h, slope)
+            moved = x + expand(h, x).to(x) * _weighted(self.tableau.b, slopes)
+            error = self._error(h, slopes, x, moved)
+            accept = (error <= 1.0) & (left > 0)
+            factor = (0.9 * error.clamp_min(1e-10) ** (-1.0 / self.tableau.order)).clamp(0.2, 5.0)
+            # A last, shortened substep says little about the next interval's length.
+            grown = torch.where(
+                accept & last, torch.maximum(length, h.abs() * factor), h.abs() * factor
+            )
+            length = torch.where(left > 0, grown, length)
+            t = torch.where(accept, torch.where(last, goal, t + h), t)
+            rows = expand(accept, x)
+            x, slope = torch.where(rows, moved, x), torch.where(rows, slopes[-1], slope)
+        hint = "raise the tolerances or max_substeps"
+        raise ConfigError(
+            describe("solver.max_substeps", self.max_substeps, "enough for rtol and atol", hint)
+        )
+
+    def _error(self, h: Tensor, slopes: list[Tensor], x: Tensor, moved: Tensor) -> Tensor:
+        """f64 [B]: root mean square of error / tolerance."""
+        scale = self.atol + self.rtol * torch.maximum(x.abs(), moved.abs())
+        error = expand(h, x).to(x) * _weighted(self.tableau.error, slopes) / scale
+        return error.double().flatten(1).square().mean(1).sqrt()
+
+
+@SOLVERS.register
+class RK45Config(SolverConfig):
+    """Adaptive Dormand-Prince 5(4): grid times are met exactly, substeps follow the tolerances."""
+
+    kind: Literal["rk45"] = "rk45"
+    rtol: float = Field(1e-5, gt=0)
+    atol: float = Field(1e-5, gt=0)
+    max_substeps: int = Field(1000, ge=1)
+
+    def build(self) -> Solver:
+        return AdaptiveRungeKutta(TABLEAUS["rk45"], self.rtol, self.atol, self.max_substeps)
+
+    def evaluations_per_step(self) -> int | None:
+        return None

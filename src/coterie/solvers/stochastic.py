@@ -1,0 +1,131 @@
+"""Solvers that add noise: ancestral (DDPM at eta = 1) and EDM's churn.
+
+Ancestral: Ho et al. 2020 (arXiv:2006.11239) and Song et al. 2021 (arXiv:2010.02502, eq. 12-16),
+for any (alpha, sigma). Churn: Karras et al. 2022 (arXiv:2206.00364, algorithm 2).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal, Self
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from coterie.core.errors import ConfigError, describe
+from coterie.core.rng import SampleNoise
+from coterie.process import Process, learned_log_variance, transition
+from coterie.solvers.base import SOLVERS, Estimate, Query, Solver, SolverConfig, SolverState, draw
+from coterie.solvers.runge_kutta import TABLEAUS, RungeKutta
+
+
+@dataclass(frozen=True)
+class Ancestral(Solver):
+    """x = alpha_u D + sqrt(sigma_u^2 - s^2) E + s z with s^2 = eta^2 times the posterior variance.
+
+    At eta = 1 on a discrete process a learned variance, if predicted, replaces s^2 in the noise.
+    """
+
+    eta: float
+
+    @property
+    def stochastic(self) -> bool:  # type: ignore[override]
+        return self.eta > 0
+
+    def step(
+        self,
+        query: Query,
+        estimate: Estimate,
+        u: Tensor,
+        state: SolverState,
+        noise: SampleNoise | None,
+    ) -> tuple[Tensor, SolverState]:
+        process, x = query.process, estimate.x
+        step = transition(process, estimate.t, u)
+        var = self.eta**2 * step.var_posterior
+        rest = (process.sigma(u).square() - var).clamp_min(0.0).sqrt()
+        mean = process.alpha(u).to(x) * estimate.x0 + rest.to(x) * estimate.eps
+        if not self.stochastic:
+            return mean, state
+        std = var.sqrt().to(x)
+        learned = estimate.prediction.variance
+        if learned is not None and self.eta == 1.0 and process.discrete:
+            log_var = learned_log_variance(
+                learned, step.var_posterior.to(x), step.var_forward.to(x)
+            )
+            std = torch.exp(0.5 * log_var)
+        return mean + std * draw(noise, x), state
+
+
+@SOLVERS.register
+class AncestralConfig(SolverConfig):
+    """DDPM sampling at ``eta`` 1 (with learned variances where predicted), DDIM at 0."""
+
+    kind: Literal["ancestral"] = "ancestral"
+    eta: float = Field(1.0, ge=0, le=1)
+
+    def build(self) -> Solver:
+        return Ancestral(self.eta)
+
+
+@dataclass(frozen=True)
+class Churn(Solver):
+    """Heun steps from a noise level raised by fresh noise. Levels are s = sigma / alpha."""
+
+    churn: float
+    s_min: float
+    s_max: float
+    noise_scale: float
+
+    @property
+    def stochastic(self) -> bool:  # type: ignore[override]
+        return self.churn > 0
+
+    def perturb(
+        self, process: Process, x: Tensor, t: Tensor, steps: int, noise: SampleNoise | None
+    ) -> tuple[Tensor, Tensor]:
+        s = float(torch.exp(-process.lam(t)))
+        gamma = min(self.churn / steps, math.sqrt(2.0) - 1.0)
+        if gamma == 0.0 or not self.s_min <= s <= self.s_max:
+            return x, t
+        raised = process.time_of_lam(process.lam(t) - math.log1p(gamma))
+        raised = raised.clamp(max=process.t_max)
+        ratio = process.alpha(raised) / process.alpha(t)
+        added = process.sigma(raised).square() - (ratio * process.sigma(t)).square()
+        std = self.noise_scale * added.clamp_min(0.0).sqrt()
+        return ratio.to(x) * x + std.to(x) * draw(noise, x), raised
+
+    def step(
+        self,
+        query: Query,
+        estimate: Estimate,
+        u: Tensor,
+        state: SolverState,
+        noise: SampleNoise | None,
+    ) -> tuple[Tensor, SolverState]:
+        return RungeKutta(TABLEAUS["heun"]).step(query, estimate, u, state, noise)
+
+
+@SOLVERS.register
+class ChurnConfig(SolverConfig):
+    """EDM's stochastic sampler; ``churn`` 0 is Heun. No level is raised above the process's."""
+
+    kind: Literal["edm_churn"] = "edm_churn"
+    churn: float = Field(40.0, ge=0)
+    s_min: float = Field(0.05, ge=0)
+    s_max: float = Field(50.0, gt=0)
+    noise_scale: float = Field(1.003, gt=0)
+
+    @model_validator(mode="after")
+    def _check_range(self) -> Self:
+        if self.s_max < self.s_min:
+            raise ConfigError(describe("s_max", self.s_max, f"at least s_min = {self.s_min}"))
+        return self
+
+    def build(self) -> Solver:
+        return Churn(self.churn, self.s_min, self.s_max, self.noise_scale)
+
+    def evaluations_per_step(self) -> int:
+        return 2

@@ -1,0 +1,53 @@
+"""Clipping of the predicted data. Not linear, hence its view is fixed: x0.
+
+Dynamic thresholding: Saharia et al. 2022 (arXiv:2205.11487, section 2.3).
+"""
+
+from __future__ import annotations
+
+from typing import Literal, Self
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from coterie.core.config import Config
+from coterie.core.errors import ConfigError, describe
+from coterie.core.prediction import Condition, DenoiserLike, Prediction
+from coterie.process import Process, as_view, expand
+
+
+class ThresholdConfig(Config):
+    """clip: x0 into [-limit, limit]. dynamic: per sample, clip to the quantile of |x0| if that is
+    above ``limit``, then scale back into [-limit, limit]."""
+
+    mode: Literal["clip", "dynamic"] = "clip"
+    limit: float = Field(1.0, gt=0)
+    quantile: float = 0.995
+
+    @model_validator(mode="after")
+    def _check_quantile(self) -> Self:
+        if not 0.0 < self.quantile <= 1.0:
+            raise ConfigError(describe("quantile", self.quantile, "above 0, at most 1"))
+        return self
+
+
+class Thresholded:
+    """A denoiser whose x0 is kept in range; answers in the x0 view."""
+
+    def __init__(self, denoiser: DenoiserLike, config: ThresholdConfig) -> None:
+        self.denoiser, self.config = denoiser, config
+        self.process: Process = denoiser.process
+
+    def __call__(self, x: Tensor, t: Tensor, cond: Condition) -> Prediction:
+        prediction = as_view(self.process, self.denoiser(x, t, cond), "x0", x, t)
+        value, limit = prediction.value, self.config.limit
+        if self.config.mode == "clip":
+            return prediction.replace(value=value.clamp(-limit, limit))
+        sizes = value.detach().abs().flatten(1)
+        if sizes.dtype not in (torch.float32, torch.float64):
+            sizes = sizes.float()
+        bound = expand(torch.quantile(sizes, self.config.quantile, dim=1), value)
+        bound = bound.clamp_min(limit).to(value)
+        clipped = torch.minimum(torch.maximum(value, -bound), bound)
+        return prediction.replace(value=clipped * (limit / bound))
