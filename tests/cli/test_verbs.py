@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from coterie.core.errors import CheckpointError
+from coterie.core.errors import CheckpointError, TrainingError
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -82,6 +82,12 @@ def test_an_interrupt_has_its_own_exit_code(library, coterie: Run) -> None:
     code, _, err = coterie("train", "dit-moe")
     assert code == 130
     assert "interrupted" in err
+
+
+def test_training_that_was_stopped_hands_on_its_exit_code(library, coterie: Run) -> None:
+    library.error = TrainingError("stopped by SIGTERM; saved")
+    library.error.exit_code = 143  # as coterie.train.signals.Interrupted carries it
+    assert coterie("train", "dit-moe") == (143, "", "stopped by SIGTERM; saved\n")
 
 
 def test_a_bug_keeps_its_traceback(library, coterie: Run) -> None:

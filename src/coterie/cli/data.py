@@ -24,11 +24,11 @@ def list_sources(as_json: bool) -> None:
         rows.append(
             {
                 "name": kind,
+                "here": where(kind),
                 "modality": getattr(info, "modality", None),
                 "shape": getattr(info, "shape", None),
                 "count": getattr(info, "count", None),
                 "licence": getattr(info, "licence", None),
-                "here": where(kind),
             }
         )
     say_json(rows) if as_json else say(table(rows))

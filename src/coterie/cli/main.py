@@ -70,11 +70,17 @@ def run(argv: Sequence[str] | None = None) -> int:
         click.echo("interrupted; what was saved is intact", err=True)
         return INTERRUPTED
     except CoterieError as error:
-        click.echo(f"error: {' '.join(str(error).split())}", err=True)
-        return USER_ERROR
+        # Training that was asked to stop saves first, then says so with the signal's exit code.
+        code = int(getattr(error, "exit_code", USER_ERROR))
+        prefix = "error: " if code == USER_ERROR else ""
+        click.echo(prefix + " ".join(str(error).split()), err=True)
+        return code
     return code if isinstance(code, int) else 0
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Entry point of the console script. Exit codes: 0, 2 (a user's error), 130 (interrupted)."""
+    """Entry point of the console script.
+
+    Exit codes: 0, 1 (a bug, with its traceback), 2 (a user's error), 128 + n (stopped by signal n).
+    """
     sys.exit(run(argv))
