@@ -106,29 +106,42 @@ def latest(run_dir: str | Path, config_hash: str | None = None) -> Path | None:
     Damaged ones are skipped with a CheckpointWarning; if all are damaged, or the newest belongs to
     another configuration, CheckpointError.
     """
+    found = _newest(run_dir, config_hash)
+    return None if found is None else found[0]
+
+
+def load(path: str | Path) -> Checkpoint:
+    """Verify every hash, then read everything to the CPU."""
+    return _read(Path(path), verify(path))
+
+
+def load_latest(run_dir: str | Path, config_hash: str | None = None) -> Checkpoint | None:
+    """``load(latest(...))``, hashing the files once."""
+    found = _newest(run_dir, config_hash)
+    return None if found is None else _read(*found)
+
+
+def _newest(run_dir: str | Path, config_hash: str | None) -> tuple[Path, dict[str, Any]] | None:
     problems = []
     for _, path in reversed(steps(run_dir)):
         try:
             manifest = verify(path)
         except CheckpointError as error:
             problems.append(str(error))
-            warnings.warn(f"checkpoint skipped: {error}", CheckpointWarning, stacklevel=2)
+            warnings.warn(f"checkpoint skipped: {error}", CheckpointWarning, stacklevel=3)
             continue
         if config_hash is not None and manifest["config_hash"] != config_hash:
             raise CheckpointError(
                 f"{path}: made by configuration {manifest['config_hash']}, "
                 f"this run is {config_hash}; use another run directory"
             )
-        return path
+        return path, manifest
     if problems:
         raise CheckpointError(f"{run_dir}: every checkpoint is damaged: {' | '.join(problems)}")
     return None
 
 
-def load(path: str | Path) -> Checkpoint:
-    """Verify every hash, then read everything to the CPU."""
-    path = Path(path)
-    manifest = verify(path)
+def _read(path: Path, manifest: dict[str, Any]) -> Checkpoint:
     state = {
         group: tensors_io.read_tensors(path / f"{group}.safetensors")
         for group in manifest["groups"]

@@ -17,7 +17,6 @@ import torch
 from torch import nn
 
 from coterie.core.errors import TrainingError
-from coterie.train import checkpoint, state
 from coterie.train.config import TrainConfig
 from coterie.train.ema import Ema
 from coterie.train.log import RunLog
@@ -26,7 +25,9 @@ from coterie.train.precision import resolve_device, resolve_precision
 from coterie.train.progress import Progress, ProgressOption
 from coterie.train.rundir import RunDir
 from coterie.train.signals import Interrupted, StopSignals
+from coterie.train.state import Parts, capture, restore
 from coterie.train.step import GradientStep, StepResult
+from coterie.train.store import RunStore
 
 Callback = Callable[["Trainer", dict[str, Any]], None]
 
@@ -71,19 +72,17 @@ class Trainer:
         if isinstance(objective, nn.Module):
             objective.to(self.device)
         self.run_dir = RunDir(run_dir) if isinstance(run_dir, Path | str) else run_dir
-        self._run_config = run_config or {"seed": seed, "train": config.model_dump(mode="json")}
-        self._run_config_given = run_config is not None
         self.parameters = trainable(model, objective)
         self.optimizer = build_optimizer(config, model, objective, self.parameters)
         self.ema = Ema(model, config.ema, warmup=config.ema_warmup)
-        self.parts = state.Parts(model, objective, self.optimizer, self.parameters, self.ema)
+        self.parts = Parts(model, objective, self.optimizer, self.parameters, self.ema)
         self.state = TrainState()
         self.log = RunLog(config, self.device)
         self._gradients = GradientStep(
             config, model, objective, source, self.parameters,
             seed=seed, device=self.device, dtype=self.dtype,
         )  # fmt: skip
-        self._saved_step = -1
+        self._store = RunStore(self.run_dir, self.parts, config, seed, run_config)
 
     def fit(
         self, progress: ProgressOption = True, callbacks: tuple[Callback, ...] = ()
@@ -94,10 +93,10 @@ class Trainer:
         checkpoint was written first), DataError (non-finite data), CheckpointError.
         """
         with ExitStack() as stack:
-            stack.enter_context(self._own_threads_and_rng())
+            stack.enter_context(own_threads_and_rng(self.config.threads, self.device))
             if self.run_dir is not None:
                 stack.enter_context(self.run_dir.lock())
-                self._resume(self.run_dir)
+            self._resume()
             stack.enter_context(self.log.open(self.run_dir, self.state.step))
             bar = Progress(progress, self.state.step, self.config.steps)
             stack.callback(bar.close)
@@ -108,23 +107,23 @@ class Trainer:
                 for callback in callbacks:
                     callback(self, record)
                 self._after_record(record, signals)
-            self._save()
+            self.save()
         return self.state
 
     def project(self, steps: int = 5) -> float:
         """Seconds the rest of training would take, from timing a few steps and undoing them."""
         before = {
             group: {name: value.detach().clone() for name, value in tensors.items()}
-            for group, tensors in state.capture(self.parts).items()
+            for group, tensors in capture(self.parts).items()
         }
         position, updates, bins = asdict(self.state), self.ema.num_updates, self.log.bins.dump()
-        with self._own_threads_and_rng():
+        with own_threads_and_rng(self.config.threads, self.device):
             self._train_step()  # the first step also pays for caches and compilation
             start = time.perf_counter()
             for _ in range(steps):
                 self._train_step()
             seconds = (time.perf_counter() - start) / steps
-        state.restore(self.parts, before, updates, "projection")
+        restore(self.parts, before, updates, "projection")
         self.state = TrainState(**position)
         self.log = RunLog(self.config, self.device)
         self.log.bins.load(bins)
@@ -140,21 +139,11 @@ class Trainer:
             yield self.model
 
     def save(self) -> Path | None:
-        """Write a checkpoint of the present step now; None without a run directory."""
-        return self._save()
-
-    @contextmanager
-    def _own_threads_and_rng(self) -> Iterator[None]:
-        """Set torch's thread count and global generator for training only."""
-        threads = torch.get_num_threads()
-        devices = [self.device] if self.device.type == "cuda" else []
-        try:
-            if self.config.threads is not None:
-                torch.set_num_threads(self.config.threads)
-            with torch.random.fork_rng(devices):
-                yield
-        finally:
-            torch.set_num_threads(threads)
+        """Write the checkpoint of the present step; None without a run directory."""
+        self.log.sync()
+        return self._store.save(
+            self.state.step, {**asdict(self.state), "bins": self.log.bins.dump()}
+        )
 
     def _train_step(self) -> dict[str, Any]:
         start = time.perf_counter()
@@ -187,55 +176,40 @@ class Trainer:
     def _after_record(self, record: dict[str, Any], signals: StopSignals) -> None:
         """Save or stop where this step asks for it."""
         if self.state.skipped_in_a_row >= self.config.nonfinite_limit:
-            self._save()
-            problem = record["skipped"]
-            where = problem["module"] or problem["gradient"]
-            raise TrainingError(
-                f"step {self.state.step}: {problem['reason']} in {self.state.skipped_in_a_row} "
-                f"steps in a row, first in {where}; weights are as before those steps; "
-                "lower train.lr, or set train.clip"
-            )
+            self.save()
+            raise TrainingError(_why_stopped(self.state, record["skipped"]))
         if signals.received is not None:
-            path = self._save()
+            path = self.save()
             saved = f"saved {path}; the same command resumes" if path else "nothing was saved"
             raise Interrupted(signals.received, f"after step {self.state.step}; {saved}")
         if self.state.step % self.config.checkpoint_every == 0:
-            self._save()
+            self.save()
 
-    def _save(self) -> Path | None:
-        if self.run_dir is None or self._saved_step == self.state.step:
-            return None
-        self.log.sync()
-        scalars = {
-            **asdict(self.state),
-            "ema": list(self.config.ema),
-            "ema_updates": self.ema.num_updates,
-            "bins": self.log.bins.dump(),
-        }
-        path = checkpoint.save(
-            self.run_dir.path,
-            state.capture(self.parts),
-            scalars,
-            step=self.state.step,
-            config_hash=self._config_hash,
-            keep=self.config.keep,
-        )
-        self._saved_step = self.state.step
-        return path
+    def _resume(self) -> None:
+        scalars = self._store.resume()
+        if scalars is not None:
+            self.state = TrainState(
+                **{name: scalars[name] for name in TrainState.__dataclass_fields__}
+            )
+            self.log.bins.load(scalars["bins"])
 
-    def _resume(self, run_dir: RunDir) -> None:
-        run_config = self._run_config
-        existing = run_dir.stored_config()
-        if existing is not None and not self._run_config_given:
-            # The caller wrote config.json: ours covers only some of its fields.
-            run_config = {**existing, **{k: v for k, v in run_config.items() if k in existing}}
-        self._config_hash = run_dir.write_config(run_config)
-        path = checkpoint.latest(run_dir.path, self._config_hash)
-        if path is None:
-            return
-        found = checkpoint.load(path)
-        names = TrainState.__dataclass_fields__
-        state.restore(self.parts, found.state, found.scalars["ema_updates"], str(path))
-        self.state = TrainState(**{name: found.scalars[name] for name in names})
-        self.log.bins.load(found.scalars["bins"])
-        self._saved_step = self.state.step
+
+@contextmanager
+def own_threads_and_rng(threads: int | None, device: torch.device) -> Iterator[None]:
+    """Leave torch's thread count and global generator as they were."""
+    before = torch.get_num_threads()
+    try:
+        if threads is not None:
+            torch.set_num_threads(threads)
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _why_stopped(state: TrainState, problem: dict[str, Any]) -> str:
+    return (
+        f"step {state.step}: {problem['reason']} in {state.skipped_in_a_row} steps in a row, "
+        f"first in {problem['module'] or problem['gradient']}; weights are as before those steps; "
+        "lower train.lr, or set train.clip"
+    )

@@ -79,13 +79,9 @@ def set_lr(optimizer: Optimizer, lr: float) -> None:
         group["lr"] = lr * group["scale"]
 
 
-def gradient_norm(parameters: Iterable[nn.Parameter], clip: float | None) -> Tensor:
-    """Total gradient norm (float32 scalar) before clipping; clips to ``clip`` in place."""
-    parameters = list(parameters)
-    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-    if clip is not None:
-        torch.nn.utils.clip_grads_with_norm_(parameters, clip, norm)
-    return norm
+def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
+    """Total norm of all gradients, a scalar."""
+    return torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
 
 
 def optimizer_tensors(

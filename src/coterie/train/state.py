@@ -90,10 +90,10 @@ def load_weights(run_dir: str | Path, model: nn.Module, weights: str = "ema") ->
 
     "ema" falls back to the plain weights of a run trained without averaging.
     """
-    path = checkpoint.latest(run_dir)
-    if path is None:
+    found = checkpoint.load_latest(run_dir)
+    if found is None:
         raise CheckpointError(f"{run_dir}: no checkpoint yet; train the run first")
-    found = checkpoint.load(path)
+    path = found.path
     if weights == "ema" and "ema" not in found.state:
         weights = "model"
     allowed = [name for name in found.state if name == "model" or name.startswith("ema")]

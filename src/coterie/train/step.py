@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import clip_grads_with_norm_
 
 from coterie.core.batch import Batch, Losses
 from coterie.core.rng import derive, generator
 from coterie.core.routing import Routing
-from coterie.data.order import order
+from coterie.data import order
 from coterie.train.config import TrainConfig
 from coterie.train.nonfinite import check_batch, first_nonfinite, last_bad_gradient
 from coterie.train.optim import gradient_norm
@@ -65,7 +66,7 @@ class GradientStep:
     def __call__(self, step: int, samples_seen: int, *, keep_routings: bool) -> StepResult:
         accumulate = self.config.accumulate
         indices = order(self.seed, samples_seen, self.config.batch, len(self.source))
-        buffers = [(b, b.clone()) for b in self.model.buffers() if b.is_floating_point()]
+        buffers = self._buffers()
         total = torch.zeros((), device=self.device)
         losses: list[Losses] = []
         routings: list[Routing] = []
@@ -74,22 +75,27 @@ class GradientStep:
             batch = self._batch(part)
             result = self._forward(self.forward_model, batch, step, micro)
             value = result.total / accumulate
-            if value.requires_grad:
-                value.backward()
+            value.backward()
             total = total + value.detach()
             tokens += _tokens(batch, result)
             if keep_routings:
                 routings += [routing.detach() for routing in result.routings]
             losses.append(_detached(result))
-        norm = gradient_norm(self.parameters.values(), self.config.clip)
+        norm = gradient_norm(self.parameters.values())
         loss, grad_norm = torch.stack([total, norm.float()]).tolist()
         outcome = StepResult(loss, grad_norm, losses, tuple(routings), tokens)
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-            with torch.no_grad():
-                for buffer, before in buffers:
-                    buffer.copy_(before)
+            _put_back(buffers)
             outcome.problem = self._diagnose(outcome, step, indices)
+            _put_back(buffers)
+        elif self.config.clip is not None:
+            clip_grads_with_norm_(self.parameters.values(), self.config.clip, norm)
         return outcome
+
+    def _buffers(self) -> list[tuple[Tensor, Tensor]]:
+        """(buffer, copy) of all that a forward pass may change besides gradients."""
+        owners = [m for m in (self.model, self.objective) if isinstance(m, nn.Module)]
+        return [(b, b.clone()) for owner in owners for b in owner.buffers()]
 
     def _batch(self, indices: np.ndarray) -> Batch:
         batch = self.source.get(indices)
@@ -101,7 +107,11 @@ class GradientStep:
         )
 
     def _forward(self, model: Any, batch: Batch, step: int, micro: int) -> Losses:
-        torch.manual_seed(derive(self.seed, "global", step, micro))
+        # Not torch.manual_seed: it formats a stack trace and visits every backend on each call.
+        shared = derive(self.seed, "global", step, micro)
+        torch.default_generator.manual_seed(shared)
+        if self.device.type == "cuda":
+            torch.cuda.manual_seed(shared)
         rng = generator(self.seed, "train", step, micro)
         with autocast(self.device, self.dtype):
             return self.objective(model, batch, rng, step / self.config.steps)
@@ -124,6 +134,11 @@ class GradientStep:
             "gradient": gradient,
             "ids": [int(index) for index in indices],
         }
+
+
+def _put_back(buffers: list[tuple[Tensor, Tensor]]) -> None:
+    for buffer, before in buffers:
+        buffer.detach().copy_(before)
 
 
 def _tokens(batch: Batch, losses: Losses) -> int:

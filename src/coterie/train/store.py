@@ -1,0 +1,72 @@
+"""What ties a trainer to its run directory: the configuration's hash, saving and resuming."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from coterie.train import checkpoint
+from coterie.train.config import TrainConfig
+from coterie.train.rundir import RunDir
+from coterie.train.state import Parts, capture, restore
+
+
+class RunStore:
+    """Saves and restores ``parts`` in ``run_dir``, where None means nowhere.
+
+    ``run_config`` is the whole run's configuration. None: the training configuration and the seed,
+    compared with what ``config.json`` says of them if the caller has written one.
+    """
+
+    def __init__(
+        self,
+        run_dir: RunDir | None,
+        parts: Parts,
+        config: TrainConfig,
+        seed: int,
+        run_config: Mapping[str, Any] | None,
+    ) -> None:
+        self.run_dir = run_dir
+        self.parts = parts
+        self.keep = config.keep
+        self._given = run_config
+        self._own = {"seed": seed, "train": config.model_dump(mode="json")}
+        self._hash = ""
+        self._last: tuple[int, Path] | None = None
+
+    def resume(self) -> dict[str, Any] | None:
+        """Check or write the configuration, restore the newest checkpoint; its scalars, or None."""
+        if self.run_dir is None:
+            return None
+        self._hash = self.run_dir.write_config(self._run_config(self.run_dir))
+        found = checkpoint.load_latest(self.run_dir.path, self._hash)
+        if found is None:
+            return None
+        restore(self.parts, found.state, found.scalars["ema_updates"], str(found.path))
+        self._last = (found.step, found.path)
+        return found.scalars
+
+    def save(self, step: int, scalars: Mapping[str, Any]) -> Path | None:
+        """The checkpoint of ``step``, written unless it is already there; None without a run."""
+        if self.run_dir is None:
+            return None
+        if self._last is None or self._last[0] != step:
+            path = checkpoint.save(
+                self.run_dir.path,
+                capture(self.parts),
+                {**scalars, "ema_updates": self.parts.ema.num_updates},
+                step=step,
+                config_hash=self._hash,
+                keep=self.keep,
+            )
+            self._last = (step, path)
+        return self._last[1]
+
+    def _run_config(self, run_dir: RunDir) -> Mapping[str, Any]:
+        if self._given is not None:
+            return self._given
+        existing = run_dir.stored_config()
+        if existing is None:
+            return self._own
+        return {**existing, **{key: self._own[key] for key in self._own if key in existing}}
