@@ -7,7 +7,44 @@ imported when it is first used.
 from __future__ import annotations
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # the same names as in _HOME, for editors and type checkers
+    from coterie.core.batch import Batch as Batch
+    from coterie.core.batch import Losses as Losses
+    from coterie.core.config import Config as Config
+    from coterie.core.context import Context as Context
+    from coterie.core.errors import CheckpointError as CheckpointError
+    from coterie.core.errors import ConfigError as ConfigError
+    from coterie.core.errors import CoterieError as CoterieError
+    from coterie.core.errors import DataError as DataError
+    from coterie.core.errors import TrainingError as TrainingError
+    from coterie.core.prediction import Condition as Condition
+    from coterie.core.prediction import Prediction as Prediction
+    from coterie.core.registry import Part as Part
+    from coterie.core.registry import Registry as Registry
+    from coterie.core.routing import Aux as Aux
+    from coterie.core.routing import Routing as Routing
+    from coterie.data import build_source as build_source
+    from coterie.denoiser import Denoiser as Denoiser
+    from coterie.denoiser import DenoiserConfig as DenoiserConfig
+    from coterie.experts import ExpertLayer as ExpertLayer
+    from coterie.experts import ExpertLayerConfig as ExpertLayerConfig
+    from coterie.experts import RouterConfig as RouterConfig
+    from coterie.inspect import Trace as Trace
+    from coterie.process import Process as Process
+    from coterie.process import convert as convert
+    from coterie.recipes import get_recipe as get_recipe
+    from coterie.recipes import list_recipes as list_recipes
+    from coterie.solvers import GuidanceConfig as GuidanceConfig
+    from coterie.solvers import guide as guide
+    from coterie.solvers import sample as sample
+    from coterie.train import TrainConfig as TrainConfig
+    from coterie.train import Trainer as Trainer
+    from coterie.train.run import RunConfig as RunConfig
+    from coterie.train.run import load_run as load_run
+    from coterie.train.run import start as start
+    from coterie.train.sampling import sample_run as sample_run
 
 _HOME = {
     "Aux": "core.routing",
@@ -19,12 +56,32 @@ _HOME = {
     "Context": "core.context",
     "CoterieError": "core.errors",
     "DataError": "core.errors",
+    "Denoiser": "denoiser",
+    "DenoiserConfig": "denoiser",
+    "ExpertLayer": "experts",
+    "ExpertLayerConfig": "experts",
+    "GuidanceConfig": "solvers",
     "Losses": "core.batch",
     "Part": "core.registry",
     "Prediction": "core.prediction",
+    "Process": "process",
     "Registry": "core.registry",
+    "RouterConfig": "experts",
     "Routing": "core.routing",
+    "RunConfig": "train.run",
+    "Trace": "inspect",
+    "TrainConfig": "train",
+    "Trainer": "train",
     "TrainingError": "core.errors",
+    "build_source": "data",
+    "convert": "process",
+    "get_recipe": "recipes",
+    "guide": "solvers",
+    "list_recipes": "recipes",
+    "load_run": "train.run",
+    "sample": "solvers",
+    "sample_run": "train.sampling",
+    "start": "train.run",
 }
 """Public name -> the module that defines it."""
 
