@@ -5,6 +5,7 @@ from coterie.experts.dispatch import DispatchPlan, dispatch, plan
 from coterie.experts.kinds import EXPERTS, ExpertKind, ExpertPool
 from coterie.experts.layer import ExpertLayer, ExpertLayerConfig, ExpertOutput, routers_of
 from coterie.experts.routers import EDITS, SCORES, SELECTS, Router, RouterConfig, share_cells
+from coterie.experts.segmentation import Segmentation, layer_cost
 from coterie.experts.shared import SharedConfig, SharedExperts
 
 __all__ = [
@@ -21,9 +22,11 @@ __all__ = [
     "ExpertPool",
     "Router",
     "RouterConfig",
+    "Segmentation",
     "SharedConfig",
     "SharedExperts",
     "dispatch",
+    "layer_cost",
     "plan",
     "routers_of",
     "share_cells",

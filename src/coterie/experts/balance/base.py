@@ -48,6 +48,12 @@ def scored_columns(routing: Routing, values: Tensor) -> Tensor:
     return values[:, : num_scored(routing)]
 
 
+def by_sequence(routing: Routing, values: Tensor, apart: bool) -> Tensor:
+    """[R, ...] -> [S, R / S, ...]: one group per sample if ``apart`` (and rows are tokens)."""
+    groups = routing.batch[0] if apart and routing.unit == "token" and values.shape[0] else 1
+    return values.unflatten(0, (groups, values.shape[0] // groups))
+
+
 def mean_rows(routing: Routing, values: Tensor) -> Tensor:
     """Mean over rows that count of values [R, ...]; 0 where none does."""
     keep = routing.rows_mask().to(values.dtype)

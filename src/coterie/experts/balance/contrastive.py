@@ -12,7 +12,7 @@ from torch import Generator, Tensor
 
 from coterie.core.errors import ConfigError, describe
 from coterie.core.routing import Aux, Routing
-from coterie.experts.balance.base import BALANCES, BalancePart, scored_columns, term
+from coterie.experts.balance.base import BALANCES, BalancePart, by_sequence, scored_columns, term
 from coterie.experts.routers import CosineScore, RouterConfig
 
 
@@ -38,12 +38,12 @@ class ContrastiveBalance(BalancePart):
         inputs, prototypes = routing.inputs, routing.prototypes
         if inputs is None or prototypes is None:
             raise ValueError("the contrastive loss needs routings with inputs and prototypes")
-        batch = routing.batch[0] if self.statistics == "sequence" else 1
+        apart = self.statistics == "sequence"
         chosen = (scored_columns(routing, routing.one_hot()) > 0).float()
-        chosen_SRE = chosen.view(batch, -1, chosen.shape[1])
+        chosen_SRE = by_sequence(routing, chosen, apart)
         # Masked rows have no choice, so 0 * x drops them; where() also drops NaN padding.
         rows = torch.where(chosen.any(dim=1)[:, None], inputs.float(), 0.0)
-        rows_SRD = rows.view(batch, -1, rows.shape[1])
+        rows_SRD = by_sequence(routing, rows, apart)
         count_SE = chosen_SRE.sum(dim=1)
         mean_SED = chosen_SRE.transpose(1, 2) @ rows_SRD / count_SE.clamp_min(1.0)[:, :, None]
         return self._cross_entropy(prototypes.float(), mean_SED, count_SE > 0)

@@ -14,6 +14,7 @@ from coterie.core.routing import Aux, Routing
 from coterie.experts.balance.base import (
     BALANCES,
     BalancePart,
+    by_sequence,
     mean_rows,
     num_scored,
     scored_columns,
@@ -56,18 +57,16 @@ class SwitchBalance(BalancePart):
         share = scored_columns(routing, self._importance(routing))
         keep = routing.rows_mask().float()
         share = torch.where(keep[:, None] > 0, share, torch.zeros_like(share))
-        batch = routing.batch[0]
-        if self.statistics == "batch" or routing.unit == "sample":
-            batch = 1
-        counts_SE = chosen.view(batch, -1, chosen.shape[1]).sum(dim=1)
-        sums_SE = share.view(batch, -1, share.shape[1]).sum(dim=1)
-        rows_S = keep.view(batch, -1).sum(dim=1)
+        apart = self.statistics == "sequence"
+        counts_SE = by_sequence(routing, chosen, apart).sum(dim=1)
+        sums_SE = by_sequence(routing, share, apart).sum(dim=1)
+        rows_S = by_sequence(routing, keep, apart).sum(dim=1)
         choices_S = counts_SE.sum(dim=1) if self.per_choice else rows_S
         f = counts_SE / choices_S.clamp_min(1.0)[:, None] * chosen.shape[1]
         p = sums_SE / rows_S.clamp_min(1.0)[:, None]
         if self.groups is not None:
-            f = f.view(batch, self.groups, -1).mean(dim=2)
-            p = p.view(batch, self.groups, -1).sum(dim=2)
+            f = f.unflatten(1, (self.groups, -1)).mean(dim=2)
+            p = p.unflatten(1, (self.groups, -1)).sum(dim=2)
         each = (f * p).sum(dim=1)
         return each.sum() / (rows_S > 0).sum().clamp_min(1)
 

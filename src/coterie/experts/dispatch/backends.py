@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from coterie.experts.dispatch.plan import DispatchPlan, add_rows, gate_rows, one_hot_rows
+from coterie.experts.dispatch.plan import DispatchPlan, one_hot_rows, scale_rows
 from coterie.experts.kinds.pool import ExpertPool
 
 
@@ -50,24 +50,21 @@ def experts_of(pool: ExpertPool) -> list[OneExpert]:
 
 def run_loop(x: Tensor, plan: DispatchPlan, pool: ExpertPool, float32: bool) -> Tensor:
     """Plain loop over experts and masks: the definition."""
-    y = torch.zeros_like(x)
+    y = _zeros(x, float32)
     for e, weights in enumerate(experts_of(pool)):
         rows, slots = (plan.ids == e).nonzero(as_tuple=True)
         out = pool.kind.forward(x.index_select(0, rows), weights)
-        y = add_rows(y, rows, gate_rows(plan.gates[rows, slots], out), float32)
-    return y
+        y = y.index_add(0, rows, scale_rows(out, plan.gates[rows, slots], float32))
+    return y.to(x.dtype)
 
 
 def run_dense(x: Tensor, plan: DispatchPlan, pool: ExpertPool, float32: bool) -> Tensor:
     """Every expert on every row; rows that chose nobody are zeroed so that they cannot leak."""
-    chosen = one_hot_rows(plan.ids, plan.num_experts)
-    used = chosen.any(dim=1).reshape(-1, *[1] * (x.dim() - 1))
-    x = torch.where(used, x, torch.zeros_like(x))
-    y = torch.zeros_like(x, dtype=torch.float32) if float32 and x.itemsize < 4 else None
+    used = one_hot_rows(plan.ids, plan.num_experts).any(dim=1)
+    x = torch.where(used.reshape(-1, *[1] * (x.dim() - 1)), x, torch.zeros_like(x))
+    y = _zeros(x, float32)
     for gate, weights in zip(plan.dense_gates().unbind(1), experts_of(pool)):
-        part = gate_rows(gate, pool.kind.forward(x, weights))
-        y = part if y is None else y + part
-    assert y is not None
+        y = y + scale_rows(pool.kind.forward(x, weights), gate, float32)
     return y.to(x.dtype)
 
 
@@ -79,8 +76,13 @@ def run_sorted(x: Tensor, plan: DispatchPlan, pool: ExpertPool, float32: bool) -
         for segment, weights in zip(segments, experts_of(pool))
         if segment.shape[0]
     ]
-    values = gate_rows(plan.sorted_gates, torch.cat(outs))
-    return add_rows(torch.zeros_like(x), plan.rows, values, float32)
+    values = scale_rows(torch.cat(outs), plan.sorted_gates, float32)
+    return _zeros(x, float32).index_add(0, plan.rows, values).to(x.dtype)
+
+
+def _zeros(x: Tensor, float32: bool) -> Tensor:
+    dtype = torch.promote_types(x.dtype, torch.float32) if float32 else x.dtype
+    return torch.zeros_like(x, dtype=dtype)
 
 
 class _Contiguous(torch.autograd.Function):
@@ -122,8 +124,8 @@ def run_grouped(x: Tensor, plan: DispatchPlan, pool: ExpertPool, float32: bool) 
     flat = taken.reshape(-1, x.shape[-1])
     repeat = 1 if x.dim() == 2 else x.shape[1]
     out = pool.kind.forward(flat, SortedExperts(pool, plan, repeat)).view(taken.shape)
-    values = gate_rows(plan.sorted_gates, out)
-    return add_rows(torch.zeros_like(x), plan.rows, values, float32)
+    values = scale_rows(out, plan.sorted_gates, float32)
+    return _zeros(x, float32).index_add(0, plan.rows, values).to(x.dtype)
 
 
 def run_fold(x: Tensor, plan: DispatchPlan, pool: ExpertPool, float32: bool) -> Tensor:

@@ -93,16 +93,10 @@ def _merge(ids: Tensor, gates: Tensor, nobody: int) -> tuple[Tensor, Tensor]:
     return ids.masked_fill(repeated, nobody), merged
 
 
-def add_rows(y: Tensor, rows: Tensor, values: Tensor, float32: bool) -> Tensor:
-    """``y[rows] += values`` without touching y; ``float32`` accumulates in float32."""
-    if float32 and y.dtype != torch.float32 and y.dtype != torch.float64:
-        return y.float().index_add(0, rows, values.float()).to(y.dtype)
-    return y.index_add(0, rows, values.to(y.dtype))
-
-
-def gate_rows(gates: Tensor, values: Tensor) -> Tensor:
-    """gates [A] times values [A, ..., D], in the wider of the two types' own dtype."""
-    return values * gates.to(values.dtype).reshape(-1, *[1] * (values.dim() - 1))
+def scale_rows(values: Tensor, gates: Tensor, float32: bool) -> Tensor:
+    """values [A, ..., D] times gates [A]; in float32 if asked, else in the type of values."""
+    wide = torch.promote_types(values.dtype, torch.float32) if float32 else values.dtype
+    return values.to(wide) * gates.to(wide).reshape(-1, *[1] * (values.dim() - 1))
 
 
 def one_hot_rows(ids: Tensor, num_experts: int) -> Tensor:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Literal
 
+import torch
 from pydantic import PositiveInt
 from torch import Generator, Tensor, nn
 
@@ -54,7 +55,10 @@ class RecurrentModule(ScoreModule):
                 f"router state {tuple(before.shape)} does not fit "
                 f"{(x.shape[0], self.config.state)}: recurrent layers need one unit and size"
             )
-        state = self.cell(linear_f32(self.inner, x), before.float())
+        # The cell's own kernels, with float32 weights whatever they are stored in.
+        step = torch.gru_cell if self.config.cell == "gru" else torch.rnn_tanh_cell
+        weights = [parameter.float() for parameter in self.cell.parameters()]
+        state = step(linear_f32(self.inner, x), before.float(), *weights)
         return Scored(linear_f32(self.proj, state), state=state)
 
     def reset_parameters(self, rng: Generator | None) -> None:

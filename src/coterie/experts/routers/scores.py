@@ -131,12 +131,13 @@ class _TaskLinear(ScoreModule):
         super().__init__()
         self.std = config.init_std
         self.num_tasks = config.num_tasks
+        self.num_experts = num_experts
         self.proj = nn.Linear(width, config.num_tasks * num_experts, bias=False)
 
     def forward(self, x: Tensor, ctx: Context) -> Scored:
         if ctx.task is None:
             raise ConfigError("router.score: task_linear needs a task in the context")
-        every = linear_f32(self.proj, x).view(x.shape[0], self.num_tasks, -1)
+        every = linear_f32(self.proj, x).unflatten(1, (self.num_tasks, self.num_experts))
         task = per_row(ctx.task, (ctx.batch, ctx.tokens), x.shape[0])
         index = task[:, None, None].expand(-1, 1, every.shape[2])
         return Scored(every.gather(1, index)[:, 0])

@@ -1,0 +1,128 @@
+"""Fine-grained experts and shared isolation as one rule (DeepSeekMoE, arXiv:2401.06066).
+
+From N experts of inner size F with top-K, segmenting by m and isolating K_s gives mN - K_s routed
+experts of inner size F / m, of which mK - K_s are used, and K_s shared ones: equal expert
+parameters and equal multiply-adds.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+from pydantic import NonNegativeInt, PositiveInt, model_validator
+
+from coterie.core.config import Config
+from coterie.core.cost import count_parameters
+from coterie.core.errors import ConfigError, describe
+from coterie.experts.kinds import ExpertKind, SwiGLU
+from coterie.experts.layer import ExpertLayerConfig
+from coterie.experts.routers import RouterConfig, TopK
+from coterie.experts.shared import SharedConfig
+
+
+@dataclass(frozen=True)
+class Segments:
+    """The resolved numbers. ``hidden_gap``: m * hidden - base_hidden, 0 where m divides."""
+
+    num_experts: int
+    top_k: int
+    hidden: int
+    num_shared: int
+    hidden_gap: int
+
+
+@dataclass(frozen=True)
+class LayerCost:
+    """Of one layer: parameters, parameters used for one token, multiply-adds of one token."""
+
+    total: int
+    active: int
+    multiply_adds: int
+
+
+class Segmentation(Config):
+    """``base_experts`` N, ``base_k`` K, ``base_hidden`` F, ``segment`` m, ``shared`` K_s."""
+
+    base_experts: PositiveInt = 16
+    base_k: PositiveInt = 2
+    base_hidden: PositiveInt
+    segment: PositiveInt = 4
+    shared: NonNegativeInt = 1
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.base_k > self.base_experts:
+            raise ConfigError(describe("base_k", self.base_k, f"1..{self.base_experts}"))
+        used = self.segment * self.base_k
+        if self.shared >= used:
+            hint = f"{used} experts are used per token; at least one must be routed"
+            raise ConfigError(describe("shared", self.shared, f"0..{used - 1}", hint))
+        if self.segment > self.base_hidden:
+            raise ConfigError(describe("segment", self.segment, f"1..{self.base_hidden}"))
+        return self
+
+    def resolve(self) -> Segments:
+        hidden = round(self.base_hidden / self.segment)
+        return Segments(
+            num_experts=self.segment * self.base_experts - self.shared,
+            top_k=self.segment * self.base_k - self.shared,
+            hidden=hidden,
+            num_shared=self.shared,
+            hidden_gap=self.segment * hidden - self.base_hidden,
+        )
+
+    def layer(
+        self, experts: ExpertKind | None = None, router: RouterConfig | None = None
+    ) -> ExpertLayerConfig:
+        """The layer with these numbers; the rest from ``experts`` (default SwiGLU), ``router``."""
+        numbers = self.resolve()
+        kind = (SwiGLU() if experts is None else experts).with_hidden(numbers.hidden)
+        router = RouterConfig() if router is None else router
+        shared = None
+        if numbers.num_shared:
+            shared = SharedConfig(hidden=numbers.hidden, count=numbers.num_shared)
+        return ExpertLayerConfig(
+            num_experts=numbers.num_experts,
+            experts=kind,
+            router=router.replace(select=TopK(k=numbers.top_k)),
+            shared=shared,
+        )
+
+    def twin(self) -> Segmentation:
+        """The unsegmented layer with the same expert parameters and cost."""
+        return self.replace(segment=1, shared=0)
+
+    def summary(self, width: int) -> str:
+        """Resolved numbers and costs of this layer and of its unsegmented twin, two lines."""
+        lines = []
+        for name, rule in (("segmented", self), ("unsegmented", self.twin())):
+            numbers, cost = rule.resolve(), layer_cost(rule.layer(), width)
+            lines.append(
+                f"{name}: {numbers.num_experts} routed, {numbers.top_k} used, "
+                f"{numbers.num_shared} shared, inner size {numbers.hidden}; parameters "
+                f"{cost.total:,} total, {cost.active:,} active; "
+                f"{cost.multiply_adds:,} multiply-adds per token"
+            )
+        return "\n".join(lines)
+
+
+def layer_cost(config: ExpertLayerConfig, width: int) -> LayerCost:
+    """Counted on shapes alone, nothing is allocated."""
+    with torch.device("meta"):
+        layer = config.build(width)
+    counted = count_parameters(layer)
+    rounds = config.rounds
+    routed = config.router.select_part.expected(config.candidates(width)) * rounds
+    multiply_adds = _matrix_elements(layer.pool.kind.shapes(width)) * routed
+    multiply_adds += sum(p.numel() for r in layer.routers for p in r.parameters() if p.dim() > 1)
+    if layer.shared is not None:
+        kind = layer.shared.pool.kind
+        count = layer.shared.pool.num_experts
+        multiply_adds += _matrix_elements(kind.shapes(width)) * count * rounds
+    return LayerCost(counted.total, counted.active, round(multiply_adds))
+
+
+def _matrix_elements(shapes: dict[str, tuple[int, ...]]) -> int:
+    return sum(shape[0] * shape[1] for shape in shapes.values() if len(shape) == 2)
