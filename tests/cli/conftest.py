@@ -86,8 +86,8 @@ def _fakes(calls: Calls) -> list[ModuleType]:
         calls.note("load_run", path=path, which=which)
         return SimpleNamespace(path=Path(path), is_text=False)
 
-    def plan(config: Any) -> dict[str, Any]:
-        calls.note("plan", config=config)
+    def plan(config: Any, measure: bool = True) -> dict[str, Any]:
+        calls.note("plan", config=config, measure=measure)
         return {"parameters_total": 12_345, "projected_minutes": 1.5}
 
     def sample_run(run: Any, num: int, progress: Callable[[int], None], **rest: Any) -> Path:

@@ -158,6 +158,7 @@ def test_verify_without_names_takes_all(library, coterie: Run, tmp_path: Path) -
 def test_show_prints_configuration_and_size(library, coterie: Run) -> None:
     code, out, _ = coterie("show", "dit-moe", "--model.name=big")
     assert code == 0
+    assert library.of("plan")["measure"] is False
     assert '"name": "big"' in out
     assert "12,345" in out
 

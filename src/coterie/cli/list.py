@@ -59,7 +59,7 @@ def rows_of(kind: str) -> list[dict[str, str]]:
 
         recipes = [get_recipe(name) for name in list_recipes()]
         return [
-            {"name": recipe.name, "summary": recipe.summary, "paper": recipe.paper.title}
+            {"name": recipe.name, "paper": f"arXiv:{recipe.paper.arxiv}", "summary": recipe.summary}
             for recipe in recipes
         ]
     module, _, name = REGISTRIES[kind].partition(":")

@@ -23,7 +23,7 @@ def command(ctx: click.Context, arguments: tuple[str, ...], preset: str, as_json
     recipe, config = recipe_and_config(ctx, arguments, preset)
     from coterie.train.run import plan
 
-    size = plan(config)
+    size = plan(config, measure=False)
     if as_json:
         say_json(
             {
