@@ -25,6 +25,8 @@ class Context:
     noise: Tensor | None = None  # f32 [B], process time t in [0, 1]
     step_index: Tensor | None = None  # i64 [B], index in the ORIGINAL grid 0..num_steps-1
     num_steps: int = 1000  # length of that grid
+    time_input: Tensor | None = None  # f32 [B], what the network's time embedding is fed
+    time_inputs: Tensor | None = None  # f32 [num_steps], the same for every step of the grid
     time_embedding: Tensor | None = None  # [B, D], tau(t): timestep only, no condition
     embedding: Tensor | None = None  # [B, D], timestep + condition
     time_table: Any = None  # () -> [num_steps, D]: tau of every step, differentiable

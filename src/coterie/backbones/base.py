@@ -1,0 +1,25 @@
+"""What every backbone answers, and the registry of backbones.
+
+A backbone is ``backbone(x, context, cond) -> BackboneOutput``. It knows tokens, conditions and
+expert slots; it knows nothing about processes, views or losses.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from coterie.core.registry import Registry
+from coterie.core.routing import Routing
+
+BACKBONES = Registry("backbone", "coterie.backbones")
+
+
+@dataclass(frozen=True, eq=False)
+class BackboneOutput:
+    """``sample`` has x's shape (or [B, N, V] logits); ``variance`` only for learned variances."""
+
+    sample: Tensor
+    routings: tuple[Routing, ...] = ()
+    variance: Tensor | None = None

@@ -1,0 +1,148 @@
+"""DiT: a transformer over image patches (Peebles & Xie, arXiv:2212.09748).
+
+Shapes: B batch, C channels, H x W pixels, P patch, N = HW / P^2 tokens, D width.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from coterie.backbones.base import BACKBONES, BackboneOutput
+from coterie.backbones.trunk import Trunk, TrunkConfig, modulate
+from coterie.core.context import Context
+from coterie.core.errors import ConfigError, DataError, describe
+from coterie.core.prediction import Condition
+from coterie.core.registry import Part
+from coterie.nn.embed import LabelEmbedding, TimeEmbedding, sincos_grid
+from coterie.nn.init import zero_linear
+
+
+@BACKBONES.register
+class DiTConfig(Part):
+    """``learned_variance`` doubles the output channels (DDPM recipes)."""
+
+    kind: Literal["dit"] = "dit"
+    image_size: int = Field(28, ge=1)
+    channels: int = Field(1, ge=1)
+    patch: int = Field(7, ge=1)
+    num_classes: int = Field(10, ge=0)
+    learned_variance: bool = False
+    trunk: TrunkConfig = TrunkConfig()
+
+    @model_validator(mode="after")
+    def _check(self) -> DiTConfig:
+        if self.image_size % self.patch:
+            allowed = f"a divisor of image_size = {self.image_size}"
+            raise ConfigError(describe("patch", self.patch, allowed))
+        return self
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        side = self.image_size // self.patch
+        return side, side
+
+    @property
+    def tokens(self) -> int:
+        return self.grid[0] * self.grid[1]
+
+    @property
+    def sample_shape(self) -> tuple[int, ...]:
+        return self.channels, self.image_size, self.image_size
+
+    def build(self) -> DiT:
+        return DiT(self)
+
+
+class DiT(nn.Module):
+    """``forward(x [B, C, H, W], ctx, cond) -> BackboneOutput`` with a sample of x's shape."""
+
+    def __init__(self, config: DiTConfig) -> None:
+        super().__init__()
+        self.config = config
+        width = config.trunk.width
+        values = config.channels * config.patch**2
+        self.patch_in = nn.Linear(values, width)
+        self.time = TimeEmbedding(width)
+        self.label = LabelEmbedding(config.num_classes, width) if config.num_classes else None
+        self.trunk = Trunk(config.trunk, config.tokens)
+        self.head_norm = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
+        self.head_modulation = nn.Linear(width, 2 * width)
+        self.head = nn.Linear(width, values * (2 if config.learned_variance else 1))
+        self.register_buffer("positions", sincos_grid(config.grid, width), persistent=False)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """adaLN and head start at zero: the output is exactly 0, every block the identity."""
+        self.trunk.reset_parameters()
+        nn.init.xavier_uniform_(self.patch_in.weight)
+        nn.init.zeros_(self.patch_in.bias)
+        self.time.reset_parameters()
+        if self.label is not None:
+            self.label.reset_parameters()
+        zero_linear(self.head_modulation)
+        zero_linear(self.head)
+
+    def forward(self, x: Tensor, ctx: Context, cond: Condition) -> BackboneOutput:
+        if x.shape[1:] != self.config.sample_shape:
+            raise DataError(describe("x", tuple(x.shape), f"[B, {self.config.sample_shape}]"))
+        ctx = self._embed(ctx, cond, x.shape[0])
+        assert ctx.embedding is not None
+        z_BND = self.patch_in(self._patchify(x)) + self.get_buffer("positions")
+        z_BND, routings = self.trunk(z_BND, ctx)
+        shift, scale = self.head_modulation(nn.functional.silu(ctx.embedding)).chunk(2, dim=-1)
+        out = self.head(modulate(self.head_norm(z_BND), shift, scale))
+        sample, variance = self._unpatchify(out)
+        return BackboneOutput(sample, routings, variance)
+
+    def _embed(self, ctx: Context, cond: Condition, batch: int) -> Context:
+        """Fill in what the slots are told. ``label`` is the condition after dropout."""
+        assert ctx.time_input is not None
+        tau = self.time(ctx.time_input)
+        embedding = tau
+        if self.label is not None:
+            if cond.label is None:
+                raise DataError(describe("cond.label", None, f"labels [B], B = {batch}"))
+            embedding = tau + self.label(cond.label)
+        return ctx.replace(
+            batch=batch,
+            tokens=self.config.tokens,
+            time_embedding=tau,
+            embedding=embedding,
+            time_table=_Table(self.time, ctx.time_inputs),
+            label=cond.label,
+            task=cond.task,
+            positions=torch.arange(self.config.tokens, device=tau.device),
+        )
+
+    def _patchify(self, x: Tensor) -> Tensor:
+        B, C = x.shape[:2]
+        P, (rows, columns) = self.config.patch, self.config.grid
+        x = x.reshape(B, C, rows, P, columns, P).permute(0, 2, 4, 1, 3, 5)
+        return x.reshape(B, rows * columns, C * P * P)
+
+    def _unpatchify(self, out: Tensor) -> tuple[Tensor, Tensor | None]:
+        B = out.shape[0]
+        P, (rows, columns) = self.config.patch, self.config.grid
+        parts = 2 if self.config.learned_variance else 1
+        C = self.config.channels
+        out = out.reshape(B, rows, columns, parts, C, P, P).permute(3, 0, 4, 1, 5, 2, 6)
+        out = out.reshape(parts, B, C, rows * P, columns * P)
+        return out[0], out[1] if parts == 2 else None
+
+
+class _Table:
+    """tau of every step of the original grid, computed once per forward pass and only if asked."""
+
+    def __init__(self, time: TimeEmbedding, inputs: Tensor | None) -> None:
+        self.time, self.inputs = time, inputs
+        self.value: Tensor | None = None
+
+    def __call__(self) -> Tensor:
+        if self.value is None:
+            assert self.inputs is not None
+            self.value = self.time(self.inputs)
+        return self.value

@@ -1,0 +1,220 @@
+"""The transformer trunk: blocks of attention and feed-forward network with expert slots.
+
+One trunk serves images (adaLN-zero, bidirectional) and text (RMSNorm, causal). A slot is a place
+where an expert layer is put by configuration:
+
+* ``ffn``: the layer replaces the feed-forward network; it sees the normalised, modulated input.
+* ``pre_block``: the layer answers y and the block reads ``m * z`` with ``m = 1 + y``. Writes are
+  not masked: ``z_out = z + dAttn(m z) + dMLP(m z + dAttn)`` (DTR, Switch-DiT).
+
+Every slot receives the same :class:`Context`. Shapes: B batch, N tokens, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from pydantic import Field, model_validator
+from torch import Generator, Tensor, nn
+
+from coterie.core.config import Config
+from coterie.core.context import Context
+from coterie.core.errors import ConfigError, describe
+from coterie.core.routing import Aux, Routing
+from coterie.experts import ExpertLayer, ExpertLayerConfig, routers_of
+from coterie.nn.attention import SelfAttention
+from coterie.nn.init import normal_linear, xavier_linear, zero_linear
+from coterie.nn.mlp import FEED_FORWARD
+
+SlotName = Literal["pre_block", "ffn"]
+Layers = Literal["all", "odd", "even", "except_first"] | tuple[int, ...]
+
+
+class SlotConfig(Config):
+    """One expert system: which slot, in which blocks, which layer."""
+
+    slot: SlotName = "ffn"
+    layers: Layers = "all"  # "odd": blocks 1, 3, 5, ... (every second block)
+    expert: ExpertLayerConfig
+
+    def sites(self, depth: int) -> list[int]:
+        named = {
+            "all": range(depth),
+            "odd": range(1, depth, 2),
+            "even": range(0, depth, 2),
+            "except_first": range(1, depth),
+        }
+        return sorted(self.layers) if isinstance(self.layers, tuple) else list(named[self.layers])
+
+
+class TrunkConfig(Config):
+    """Sizes and style of the trunk. ``mlp_hidden`` None: 4 * width."""
+
+    width: int = Field(96, ge=1)
+    depth: int = Field(4, ge=1)
+    heads: int = Field(4, ge=1)
+    mlp: Literal["gelu", "swiglu"] = "gelu"
+    mlp_hidden: int | None = Field(None, ge=1)
+    modulation: Literal["adaln_zero", "none"] = "adaln_zero"
+    norm: Literal["layer", "rms"] = "layer"
+    causal: bool = False
+    rotary: bool = False
+    qkv_bias: bool = True
+    qk_norm: bool = False
+    init_std: float | None = None  # None: Xavier (DiT); a number: N(0, std) everywhere
+    slots: tuple[SlotConfig, ...] = ()
+
+    @model_validator(mode="after")
+    def _check(self) -> TrunkConfig:
+        if self.width % self.heads:
+            allowed = f"a divisor of width = {self.width}"
+            raise ConfigError(describe("heads", self.heads, allowed))
+        taken: dict[tuple[str, int], int] = {}
+        for index, slot in enumerate(self.slots):
+            for layer in slot.sites(self.depth):
+                if not 0 <= layer < self.depth:
+                    allowed = f"blocks 0..{self.depth - 1}"
+                    raise ConfigError(describe(f"slots.{index}.layers", layer, allowed))
+                if (slot.slot, layer) in taken:
+                    first = taken[slot.slot, layer]
+                    allowed = f"one expert system per slot and block (slots.{first} has it)"
+                    raise ConfigError(describe(f"slots.{index}.layers", layer, allowed))
+                taken[slot.slot, layer] = index
+        return self
+
+    @property
+    def hidden(self) -> int:
+        return self.mlp_hidden or 4 * self.width
+
+
+def _norm(config: TrunkConfig) -> nn.Module:
+    affine = config.modulation == "none"
+    if config.norm == "rms":
+        return nn.RMSNorm(config.width, eps=1e-6, elementwise_affine=affine)
+    return nn.LayerNorm(config.width, eps=1e-6, elementwise_affine=affine)
+
+
+def modulate(x_BND: Tensor, shift_BD: Tensor, scale_BD: Tensor) -> Tensor:
+    return x_BND * (1 + scale_BD[:, None]) + shift_BD[:, None]
+
+
+class Block(nn.Module):
+    """Attention and feed-forward network with optional experts in its slots."""
+
+    def __init__(self, config: TrunkConfig, length: int, experts: dict[str, ExpertLayer]) -> None:
+        super().__init__()
+        width = config.width
+        self.norm1, self.norm2 = _norm(config), _norm(config)
+        self.attention = SelfAttention(
+            width,
+            config.heads,
+            config.qkv_bias,
+            config.qk_norm,
+            config.causal,
+            length if config.rotary else 0,
+        )
+        self.pre_block = experts.get("pre_block")
+        self.ffn: nn.Module = (
+            experts["ffn"] if "ffn" in experts else FEED_FORWARD[config.mlp](width, config.hidden)
+        )
+        adaptive = config.modulation == "adaln_zero"
+        self.modulation = nn.Linear(width, 6 * width) if adaptive else None
+
+    def forward(self, z_BND: Tensor, ctx: Context) -> tuple[Tensor, list[Routing]]:
+        routings: list[Routing] = []
+        u_BND = z_BND
+        if self.pre_block is not None:
+            answer = self.pre_block(z_BND, ctx.replace(slot="pre_block"))
+            routings.extend(answer.routings)
+            u_BND = (1 + answer.y) * z_BND
+        shift1, scale1, gate1, shift2, scale2, gate2 = self._modulation(ctx)
+        h_BND = self._modulate(self.norm1(u_BND), shift1, scale1)
+        attended_BND = self._gate(self.attention(h_BND, ctx.token_mask), gate1)
+        h_BND = self._modulate(self.norm2(u_BND + attended_BND), shift2, scale2)
+        if isinstance(self.ffn, ExpertLayer):
+            answer = self.ffn(h_BND, ctx.replace(slot="ffn"))
+            routings.extend(answer.routings)
+            y_BND = answer.y
+        else:
+            y_BND = self.ffn(h_BND)
+        return z_BND + attended_BND + self._gate(y_BND, gate2), routings
+
+    def _modulation(self, ctx: Context) -> Sequence[Tensor | None]:
+        if self.modulation is None:
+            return (None,) * 6
+        assert ctx.embedding is not None
+        return self.modulation(nn.functional.silu(ctx.embedding)).chunk(6, dim=-1)
+
+    @staticmethod
+    def _modulate(x_BND: Tensor, shift_BD: Tensor | None, scale_BD: Tensor | None) -> Tensor:
+        if shift_BD is None or scale_BD is None:
+            return x_BND
+        return modulate(x_BND, shift_BD, scale_BD)
+
+    @staticmethod
+    def _gate(y_BND: Tensor, gate_BD: Tensor | None) -> Tensor:
+        return y_BND if gate_BD is None else gate_BD[:, None] * y_BND
+
+
+class Trunk(nn.Module):
+    """A stack of blocks. ``forward(z, ctx) -> (z, routings)``, z [B, N, D]."""
+
+    def __init__(self, config: TrunkConfig, length: int) -> None:
+        super().__init__()
+        self.config = config
+        by_block: list[dict[str, ExpertLayer]] = [{} for _ in range(config.depth)]
+        for slot in config.slots:
+            for layer in slot.sites(config.depth):
+                by_block[layer][slot.slot] = slot.expert.build(config.width, config.width)
+        self.blocks = nn.ModuleList(Block(config, length, experts) for experts in by_block)
+        self._systems = [
+            (slot.slot, slot.sites(config.depth), [part.build() for part in slot.expert.balance])
+            for slot in config.slots
+        ]
+
+    def reset_parameters(self) -> None:
+        """Generic initialisation, adaLN-zero, then every expert layer by its own card."""
+        if self.config.init_std is None:
+            xavier_linear(self)
+        else:
+            normal_linear(self, self.config.init_std)
+        for block in self.blocks:
+            assert isinstance(block, Block)
+            if block.modulation is not None:
+                zero_linear(block.modulation)
+        for layer in self.expert_layers():
+            layer.reset_parameters()
+
+    def expert_layers(self) -> list[ExpertLayer]:
+        return [module for module in self.modules() if isinstance(module, ExpertLayer)]
+
+    def forward(self, z_BND: Tensor, ctx: Context) -> tuple[Tensor, tuple[Routing, ...]]:
+        routings: list[Routing] = []
+        for layer, block in enumerate(self.blocks):
+            z_BND, made = block(z_BND, ctx.replace(layer=layer))
+            routings.extend(made)
+            if made and made[-1].state is not None:  # recurrent routers see the layer before
+                ctx = ctx.replace(state=made[-1].state)
+        return z_BND, tuple(routings)
+
+    def aux_losses(
+        self, routings: Sequence[Routing], rng: Generator | None = None
+    ) -> tuple[Aux, ...]:
+        """Every configured balance loss of the routings of one forward pass."""
+        out: list[Aux] = []
+        for slot, sites, balances in self._systems:
+            own = [r for r in routings if r.slot == slot and r.layer in sites]
+            for balance in balances:
+                out.extend(balance.losses(own, rng))
+        return tuple(out)
+
+    @torch.no_grad()
+    def after_step(self, routings: Sequence[Routing]) -> None:
+        """Balance by selection bias: reads all routings of one optimiser step, outside forward."""
+        for slot, sites, balances in self._systems:
+            own = [r for r in routings if r.slot == slot and r.layer in sites]
+            routers = routers_of(getattr(self.blocks[layer], slot) for layer in sites)
+            for balance in balances:
+                balance.after_step(routers, own)

@@ -1,0 +1,175 @@
+"""A network plus its process and preconditioning is a denoiser.
+
+``denoiser(x, t, cond) -> Prediction`` is all that solvers, ensembles and guidance ever see.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated, Literal
+
+import torch
+from pydantic import SerializeAsAny, model_validator
+from torch import Generator, Tensor, nn
+
+from coterie.backbones import BACKBONES, DiTConfig
+from coterie.backbones.causal import CausalConfig
+from coterie.core.context import Context
+from coterie.core.errors import ConfigError, DataError, describe
+from coterie.core.prediction import Condition, Prediction
+from coterie.core.registry import Part, Registry
+from coterie.core.routing import Aux, Routing
+from coterie.process import PRECONDITIONS, PROCESSES, Process, expand
+
+MODELS = Registry("model", "coterie.models")
+
+
+class _Model(nn.Module):
+    """What both kinds of denoiser share: a backbone whose expert slots have balance losses."""
+
+    backbone: nn.Module
+
+    def aux_losses(
+        self, routings: Sequence[Routing], rng: Generator | None = None
+    ) -> tuple[Aux, ...]:
+        return self.backbone.get_submodule("trunk").aux_losses(routings, rng)  # type: ignore[operator]
+
+    def after_step(self, routings: Sequence[Routing]) -> None:
+        """Called by training after each optimiser step with the routings of all its batches."""
+        self.backbone.get_submodule("trunk").after_step(routings)  # type: ignore[operator]
+
+
+@MODELS.register
+class DenoiserConfig(Part):
+    """``view`` is what the bare network answers; with EDM preconditioning it must be x0."""
+
+    kind: Literal["denoiser"] = "denoiser"
+    backbone: Annotated[SerializeAsAny[Part], BACKBONES.validator] = DiTConfig()
+    process: Annotated[SerializeAsAny[Part], PROCESSES.validator] = "rectified_flow"  # type: ignore[assignment]
+    precondition: Annotated[SerializeAsAny[Part], PRECONDITIONS.validator] = "none"  # type: ignore[assignment]
+    view: Literal["x0", "eps", "score", "flow", "v"] = "flow"
+
+    @model_validator(mode="after")
+    def _check(self) -> DenoiserConfig:
+        if self.precondition.kind != "none" and self.view != "x0":
+            hint = f"precondition {self.precondition.kind!r} answers x0"
+            raise ConfigError(describe("view", self.view, "x0", hint))
+        return self
+
+    def build(self) -> Denoiser:
+        return Denoiser(self)
+
+
+class Denoiser(_Model):
+    """``forward(x [B, ...], t f32 [B], cond) -> Prediction`` of x's shape, in ``config.view``.
+
+    ``sample_ids``, ``rng`` and ``progress`` reach the routers through the Context; none is needed
+    for sampling.
+    """
+
+    def __init__(self, config: DenoiserConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.process: Process = config.process.build()
+        self.precondition = config.precondition.build(self.process)
+        self.backbone = config.backbone.build()
+        steps = torch.arange(self.process.num_steps)
+        inputs = self.process.time_input(self.process.time_of_index(steps))
+        self.register_buffer("time_inputs", inputs.float(), persistent=False)
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        return next(self.backbone.parameters()).dtype
+
+    def forward(
+        self,
+        x: Tensor,
+        t: Tensor,
+        cond: Condition,
+        sample_ids: Tensor | None = None,
+        rng: Generator | None = None,
+        progress: float = 1.0,
+    ) -> Prediction:
+        if t.shape != x.shape[:1]:
+            raise DataError(describe("t", tuple(t.shape), f"[B] with B = {x.shape[0]}"))
+        ctx = Context(
+            batch=x.shape[0],
+            tokens=0,
+            noise=self.process.unit_time(t),
+            step_index=self.process.step_index(t),
+            num_steps=self.process.num_steps,
+            time_input=self.process.time_input(t).float(),
+            time_inputs=self.get_buffer("time_inputs"),
+            sample_ids=sample_ids,
+            training=self.training,
+            rng=rng,
+            progress=progress,
+        )
+        c_in, c_skip, c_out = (expand(c, x).to(x) for c in self.precondition.coefficients(t))
+        out = self.backbone((c_in * x).to(self._dtype), ctx, cond)
+        value = c_skip * x + c_out * out.sample.to(x)
+        return Prediction(value, self.config.view, out.routings, variance=out.variance)
+
+
+@MODELS.register
+class TokenDenoiserConfig(Part):
+    """Text: the network's answer are logits. ``masking`` names the process.
+
+    ``next_token``: autoregressive, causal. ``masked``: each token is replaced by the mask token
+    with probability t and predicted back (absorbing diffusion), bidirectional.
+    """
+
+    kind: Literal["token_denoiser"] = "token_denoiser"
+    backbone: Annotated[SerializeAsAny[Part], BACKBONES.validator] = CausalConfig()
+    masking: Literal["next_token", "masked"] = "next_token"
+
+    @model_validator(mode="after")
+    def _check(self) -> TokenDenoiserConfig:
+        trunk = getattr(self.backbone, "trunk", None)
+        if trunk is not None and trunk.causal != (self.masking == "next_token"):
+            hint = "next_token needs a causal trunk, masked a bidirectional one"
+            allowed = str(self.masking == "next_token")
+            raise ConfigError(describe("backbone.trunk.causal", trunk.causal, allowed, hint))
+        return self
+
+    def build(self) -> TokenDenoiser:
+        return TokenDenoiser(self)
+
+
+class TokenDenoiser(_Model):
+    """``forward(ids i64 [B, N], t f32 [B], cond) -> Prediction`` with logits f32 [B, N, V].
+
+    t is the share of masked tokens (0 for an autoregressive model). The mask token is the last
+    entry of the vocabulary.
+    """
+
+    def __init__(self, config: TokenDenoiserConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.backbone = config.backbone.build()
+
+    @property
+    def mask_token(self) -> int:
+        return self.backbone.config.vocabulary - 1  # type: ignore[union-attr, return-value]
+
+    def forward(
+        self,
+        ids_BN: Tensor,
+        t: Tensor,
+        cond: Condition,
+        sample_ids: Tensor | None = None,
+        rng: Generator | None = None,
+        progress: float = 1.0,
+    ) -> Prediction:
+        ctx = Context(
+            batch=ids_BN.shape[0],
+            tokens=ids_BN.shape[1],
+            noise=t.float(),
+            step_index=(t.float() * 999).round().long(),
+            sample_ids=sample_ids,
+            training=self.training,
+            rng=rng,
+            progress=progress,
+        )
+        out = self.backbone(ids_BN, ctx, cond)
+        return Prediction(out.sample, "logits", out.routings)

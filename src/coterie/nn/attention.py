@@ -1,0 +1,61 @@
+"""Multi-head self attention over one set of tokens.
+
+Shapes: B batch, N tokens, D width, H heads, d head width.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from coterie.nn.embed import rotary_table, rotate
+
+
+class SelfAttention(nn.Module):
+    """[B, N, D] -> [B, N, D]; optional causal mask, query/key normalisation, rotary positions."""
+
+    rotary: tuple[Tensor, Tensor] | None
+
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        qkv_bias: bool = True,
+        qk_norm: bool = False,
+        causal: bool = False,
+        rotary_length: int = 0,  # longest sequence; 0 = no rotary positions
+    ) -> None:
+        super().__init__()
+        self.heads = heads
+        self.causal = causal
+        self.qkv = nn.Linear(width, 3 * width, bias=qkv_bias)
+        self.out = nn.Linear(width, width)
+        head_width = width // heads
+        self.query_norm = nn.RMSNorm(head_width, eps=1e-6) if qk_norm else nn.Identity()
+        self.key_norm = nn.RMSNorm(head_width, eps=1e-6) if qk_norm else nn.Identity()
+        self.rotary_length = rotary_length
+        if rotary_length:
+            cos, sin = rotary_table(rotary_length, head_width)
+            self.register_buffer("rotary_cos", cos, persistent=False)
+            self.register_buffer("rotary_sin", sin, persistent=False)
+
+    def forward(self, x_BND: Tensor, token_mask_BN: Tensor | None = None) -> Tensor:
+        B, N, D = x_BND.shape
+        qkv = self.qkv(x_BND).reshape(B, N, 3, self.heads, D // self.heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        q, k = self.query_norm(q), self.key_norm(k)
+        if self.rotary_length:
+            cos, sin = self.get_buffer("rotary_cos")[:N], self.get_buffer("rotary_sin")[:N]
+            q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        mask = None if token_mask_BN is None else self._key_mask(token_mask_BN)
+        causal = self.causal and mask is None
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
+        return self.out(y.transpose(1, 2).reshape(B, N, D))
+
+    def _key_mask(self, token_mask_BN: Tensor) -> Tensor:
+        """bool [B, 1, N, N]; a token always sees itself, so that padding rows stay finite."""
+        N = token_mask_BN.shape[1]
+        eye = torch.eye(N, dtype=torch.bool, device=token_mask_BN.device)
+        allowed = token_mask_BN[:, None, None, :] | eye
+        return allowed & torch.ones_like(eye).tril() if self.causal else allowed

@@ -1,0 +1,5 @@
+"""Floor 6: one file per published system. Nothing below imports a recipe."""
+
+from coterie.recipes.base import Claim, Paper, Recipe, get_recipe, list_recipes
+
+__all__ = ["Claim", "Paper", "Recipe", "get_recipe", "list_recipes"]

@@ -1,0 +1,14 @@
+"""What is learnt: ``objective(model, batch, rng, progress) -> Losses``. One file per objective."""
+
+from coterie.train.objectives.base import OBJECTIVES
+from coterie.train.objectives.classification import ClassificationConfig
+from coterie.train.objectives.denoising import DenoisingConfig
+from coterie.train.objectives.text import MaskedTokenConfig, NextTokenConfig
+
+__all__ = [
+    "OBJECTIVES",
+    "ClassificationConfig",
+    "DenoisingConfig",
+    "MaskedTokenConfig",
+    "NextTokenConfig",
+]

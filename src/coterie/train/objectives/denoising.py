@@ -1,0 +1,84 @@
+"""Denoising: diffuse, predict, compare in the network's own view.
+
+Shapes: B batch.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import Field, SerializeAsAny
+from torch import Generator, Tensor, nn
+
+from coterie.core.batch import Batch, Losses
+from coterie.core.prediction import Condition, Prediction
+from coterie.core.registry import Part
+from coterie.process import TIMES, WEIGHTINGS, Process, convert, vlb_bits
+from coterie.train.objectives.base import OBJECTIVES
+
+
+@OBJECTIVES.register
+class DenoisingConfig(Part):
+    """``times``: where in noise training looks; ``weighting``: how much each noise level counts."""
+
+    kind: Literal["denoising"] = "denoising"
+    times: Annotated[SerializeAsAny[Part], TIMES.validator] = "uniform"  # type: ignore[assignment]
+    weighting: Annotated[SerializeAsAny[Part], WEIGHTINGS.validator] = "constant"  # type: ignore[assignment]
+    label_dropout: float = Field(0.1, ge=0, le=1)  # share of samples trained without condition
+    vlb_weight: float = Field(1.0, ge=0)  # of the bound, bits per dimension, for a learnt variance
+
+    def build(self, model: Any) -> Denoising:
+        return Denoising(self, model.process)
+
+
+class Denoising(nn.Module):
+    """MSE of the prediction in its own view, weighted over noise levels, plus balance losses."""
+
+    def __init__(self, config: DenoisingConfig, process: Process) -> None:
+        super().__init__()
+        self.config = config
+        self.process = process
+        self.times = config.times.build(process)
+        self.weighting = config.weighting.build(process)
+
+    @property
+    def lr(self) -> float | None:
+        """Own learning rate of a learnt weighting; None: that of the model."""
+        return getattr(self.weighting, "lr", None)
+
+    def forward(self, model: Any, batch: Batch, rng: Generator, progress: float = 1.0) -> Losses:
+        B = batch.x.shape[0]
+        device = batch.x.device
+        t = self.times.sample(B, rng).to(device)
+        eps = torch.randn(batch.x.shape, generator=rng).to(device)
+        cond = self._drop(batch.cond, torch.rand(B, generator=rng).to(device))
+        x_t = self.process.diffuse(batch.x, eps, t)
+        prediction = model(x_t, t, cond, sample_ids=batch.ids, rng=rng, progress=progress)
+        per_sample = self.error(prediction, batch.x, x_t, t)
+        main = {"denoising": self.weighting.combine(per_sample, t, prediction.view)}
+        if prediction.variance is not None:
+            main["vlb"] = self.config.vlb_weight * self._vlb(prediction, batch.x, x_t, t).mean()
+        return Losses(
+            main=main,
+            aux=model.aux_losses(prediction.routings, rng),
+            routings=prediction.routings,
+            per_sample=per_sample.detach(),
+            noise=self.process.unit_time(t),
+        )
+
+    def error(self, prediction: Prediction, x0: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        """Mean squared error per sample in the prediction's view, f32 [B]."""
+        target = convert(self.process, x0, "x0", prediction.view, x_t, t)
+        return (prediction.value.float() - target.float()).square().flatten(1).mean(1)
+
+    def _drop(self, cond: Condition, chance: Tensor) -> Condition:
+        if self.config.label_dropout == 0 or not cond.tensors():
+            return cond
+        return cond.drop(chance < self.config.label_dropout)
+
+    def _vlb(self, prediction: Prediction, x0: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        """The variational bound with the mean detached (improved DDPM): trains the variance."""
+        assert prediction.variance is not None
+        denoised = convert(self.process, prediction.value.detach(), prediction.view, "x0", x_t, t)
+        return vlb_bits(self.process, x0, x_t, t, denoised, prediction.variance)

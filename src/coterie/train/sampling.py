@@ -1,0 +1,172 @@
+"""Samples of a run: images as PNG files and a grid, text as lines; always with their seeds."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from coterie.core.context import NULL_LABEL
+from coterie.core.errors import ConfigError, describe
+from coterie.core.prediction import Condition
+from coterie.core.rng import SampleNoise, derive
+from coterie.solvers import guide, initial_noise, sample
+from coterie.solvers.text import generate_text
+from coterie.train.run import LoadedRun
+
+
+@dataclass(frozen=True)
+class Samples:
+    """``x``: f32 [n, ...] images in [-1, 1], or i64 [n, N] token ids; one label and seed each."""
+
+    x: Tensor
+    labels: Tensor
+    seeds: list[int]
+
+
+def balanced_labels(run: LoadedRun, num: int) -> Tensor:
+    """Classes in turn, so that a grid has one column per class; NULL_LABEL without classes."""
+    classes = run.source.num_classes
+    if not classes or not conditional(run):
+        return torch.full((num,), NULL_LABEL)
+    return torch.arange(num) % classes
+
+
+def conditional(run: LoadedRun) -> bool:
+    return bool(getattr(run.config.model.backbone, "num_classes", 0))
+
+
+@torch.no_grad()
+def generate(
+    run: LoadedRun,
+    num: int,
+    labels: Sequence[int] | None = None,
+    seed: int = 0,
+    steps: int | None = None,
+    guidance: float | None = None,
+    callback: Callable[..., None] | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> Samples:
+    """Draw ``num`` samples. Sample i depends on (seed, i), its label and the model only."""
+    wanted = balanced_labels(run, num) if labels is None else _labels(run, labels, num)
+    seeds = [derive(seed, "sample", index) for index in range(num)]
+    parts = []
+    for first in range(0, num, run.config.sample.batch):
+        rows = slice(first, first + run.config.sample.batch)
+        parts.append(_batch(run, wanted[rows], seeds[rows], steps, guidance, callback))
+        if progress is not None:
+            progress(len(parts[-1]))
+    return Samples(torch.cat(parts), wanted, seeds)
+
+
+def _labels(run: LoadedRun, labels: Sequence[int], num: int) -> Tensor:
+    classes = run.source.num_classes
+    for label in labels:
+        if not NULL_LABEL <= label < classes:
+            raise ConfigError(describe("labels", label, f"0..{classes - 1}"))
+    return torch.tensor([labels[index % len(labels)] for index in range(num)])
+
+
+def _batch(
+    run: LoadedRun,
+    labels: Tensor,
+    seeds: list[int],
+    steps: int | None,
+    guidance: float | None,
+    callback: Callable[..., None] | None,
+) -> Tensor:
+    settings = run.config.sample
+    steps = steps or settings.steps
+    noise = SampleNoise(seeds)
+    if run.is_text:
+        return generate_text(
+            run.model,
+            len(seeds),
+            run.source.shape[0],
+            steps,
+            noise,
+            start=run.source.tokenizer.EOS,  # type: ignore[attr-defined]
+            temperature=settings.temperature,
+        )
+    weight = settings.guidance.weight if guidance is None else guidance
+    denoiser = run.model
+    cond = Condition()
+    if conditional(run):
+        cond = Condition(label=labels)
+        denoiser = guide(run.model, settings.guidance.replace(weight=weight))
+    x = initial_noise(run.model.process, run.source.shape, noise)
+    return sample(
+        denoiser,
+        x,
+        cond,
+        solver=settings.solver,
+        grid=settings.grid,
+        steps=steps,
+        noise=noise,
+        callback=callback,
+    )
+
+
+def to_pixels(x: Tensor) -> np.ndarray:
+    """f32 [n, C, H, W] in [-1, 1] -> u8 [n, H, W, C]."""
+    scaled = ((x.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+    return scaled.permute(0, 2, 3, 1).cpu().numpy()
+
+
+def grid_image(pixels: np.ndarray, columns: int, scale: int = 2, gap: int = 2) -> Image.Image:
+    """Tile u8 [n, H, W, C] images, ``columns`` a row, on white."""
+    count, height, width, channels = pixels.shape
+    rows = -(-count // columns)
+    sheet = np.full(
+        (rows * (height + gap) + gap, columns * (width + gap) + gap, channels), 255, np.uint8
+    )
+    for index, picture in enumerate(pixels):
+        top = gap + index // columns * (height + gap)
+        left = gap + index % columns * (width + gap)
+        sheet[top : top + height, left : left + width] = picture
+    image = Image.fromarray(sheet.squeeze(-1) if channels == 1 else sheet)
+    return image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST)
+
+
+def sample_run(
+    run: LoadedRun,
+    num: int = 64,
+    labels: Sequence[int] | None = None,
+    seed: int = 0,
+    steps: int | None = None,
+    guidance: float | None = None,
+    out: str | Path | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> Path:
+    """Write samples to ``out`` (default: the run's ``samples/``) and return that folder."""
+    folder = Path(out) if out is not None else run.path / "samples"
+    folder.mkdir(parents=True, exist_ok=True)
+    made = generate(run, num, labels, seed, steps, guidance, progress=progress)
+    entries: list[dict[str, Any]] = [
+        {"index": index, "label": int(label), "seed": made.seeds[index]}
+        for index, label in enumerate(made.labels)
+    ]
+    if run.is_text:
+        texts = [run.source.tokenizer.decode(row) for row in made.x]  # type: ignore[attr-defined]
+        for entry, text in zip(entries, texts, strict=True):
+            entry["text"] = text
+        (folder / "samples.txt").write_text("\n\n".join(texts), encoding="utf-8")
+    else:
+        pixels = to_pixels(made.x)
+        for entry, picture in zip(entries, pixels, strict=True):
+            entry["file"] = f"{entry['index']:05d}.png"
+            Image.fromarray(picture.squeeze(-1) if picture.shape[-1] == 1 else picture).save(
+                folder / entry["file"]
+            )
+        columns = run.source.num_classes if labels is None and conditional(run) else 8
+        side = pixels.shape[2]
+        grid_image(pixels, min(columns, 16), scale=max(1, 64 // side)).save(folder / "grid.png")
+    (folder / "samples.json").write_text(json.dumps(entries, indent=2), encoding="utf-8")
+    return folder
