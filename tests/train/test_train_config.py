@@ -105,5 +105,5 @@ def test_ema_refuses_an_unknown_decay():
     model = drifting()
     with pytest.raises(ConfigError, match=r"decay: 0.5"):
         Ema(model, [0.9]).copy_to(model, 0.5)
-    with pytest.raises(ConfigError, match="set train.ema"):
+    with pytest.raises(ConfigError, match=r"set train\.ema"):
         Ema(model, []).copy_to(model)

@@ -1,8 +1,8 @@
 """Folders that are either complete and unchanged, or refused by name.
 
 A sealed folder holds files and a ``manifest.json`` with the size and SHA-256 of each, and a digest
-of the manifest itself. It is written beside its target and renamed, so a crash at any moment leaves
-either the old folder or the new one. Checkpoints and model directories are sealed folders.
+of the manifest itself. It is written beside its target and renamed, so a crash at any moment never
+leaves half a folder under the target's name. Checkpoints and model directories are sealed folders.
 """
 
 from __future__ import annotations
@@ -10,9 +10,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import platform
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from importlib import metadata
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -84,9 +86,11 @@ def atomic_folder(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
         yield temporary
         for path in [*_walk(temporary), temporary]:
             sync(path)
-        remove(target)
+        doomed = _set_aside(target)
         temporary.rename(target)
         sync(target.parent)
+        if doomed is not None:
+            shutil.rmtree(doomed, ignore_errors=True)
     except OSError as error:
         raise CheckpointError(
             f"{target}: could not be written ({error.strerror or error}); "
@@ -98,13 +102,18 @@ def atomic_folder(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
 
 def remove(folder: Path) -> None:
     """Delete a folder so that a crash half-way leaves only a temporary name behind."""
+    doomed = _set_aside(folder)
+    if doomed is not None:
+        shutil.rmtree(doomed)
+
+
+def _set_aside(folder: Path) -> Path | None:
+    """Rename a folder to a temporary name; None if there is none."""
     if not folder.exists():
-        return
-    if not folder.name.startswith(TEMPORARY):
-        doomed = folder.parent / f"{TEMPORARY}old-{folder.name}-{os.getpid()}"
-        shutil.rmtree(doomed, ignore_errors=True)
-        folder = folder.rename(doomed)
-    shutil.rmtree(folder)
+        return None
+    doomed = folder.parent / f"{TEMPORARY}old-{folder.name}-{os.getpid()}"
+    shutil.rmtree(doomed, ignore_errors=True)
+    return folder.rename(doomed)
 
 
 def clean(parent: Path) -> None:
@@ -133,6 +142,17 @@ def seal(folder: Path, header: Mapping[str, Any]) -> dict[str, Any]:
     return manifest
 
 
+def libraries() -> dict[str, str]:
+    """Versions that wrote a folder; kept for people, never compared."""
+    out = {"python": platform.python_version()}
+    for name in ("coterie", "torch"):
+        try:
+            out[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            out[name] = "unknown"
+    return out
+
+
 def read_manifest(folder: Path, kind: str, version: int) -> dict[str, Any]:
     """The manifest of a sealed folder of format ``kind``; its files are not looked at yet."""
     path = folder / MANIFEST
@@ -154,7 +174,21 @@ def read_manifest(folder: Path, kind: str, version: int) -> dict[str, Any]:
     claimed = manifest.pop("digest", None)
     if claimed != digest(manifest):
         raise CheckpointError(f"{path}: damaged, its own digest does not match")
+    files = manifest.get("files")
+    if not isinstance(files, dict) or not all(_is_entry(entry) for entry in files.values()):
+        raise CheckpointError(f"{path}: files must map each name to its bytes and sha256")
+    for name in files:
+        check_name(name, folder)
     return manifest
+
+
+def _is_entry(entry: Any) -> bool:
+    return (
+        isinstance(entry, dict)
+        and set(entry) == {"bytes", "sha256"}
+        and type(entry["bytes"]) is int
+        and isinstance(entry["sha256"], str)
+    )
 
 
 def check_name(name: str, where: Path) -> None:
@@ -168,20 +202,19 @@ def verify_file(
     folder: Path, name: str, manifest: Mapping[str, Any], *, hashes: bool = True
 ) -> Path:
     """Check one listed file: inside the folder, regular, right size, right hash."""
-    check_name(name, folder)
     entry = manifest["files"].get(name)
-    if not isinstance(entry, dict):
+    if entry is None:
         raise CheckpointError(f"{folder / name}: not listed in {MANIFEST}")
     path = folder / name
     if not path.resolve().is_relative_to(folder.resolve()) or path.is_symlink():
         raise CheckpointError(f"{path}: a link; only regular files inside the folder are allowed")
     if not path.is_file():
         raise CheckpointError(f"{path}: missing")
-    if path.stat().st_size != entry.get("bytes"):
+    if path.stat().st_size != entry["bytes"]:
         raise CheckpointError(
             f"{path}: damaged, {path.stat().st_size} bytes instead of {entry.get('bytes')}"
         )
-    if hashes and file_digest(path) != entry.get("sha256"):
+    if hashes and file_digest(path) != entry["sha256"]:
         raise CheckpointError(f"{path}: damaged, its SHA-256 does not match")
     return path
 

@@ -8,7 +8,6 @@ is skipped by name.
 
 from __future__ import annotations
 
-import platform
 import re
 import warnings
 from collections.abc import Mapping
@@ -16,12 +15,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 import coterie.core.tensors as tensors_io
 from coterie.core.errors import CheckpointError
-from coterie.core.folder import atomic_folder, read_manifest, remove, seal, verify_folder
+from coterie.core.folder import (
+    MANIFEST,
+    atomic_folder,
+    libraries,
+    read_manifest,
+    remove,
+    seal,
+    verify_folder,
+)
 
 FORMAT = "coterie.checkpoint"
 VERSION = 1
@@ -82,7 +88,6 @@ def save(
             "step": step,
             "config_hash": config_hash,
             "libraries": libraries(),
-            "groups": sorted(state),
             "scalars": dict(scalars),
         }
         seal(folder, header)
@@ -96,6 +101,9 @@ def verify(path: str | Path) -> dict[str, Any]:
     """The manifest of a complete checkpoint; CheckpointError names the first bad file."""
     path = Path(path)
     manifest = read_manifest(path, FORMAT, VERSION)
+    for field, kind in (("step", int), ("config_hash", str), ("scalars", dict)):
+        if not isinstance(manifest.get(field), kind):
+            raise CheckpointError(f"{path / MANIFEST}: {field} is missing or not a {kind.__name__}")
     verify_folder(path, manifest)
     return manifest
 
@@ -143,21 +151,10 @@ def _newest(run_dir: str | Path, config_hash: str | None) -> tuple[Path, dict[st
 
 def _read(path: Path, manifest: dict[str, Any]) -> Checkpoint:
     state = {
-        group: tensors_io.read_tensors(path / f"{group}.safetensors")
-        for group in manifest["groups"]
+        name.removesuffix(".safetensors"): tensors_io.read_tensors(path / name)
+        for name in manifest["files"]
     }
     return Checkpoint(path, manifest["step"], manifest["config_hash"], state, manifest["scalars"])
-
-
-def libraries() -> dict[str, str]:
-    """Versions that wrote a file; kept for people, never compared."""
-    from importlib.metadata import PackageNotFoundError, version
-
-    try:
-        own = version("coterie")
-    except PackageNotFoundError:
-        own = "unknown"
-    return {"coterie": own, "torch": torch.__version__, "python": platform.python_version()}
 
 
 def _drop(path: Path) -> None:

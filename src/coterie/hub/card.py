@@ -1,0 +1,76 @@
+"""The model card: what it is, how big, how to load it, what data it was made from."""
+
+from __future__ import annotations
+
+import json
+
+from coterie.hub.layout import Manifest
+
+_RUN_KEYS = {"model", "data", "train"}
+
+
+def model_card(manifest: Manifest, name: str, description: str, data_licence: str) -> str:
+    """Markdown with the front matter that model hubs read."""
+    config = manifest.config
+    recipe = config.get("recipe") or "none (built from its configuration)"
+    preset = config.get("preset")
+    total, active = manifest.parameters["total"], manifest.parameters["active"]
+    experts = [f"| `{pool}` | {len(files)} |" for pool, files in manifest.pools.items()]
+    lines = [
+        "---",
+        "library_name: coterie",
+        "tags: [diffusion, mixture-of-experts]",
+        "---",
+        f"# {name}",
+        "",
+        description or f"A `{manifest.model_class}` made with coterie.",
+        "",
+        f"- Recipe: {recipe}{f', preset {preset}' if preset else ''}",
+        f"- Parameters: {total:,} in all, {active:,} active per unit",
+        f"- Data: {_data(config)}",
+        f"- Licence of the data: {data_licence or 'not stated'}",
+        f"- Made with: {', '.join(f'{k} {v}' for k, v in sorted(manifest.libraries.items()))}",
+        "",
+        "## Experts",
+        "",
+        *(["| pool | experts |", "|---|---|", *experts] if experts else ["None: a dense model."]),
+        "",
+        "One file per expert: `coterie.hub.load_expert(path, pool, index)` reads one alone.",
+        "",
+        "## Loading",
+        "",
+        "```python",
+        *_usage(config, name),
+        "```",
+        "",
+        "## Configuration",
+        "",
+        "```json",
+        json.dumps(config, indent=2, sort_keys=True),
+        "```",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _data(config: dict[str, object]) -> str:
+    data = config.get("data")
+    return str(data.get("kind", "not stated")) if isinstance(data, dict) else "not stated"
+
+
+def _usage(config: dict[str, object], name: str) -> list[str]:
+    if not set(config) >= _RUN_KEYS:
+        return [
+            "from coterie.hub import load_into, load_manifest",
+            "",
+            f'manifest = load_manifest("{name}")',
+            "model = ...  # build it from manifest.config",
+            f'load_into(model, "{name}")',
+        ]
+    return [
+        "from coterie.hub import load_into, load_manifest",
+        "from coterie.train.run import RunConfig, build_model",
+        "",
+        f'manifest = load_manifest("{name}")',
+        "model = build_model(RunConfig.from_dict(manifest.config))",
+        f'load_into(model, "{name}")',
+    ]

@@ -1,0 +1,142 @@
+"""Which tensor lives in which file, and the manifest that says so."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+from torch import Tensor, nn
+
+from coterie.core.config import Config
+from coterie.core.errors import CheckpointError, ConfigError, describe
+from coterie.core.folder import MANIFEST, read_manifest, verify_file
+from coterie.core.tensors import module_tensors
+from coterie.experts import Router
+
+FORMAT = "coterie.model"
+VERSION = 1
+TRUNK = "trunk.safetensors"
+ROUTER = "router.safetensors"
+EXPERTS = "experts"
+CARD = "README.md"
+
+
+class _ManifestFile(Config):
+    """Fields of ``manifest.json``; unknown ones are refused."""
+
+    format: str
+    version: int
+    libraries: dict[str, str]
+    model_class: str
+    config: dict[str, Any]
+    pools: dict[str, list[str]]
+    parameters: dict[str, int]
+    extra: dict[str, Any]
+    files: dict[str, dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """``pools``: module path of each expert pool -> the files of its experts, in order."""
+
+    path: Path
+    model_class: str
+    config: dict[str, Any]
+    pools: dict[str, list[str]]
+    parameters: dict[str, int]  # "total", "active"
+    libraries: dict[str, str]
+    extra: dict[str, Any]
+    files: dict[str, dict[str, Any]]  # name -> bytes, sha256
+
+    def file(self, name: str, *, hashes: bool = True) -> Path:
+        """Path of a listed file after checking its size and hash."""
+        return verify_file(self.path, name, {"files": self.files}, hashes=hashes)
+
+    def expert_file(self, pool: str, index: int) -> str:
+        """Name of one expert's file; ConfigError lists what there is."""
+        if pool not in self.pools:
+            raise ConfigError(describe("pool", pool, ", ".join(self.pools) or "none: no experts"))
+        if not 0 <= index < len(self.pools[pool]):
+            raise ConfigError(describe("index", index, f"0..{len(self.pools[pool]) - 1}"))
+        return self.pools[pool][index]
+
+
+def load_manifest(path: str | Path) -> Manifest:
+    """Read and check ``manifest.json``; no weights are read. CheckpointError says what is wrong."""
+    path = Path(path)
+    data = read_manifest(path, FORMAT, VERSION)
+    try:
+        parsed = _ManifestFile.from_dict(data)
+    except ConfigError as error:
+        raise CheckpointError(f"{path / MANIFEST}: {error}") from None
+    listed = [name for names in parsed.pools.values() for name in names]
+    for name in listed:
+        if name not in parsed.files:
+            raise CheckpointError(f"{path / MANIFEST}: expert file {name!r} is not among its files")
+    if len(set(listed)) < len(listed):
+        raise CheckpointError(f"{path / MANIFEST}: one file is listed for two experts")
+    fields = {name: getattr(parsed, name) for name in _ManifestFile.model_fields}
+    del fields["format"], fields["version"]
+    return Manifest(path=path, **fields)
+
+
+def verify(path: str | Path) -> Manifest:
+    """Check every file of a model directory against its manifest."""
+    manifest = load_manifest(path)
+    for name in manifest.files:
+        manifest.file(name)
+    return manifest
+
+
+@runtime_checkable
+class Pool(Protocol):
+    """Stacked experts that can give and take one expert at a time."""
+
+    num_experts: int
+
+    def expert_state(self, expert: int) -> dict[str, Tensor]: ...
+
+    def load_expert_state(self, expert: int, tensors: Mapping[str, Tensor]) -> None: ...
+
+
+@dataclass(frozen=True)
+class Split:
+    """A model's tensors by destination; every tensor is in exactly one place."""
+
+    trunk: dict[str, Tensor]
+    router: dict[str, Tensor]
+    pools: dict[str, Pool]
+
+
+def split(model: nn.Module) -> Split:
+    """Sort parameters and persistent buffers into trunk, routers and pools of experts.
+
+    The stacks of a :class:`Pool` leave the trunk. Pools that share their tensors are stored once.
+    """
+    everything = module_tensors(model)
+    owners = {id(value): name for name, value in everything.items()}
+    pools: dict[str, Pool] = {}
+    stacked: set[str] = set()
+    routed: set[str] = set()
+    for path, module in model.named_modules():
+        own = module_tensors(module)
+        if isinstance(module, Pool):
+            names = {owners[id(own[name])] for name in module.expert_state(0)}
+            if not names <= stacked:
+                pools[path or type(model).__name__] = module
+                stacked |= names
+        elif isinstance(module, Router):
+            routed |= {owners[id(value)] for value in own.values()}
+    routed -= stacked
+    return Split(
+        trunk={n: v for n, v in everything.items() if n not in stacked and n not in routed},
+        router={n: v for n, v in everything.items() if n in routed},
+        pools=pools,
+    )
+
+
+def expert_name(pool: str, index: int) -> str:
+    """File of one expert. Module paths have no separators, so they are folder names as they are."""
+    return f"{EXPERTS}/{pool}/e{index:03d}.safetensors"

@@ -1,0 +1,94 @@
+"""Writing a model directory."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from coterie.core.cost import count_parameters
+from coterie.core.errors import CheckpointError, describe
+from coterie.core.folder import MANIFEST, atomic_folder, libraries, read_manifest, seal
+from coterie.core.tensors import write_tensors
+from coterie.hub.card import model_card
+from coterie.hub.layout import (
+    CARD,
+    FORMAT,
+    ROUTER,
+    TRUNK,
+    VERSION,
+    expert_name,
+    load_manifest,
+    split,
+)
+
+
+def save_pretrained(
+    model: nn.Module,
+    path: str | Path,
+    config: Mapping[str, Any],
+    *,
+    overwrite: bool = False,
+    description: str = "",
+    data_licence: str = "",
+    extra: Mapping[str, Any] | None = None,
+) -> Path:
+    """Write ``model`` and the JSON configuration it can be built from; all or nothing.
+
+    ``description`` and ``data_licence`` go to the model card, ``extra`` (JSON) to the manifest.
+    ``overwrite`` replaces a model directory, never a folder that holds anything else.
+    Raises CheckpointError.
+    """
+    target = Path(path)
+    if overwrite:
+        _check_replaceable(target)
+    parts = split(model)
+    counts = count_parameters(model)
+    pools = {
+        name: [expert_name(name, index) for index in range(pool.num_experts)]
+        for name, pool in parts.pools.items()
+    }
+    header = {
+        "format": FORMAT,
+        "version": VERSION,
+        "libraries": libraries(),
+        "model_class": type(model).__name__,
+        "config": _plain(config, "config"),
+        "pools": pools,
+        "parameters": {"total": counts.total, "active": counts.active},
+        "extra": _plain(extra or {}, "extra"),
+    }
+    with atomic_folder(target, overwrite=overwrite) as folder:
+        for file, tensors in ((TRUNK, parts.trunk), (ROUTER, parts.router)):
+            if tensors:
+                write_tensors(folder / file, tensors)
+        for name, pool in parts.pools.items():
+            (folder / pools[name][0]).parent.mkdir(parents=True)
+            for index, file in enumerate(pools[name]):
+                write_tensors(folder / file, pool.expert_state(index))
+        seal(folder, header)
+        # After sealing: people edit model cards.
+        card = model_card(load_manifest(folder), target.name, description, data_licence)
+        (folder / CARD).write_text(card, encoding="utf-8")
+    return target
+
+
+def _check_replaceable(target: Path) -> None:
+    if not target.exists() or (target.is_dir() and not any(target.iterdir())):
+        return
+    try:
+        read_manifest(target, FORMAT, VERSION)
+    except CheckpointError as error:
+        hint = f"it is not a model directory ({error})"
+        allowed = "a new path or a model directory"
+        raise CheckpointError(describe("folder", str(target), allowed, hint)) from None
+
+
+def _plain(data: Mapping[str, Any], field: str) -> dict[str, Any]:
+    try:
+        return dict(json.loads(json.dumps(data, allow_nan=False)))
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{MANIFEST}: {field} is not plain JSON ({error})") from None
