@@ -123,7 +123,8 @@ def error_scale(process: Process, t: Tensor, view: str) -> Tensor:
         return (alpha / sigma.square()).square()
     if view == "v":
         return ((alpha.square() + sigma.square()) / sigma).square()
-    return ((process.dalpha(t) * sigma - process.dsigma(t) * alpha) / sigma).square()
+    # Nothing to floor in alpha here: the flow's slope does not vanish with it.
+    return (process.dalpha(t) - process.dsigma(t) * process.alpha(t) / sigma).square()
 
 
 def floored(process: Process, t: Tensor) -> tuple[Tensor, Tensor]:

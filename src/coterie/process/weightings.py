@@ -121,7 +121,10 @@ class P2Weighting(Part):
 
 def _elbo(process: Process, t: Tensor) -> Tensor:
     if not process.discrete:
-        return _snr(process, t) * -process.dlam(t)  # -1/2 d SNR/dt = -SNR lam'
+        # -1/2 d SNR/dt = -SNR lam', written without dividing by alpha.
+        alpha, sigma = floored(process, t)
+        slope = alpha * process.dsigma(t) - sigma * process.dalpha(t)
+        return alpha * slope / sigma**3
     index = process.step_index(t)
     before = _snr(process, process.time_of_index((index - 1).clamp_min(0), torch.float64))
     before = torch.where(index > 0, before, 2.0 * _snr(process, t))

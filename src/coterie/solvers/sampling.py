@@ -37,9 +37,10 @@ def sample(
 ) -> Tensor:
     """x0 [B, ...] from the initial state ``x`` [B, ...] at the process's ``t_max``.
 
-    ``solver`` is a part of SOLVERS, ``grid`` of GRIDS. ``noise`` is for stochastic solvers: one seed per sample, so sample i does not depend on its
-    batch mates. Costs ``solver.evaluations(steps)`` calls of the denoiser. Raises ConfigError for
-    settings that do not fit each other and DataError for a non-finite ``x``.
+    ``solver`` is a part of SOLVERS, ``grid`` of GRIDS. ``noise`` is for stochastic solvers: one
+    seed per sample, so sample i does not depend on its batch mates. Costs
+    ``solver.evaluations(steps)`` calls of the denoiser. Raises ConfigError for settings that do
+    not fit each other and DataError for a non-finite ``x``.
     """
     times = grid.build(denoiser.process, steps)
     return integrate(denoiser, x, cond, times, solver.build(), noise, callback)
