@@ -14,7 +14,7 @@ from toy_training import POISON_STEPS, ToyModel, ToyObjective, ToySource, toy_co
 
 from coterie.core.batch import Losses
 from coterie.core.errors import ConfigError, DataError, TrainingError
-from coterie.train import Trainer, read_metrics
+from coterie.train import Trainer, checkpoint, read_metrics
 from coterie.train.optim import decayed
 from coterie.train.precision import has_bfloat16, resolve_device, resolve_precision
 
@@ -224,6 +224,21 @@ def test_bfloat16_is_used_inside_and_weights_stay_float32():
     assert set(kinds) == {torch.bfloat16}
     assert trainer.model.first.weight.dtype == torch.float32
     assert all(math.isfinite(record["loss"]) for record in records)
+
+
+def test_compiled_models_train_and_save_under_their_own_names(tmp_path, monkeypatch):
+    compiled = []
+
+    def fake(model):
+        compiled.append(model)
+        return lambda x: model(x)
+
+    monkeypatch.setattr(torch, "compile", fake)
+    trainer, records = train(tmp_path, compile=True)
+    assert compiled == [trainer.model]
+    assert [r["loss"] for r in records] == [r["loss"] for r in train()[1]]
+    found = checkpoint.load(checkpoint.latest(tmp_path))
+    assert "first.weight" in found.state["model"]
 
 
 @pytest.mark.parametrize("kind", ["loss", "grad"])

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 ProgressOption = bool | Callable[[int, int, dict[str, Any]], None]
@@ -36,3 +37,20 @@ class Progress:
     def close(self) -> None:
         if self._bar is not None:
             self._bar.close()
+
+
+@contextmanager
+def stages(total: int, title: str, shown: bool = True) -> Iterator[Callable[[str], None]]:
+    """A bar over named stages; call the yielded function with the name of each finished one."""
+    if not shown:
+        yield lambda _: None
+        return
+    from tqdm.auto import tqdm
+
+    with tqdm(total=total, desc=title, unit="part", dynamic_ncols=True) as bar:
+
+        def done(name: str) -> None:
+            bar.set_postfix_str(name, refresh=False)
+            bar.update(1)
+
+        yield done
