@@ -1,15 +1,12 @@
-"""Folders that appear complete or not at all, with a manifest of sizes and hashes.
+"""The user's cache: ``$COTERIE_CACHE`` (default ``~/.cache/coterie``).
 
-Layout of the user's cache: ``$COTERIE_CACHE`` (default ``~/.cache/coterie``) holds one folder per
-converted data set. A folder is written beside its place, flushed, then renamed: an interrupted
-conversion leaves nothing that looks finished. A lock file keeps two processes from doing the same
-work; it is released by the system when its owner dies.
+Each converted data set is one sealed folder (:mod:`coterie.core.folder`): it appears complete or
+not at all. A lock file keeps two processes from doing the same work; the system releases it when
+its owner dies.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -18,9 +15,10 @@ from pathlib import Path
 
 import numpy as np
 
-from coterie.core.errors import DataError
+from coterie.core.errors import CheckpointError, DataError
+from coterie.core.folder import TEMPORARY, atomic_folder, read_manifest, seal, verify_file
 
-MANIFEST = "manifest.json"
+FORMAT, VERSION = "coterie-data", 1
 
 
 def cache_root() -> Path:
@@ -55,54 +53,24 @@ def write_folder(target: Path, write: Callable[[Path], None]) -> None:
 
     The caller holds the lock of ``target``, so leftovers of a killed process may be removed.
     """
-    for stale in target.parent.glob(f".tmp-{target.name}-*"):
+    for stale in target.parent.glob(f"{TEMPORARY}{target.name}-*"):
         shutil.rmtree(stale, ignore_errors=True)
-    work = target.parent / f".tmp-{target.name}-{os.getpid()}"
-    work.mkdir(parents=True)
     try:
-        write(work)
-        _write_manifest(work)
-        if target.exists():
-            shutil.rmtree(target)
-        work.rename(target)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
-
-
-def _write_manifest(folder: Path) -> None:
-    files = {}
-    for path in sorted(folder.iterdir()):
-        files[path.name] = {"bytes": path.stat().st_size, "sha256": file_digest(path)}
-        _flush(path)
-    path = folder / MANIFEST
-    path.write_text(json.dumps({"format": 1, "files": files}, indent=2, sort_keys=True))
-    _flush(path)
-
-
-def _flush(path: Path) -> None:
-    with path.open("rb") as handle:
-        os.fsync(handle.fileno())
-
-
-def file_digest(path: Path) -> str:
-    with path.open("rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
+        with atomic_folder(target, overwrite=True) as work:
+            write(work)
+            seal(work, {"format": FORMAT, "version": VERSION})
+    except CheckpointError as error:
+        raise DataError(str(error)) from None
 
 
 def problem(folder: Path, deep: bool = False) -> str | None:
     """Why ``folder`` cannot be used, or None. ``deep`` compares hashes, not only sizes."""
-    if not folder.is_dir():
-        return "not there"
     try:
-        files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
-        for name, facts in files.items():
-            path = folder / Path(name).name
-            if not path.is_file() or path.stat().st_size != facts["bytes"]:
-                return f"{name} is missing or has the wrong size"
-            if deep and file_digest(path) != facts["sha256"]:
-                return f"{name} does not match its hash"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return f"{MANIFEST} cannot be read"
+        manifest = read_manifest(folder, FORMAT, VERSION)
+        for name in manifest["files"]:
+            verify_file(folder, name, manifest, hashes=deep)
+    except CheckpointError as error:
+        return str(error)
     return None
 
 
