@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -9,7 +11,7 @@ from torch import Tensor, nn
 from coterie.core.batch import Batch, Losses
 from coterie.core.prediction import Condition
 from coterie.core.routing import Aux, Routing
-from coterie.train import TrainConfig
+from coterie.train import TrainConfig, Trainer
 
 
 class ToySource:
@@ -124,3 +126,35 @@ def toy_config(**changes: object) -> TrainConfig:
 def without_machine(records: list[dict]) -> list[dict]:
     """Records without the fields that depend on the clock."""
     return [{k: v for k, v in record.items() if k != "machine"} for record in records]
+
+
+def train(
+    run_dir: Path | None = None,
+    objective: object = None,
+    dropout: float = 0.1,
+    source: ToySource | None = None,
+    callbacks: tuple = (),
+    **changes: object,
+) -> tuple[Trainer, list[dict]]:
+    """Train the toy problem to the end; the trainer and every record."""
+    trainer = Trainer(
+        toy_config(**changes),
+        ToyModel(dropout),
+        objective or ToyObjective(),
+        source or ToySource(),
+        seed=3,
+        run_dir=run_dir,
+    )
+    records = []
+    trainer.fit(False, (lambda _, record: records.append(record), *callbacks))
+    return trainer, records
+
+
+def weights(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def assert_equal(a: dict, b: dict) -> None:
+    assert a.keys() == b.keys()
+    for name in a:
+        assert torch.equal(a[name], b[name]), name

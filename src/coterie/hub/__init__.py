@@ -11,7 +11,14 @@ Only safetensors and JSON are ever read; every file is checked against the manif
 """
 
 from coterie.hub.layout import Manifest, load_manifest, verify
-from coterie.hub.load import MissingExpert, ModelTensors, load_expert, load_into, load_tensors
+from coterie.hub.load import (
+    MissingExpert,
+    ModelTensors,
+    load_expert,
+    load_into,
+    load_pretrained,
+    load_tensors,
+)
 from coterie.hub.push import push_to_hub
 from coterie.hub.save import save_pretrained
 
@@ -22,6 +29,7 @@ __all__ = [
     "load_expert",
     "load_into",
     "load_manifest",
+    "load_pretrained",
     "load_tensors",
     "push_to_hub",
     "save_pretrained",

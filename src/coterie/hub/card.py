@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import json
 
-from coterie.hub.layout import Manifest
-
-_RUN_KEYS = {"model", "data", "train"}
+from coterie.hub.layout import Manifest, model_config
 
 
 def model_card(manifest: Manifest, name: str, description: str, data_licence: str) -> str:
     """Markdown with the front matter that model hubs read."""
     config = manifest.config
-    recipe = config.get("recipe") or "none (built from its configuration)"
-    preset = config.get("preset")
+    facts = {**config, **manifest.extra}
+    recipe = facts.get("recipe") or "none (built from its configuration)"
+    preset = facts.get("preset")
     total, active = manifest.parameters["total"], manifest.parameters["active"]
     experts = [f"| `{pool}` | {len(files)} |" for pool, files in manifest.pools.items()]
     lines = [
@@ -27,7 +26,7 @@ def model_card(manifest: Manifest, name: str, description: str, data_licence: st
         "",
         f"- Recipe: {recipe}{f', preset {preset}' if preset else ''}",
         f"- Parameters: {total:,} in all, {active:,} active per unit",
-        f"- Data: {_data(config)}",
+        f"- Data: {_data(facts)}",
         f"- Licence of the data: {data_licence or 'not stated'}",
         f"- Made with: {', '.join(f'{k} {v}' for k, v in sorted(manifest.libraries.items()))}",
         "",
@@ -40,7 +39,7 @@ def model_card(manifest: Manifest, name: str, description: str, data_licence: st
         "## Loading",
         "",
         "```python",
-        *_usage(config, name),
+        *_usage(manifest, name),
         "```",
         "",
         "## Configuration",
@@ -52,25 +51,22 @@ def model_card(manifest: Manifest, name: str, description: str, data_licence: st
     return "\n".join(lines) + "\n"
 
 
-def _data(config: dict[str, object]) -> str:
-    data = config.get("data")
+def _data(facts: dict[str, object]) -> str:
+    data = facts.get("data")
     return str(data.get("kind", "not stated")) if isinstance(data, dict) else "not stated"
 
 
-def _usage(config: dict[str, object], name: str) -> list[str]:
-    if not set(config) >= _RUN_KEYS:
+def _usage(manifest: Manifest, name: str) -> list[str]:
+    if model_config(manifest.config) is not None:
         return [
-            "from coterie.hub import load_into, load_manifest",
+            "from coterie.hub import load_pretrained",
             "",
-            f'manifest = load_manifest("{name}")',
-            "model = ...  # build it from manifest.config",
-            f'load_into(model, "{name}")',
+            f'model = load_pretrained("{name}")  # a folder',
         ]
     return [
         "from coterie.hub import load_into, load_manifest",
-        "from coterie.train.run import RunConfig, build_model",
         "",
         f'manifest = load_manifest("{name}")',
-        "model = build_model(RunConfig.from_dict(manifest.config))",
+        f"model = ...  # a {manifest.model_class}, built from manifest.config",
         f'load_into(model, "{name}")',
     ]

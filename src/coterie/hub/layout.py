@@ -140,3 +140,11 @@ def split(model: nn.Module) -> Split:
 def expert_name(pool: str, index: int) -> str:
     """File of one expert. Module paths have no separators, so they are folder names as they are."""
     return f"{EXPERTS}/{pool}/e{index:03d}.safetensors"
+
+
+def model_config(config: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The part that describes a registered model: the whole, or ``model`` of a run; else None."""
+    for candidate in (config, config.get("model")):
+        if isinstance(candidate, Mapping) and isinstance(candidate.get("kind"), str):
+            return dict(candidate)
+    return None

@@ -10,9 +10,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from coterie.core.errors import CheckpointError, describe
+from coterie.core.errors import CheckpointError, ConfigError, describe
 from coterie.core.tensors import assign, module_tensors, read_tensors
-from coterie.hub.layout import ROUTER, TRUNK, Manifest, Split, load_manifest, split
+from coterie.hub.layout import ROUTER, TRUNK, Manifest, Split, load_manifest, model_config, split
 
 
 @dataclass(frozen=True)
@@ -81,6 +81,24 @@ def load_into(
             f"expert {lost} is missing and contributes nothing: {lost.reason}", stacklevel=2
         )
     return missing
+
+
+def load_pretrained(
+    path: str | Path, *, degraded: bool = False, check_finite: bool = False
+) -> nn.Module:
+    """Build the model a directory describes and load it, in eval mode; see :func:`load_into`.
+
+    ConfigError if its configuration is not one of a registered model.
+    """
+    from coterie.denoiser import MODELS
+
+    config = model_config(load_manifest(path).config)
+    if config is None:
+        hint = "build the model yourself and call load_into"
+        raise ConfigError(describe("config", "no kind", ", ".join(MODELS.kinds()), hint))
+    model: nn.Module = MODELS.parse(config).build()
+    load_into(model, path, degraded=degraded, check_finite=check_finite)
+    return model.eval()
 
 
 class ModelTensors(Mapping[str, Tensor]):
