@@ -34,6 +34,8 @@ class Calls:
 
     made: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
     error: BaseException | None = None
+    plan_error: BaseException | None = None  # of measuring, not of counting
+    parameters: int = 12_345
 
     def note(self, function: str, **arguments: Any) -> None:
         self.made.append((function, arguments))
@@ -88,15 +90,18 @@ def _fakes(calls: Calls) -> list[ModuleType]:
 
     def plan(config: Any, measure: bool = True) -> dict[str, Any]:
         calls.note("plan", config=config, measure=measure)
-        return {"parameters_total": 12_345, "projected_minutes": 1.5}
+        if measure and calls.plan_error is not None:
+            raise calls.plan_error
+        minutes = {"projected_minutes": 1.5} if measure else {}
+        return {"parameters_total": calls.parameters, **minutes}
 
     def sample_run(run: Any, num: int, progress: Callable[[int], None], **rest: Any) -> Path:
         calls.note("sample_run", run=run, num=num, **rest)
         progress(num)
         return Path(rest["out"])
 
-    def report_run(path: Path, out: Path, progress: bool = True) -> Path:
-        calls.note("report_run", path=path, out=out, progress=progress)
+    def report_run(path: Path, out: Path, progress: bool = True, citation: str = "") -> Path:
+        calls.note("report_run", path=path, out=out, progress=progress, citation=citation)
         Path(out).mkdir(parents=True, exist_ok=True)
         (Path(out) / "report.json").write_text('{"loss": 0.5}', encoding="utf-8")
         return Path(out) / "index.html"
@@ -104,6 +109,10 @@ def _fakes(calls: Calls) -> list[ModuleType]:
     def fetch(kind: str, progress: Any = None, refresh: bool = False) -> Path:
         calls.note("fetch", kind=kind, refresh=refresh)
         return Path("cache") / kind
+
+    def run_benchmark(cases: tuple[str, ...], threads: int, rounds: int) -> list[dict[str, Any]]:
+        calls.note("run_benchmark", cases=cases, threads=threads, rounds=rounds)
+        return [{"case": "S2", "backend": "loop", "forward_ms": 1.25, "choice": {}}]
 
     def verify(name: str, work: Path, seeds: int, workers: int | None, progress: Any) -> Any:
         calls.note("verify", name=name, work=work, seeds=seeds, workers=workers)
@@ -118,6 +127,7 @@ def _fakes(calls: Calls) -> list[ModuleType]:
         _module("coterie.recipes.verify", verify=verify),
         _module("coterie.train.run", start=start, load_run=load_run, plan=plan),
         _module("coterie.train.sampling", sample_run=sample_run),
+        _module("coterie.experts.benchmark", run_benchmark=run_benchmark, CASES={"S2": 1, "B2": 2}),
         _module("coterie.train.report", report_run=report_run),
         _module("coterie.data.fetch", fetch=fetch, DOWNLOADS={}),
     ]

@@ -37,7 +37,7 @@ def test_every_verb_has_help_and_its_name(coterie: Run, verb: str) -> None:
 
 
 def test_every_verb_file_is_in_the_table() -> None:
-    helpers = {"__init__", "main", "output", "overrides"}
+    helpers = {"__init__", "main", "output", "overrides", "size"}
     folder = Path(inspect.getfile(entry)).parent
     assert {path.stem for path in folder.glob("*.py")} - helpers == set(entry.VERBS)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from coterie.core.errors import CheckpointError, TrainingError
+from coterie.core.errors import CheckpointError, DataError, TrainingError
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -36,10 +36,38 @@ def test_train_takes_preset_out_and_quiet(library, coterie: Run, tmp_path: Path)
 def test_a_dry_run_only_plans(library, coterie: Run) -> None:
     code, out, _ = coterie("train", "dit-moe", "--dry-run", "--json", "--model.depth=5")
     assert code == 0
-    assert [name for name, _ in library.made] == ["plan"]
-    assert library.of("plan")["config"].model.depth == 5
-    assert json.loads(out) == {"parameters_total": 12_345, "projected_minutes": 1.5}
+    assert [(name, given["measure"]) for name, given in library.made] == [
+        ("plan", False),
+        ("plan", True),
+    ]
+    assert all(given["config"].model.depth == 5 for _, given in library.made)
+    assert json.loads(out) == {
+        "parameters_total": 12_345,
+        "training_memory_gib": 0.0,
+        "projected_minutes": 1.5,
+    }
     assert "12,345" in coterie("train", "dit-moe", "-n")[1]
+
+
+def test_a_dry_run_of_a_model_too_large_to_build_still_tells_its_size(
+    library, coterie: Run
+) -> None:
+    library.parameters = 10**15
+    code, out, _ = coterie("train", "dit-moe", "--dry-run", "--json")
+    planned = json.loads(out)
+    assert code == 0
+    assert library.of("plan")["measure"] is False
+    assert planned["training_memory_gib"] == pytest.approx(20e15 / 2**30)
+    assert planned["projected_minutes"] is None
+    assert "GiB" in planned["note"]
+
+
+def test_a_dry_run_without_its_data_still_tells_the_size(library, coterie: Run) -> None:
+    library.plan_error = DataError("no such data here")
+    code, out, _ = coterie("train", "dit-moe", "-n")
+    assert code == 0
+    assert "12,345" in out
+    assert "no such data here" in out
 
 
 @pytest.mark.parametrize(
@@ -123,7 +151,32 @@ def test_report_prints_the_page_or_the_numbers(library, coterie: Run, tmp_path: 
     code, out, _ = coterie("report", tmp_path)
     assert code == 0
     assert str(tmp_path / "report" / "index.html") in out
+    assert library.of("report_run")["citation"] == ""
     assert json.loads(coterie("report", tmp_path, "--json")[1]) == {"loss": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("text", "citation"),
+    [
+        ('{"recipe": "dit-moe"}', "@misc{a}"),
+        ('{"recipe": "mine"}', ""),
+        ("[1]", ""),
+        ("{", ""),
+    ],
+)
+def test_report_cites_the_recipe(library, coterie: Run, tmp_path: Path, text, citation) -> None:
+    (tmp_path / "config.json").write_text(text, encoding="utf-8")
+    assert coterie("report", tmp_path)[0] == 0
+    assert library.of("report_run")["citation"] == citation
+
+
+@pytest.mark.parametrize(("named", "cases"), [((), ("S2", "B2")), (("B2",), ("B2",))])
+def test_bench_times_the_cases_named_or_all(library, coterie: Run, named, cases) -> None:
+    code, out, _ = coterie("bench", *named, "--threads", "2", "--rounds", "1")
+    assert code == 0
+    assert library.of("run_benchmark") == {"cases": cases, "threads": 2, "rounds": 1}
+    assert "loop" in out
+    assert json.loads(coterie("bench", *named, "--json")[1])[0]["choice"] == {}
 
 
 def test_demo_goes_from_data_to_report(library, coterie: Run, tmp_path: Path) -> None:

@@ -35,12 +35,13 @@ def command(ctx: click.Context, arguments: tuple[str, ...], out: Path, quiet: bo
     from coterie.train.run import load_run, start
     from coterie.train.sampling import sample_run
 
-    config = apply(ctx, get_recipe(RECIPE).config("demo"), paths)
+    recipe = get_recipe(RECIPE)
+    config = apply(ctx, recipe.config("demo"), paths)
     fetch(DATA)
     run = start(config, out, progress=not quiet)
     with progress_bar(NUM, "sampling", quiet) as advance:
         samples = sample_run(load_run(run), num=NUM, out=run / "samples", progress=advance)
-    page = report_run(run, run / "report", progress=not quiet)
+    page = report_run(run, run / "report", not quiet, recipe.paper.bibtex)
     say(f"samples  {samples / 'grid.png'}")
     say(f"report   {page}")
     say(f"numbers  {page.with_name('report.json')}")

@@ -23,10 +23,21 @@ def command(run: Path, out: Path | None, as_json: bool, quiet: bool) -> None:
     """
     from coterie.train.report import report_run
 
-    page = report_run(run, out or run / "report", progress=not quiet)
+    page = report_run(run, out or run / "report", not quiet, citation_of(run))
     numbers = page.with_name("report.json")
     if as_json:
         say_json(json.loads(numbers.read_text(encoding="utf-8")))
         return
     say(f"report   {page}")
     say(f"numbers  {numbers}")
+
+
+def citation_of(run: Path) -> str:
+    """BibTeX of the recipe a run was started from; empty for a run of one's own making."""
+    from coterie.recipes import get_recipe, list_recipes
+
+    try:
+        name = json.loads((run / "config.json").read_text(encoding="utf-8")).get("recipe")
+    except (OSError, ValueError, AttributeError):
+        return ""  # whoever loads the run says what is wrong with it
+    return get_recipe(name).paper.bibtex if name in list_recipes() else ""

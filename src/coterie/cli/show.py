@@ -21,9 +21,9 @@ def command(ctx: click.Context, arguments: tuple[str, ...], preset: str, as_json
     Every name in the configuration is a flag of `coterie train`, its path joined by dots.
     """
     recipe, config = recipe_and_config(ctx, arguments, preset)
-    from coterie.train.run import plan
+    from coterie.cli.size import size_of
 
-    size = plan(config, measure=False)
+    size = size_of(config)
     if as_json:
         say_json(
             {

@@ -37,12 +37,14 @@ def command(
       coterie train dit-moe --preset paper --dry-run
     """
     recipe, config = recipe_and_config(ctx, arguments, preset)
-    from coterie.train.run import plan, start
-
     if dry_run:
-        planned = plan(config)
+        from coterie.cli.size import projection
+
+        planned = projection(config)
         say_json(planned) if as_json else say(facts(planned))
         return
+    from coterie.train.run import start
+
     run = start(config, out or Path("runs") / recipe.name, progress=not quiet)
     if as_json:
         say_json({"run": run})
