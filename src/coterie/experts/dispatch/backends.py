@@ -129,14 +129,19 @@ def run_grouped(x: Tensor, plan: DispatchPlan, pool: ExpertPool, float32: bool) 
 
 
 def run_fold(x: Tensor, plan: DispatchPlan, pool: ExpertPool, float32: bool) -> Tensor:
-    """One affine map per sample, ``sum_k g_k A_k``, then one batched product: exact."""
+    """One affine map per sample, ``sum_k g_k A_k``, then one batched product: exact.
+
+    While sampling, all samples stand at one noise level: then one map serves the whole batch.
+    """
     stacks = pool.stacks()
     gates = plan.dense_gates().to(x.dtype)
-    weight = gates @ stacks["weight"].to(x.dtype).flatten(1)
+    if not torch.is_grad_enabled() and bool((gates == gates[:1]).all()):
+        gates = gates[:1]
+    weight = (gates @ stacks["weight"].to(x.dtype).flatten(1)).unflatten(1, (x.shape[-1], -1))
     bias = gates @ stacks["bias"].to(x.dtype)
-    return torch.baddbmm(
-        bias[:, None, :], x, weight.view(-1, x.shape[-1], x.shape[-1]).transpose(1, 2)
-    )
+    if len(gates) == 1:
+        return F.linear(x, weight[0], bias[0])
+    return torch.baddbmm(bias[:, None, :], x, weight.transpose(1, 2))
 
 
 def run_table(x: Tensor, plan: DispatchPlan, pool: ExpertPool, float32: bool) -> Tensor:

@@ -1,0 +1,174 @@
+"""Time the dispatch backends against each other and a dense layer of equal active cost.
+
+On one thread the clock is process CPU time, so other jobs on the machine disturb little; with more
+threads it is wall time. Candidates are interleaved and every figure is the median of the ratios
+within a round, so a drift of the machine cancels.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from coterie.core.errors import ConfigError, unknown
+from coterie.core.routing import Routing
+from coterie.experts.dispatch import available, choose, dispatch, plan
+from coterie.experts.kinds import ExpertPool, SwiGLU
+
+
+@dataclass(frozen=True)
+class Case:
+    """SwiGLU experts of inner size ``hidden``; ``train`` False: forward only (decoding)."""
+
+    name: str
+    tokens: int
+    width: int
+    hidden: int
+    num_experts: int
+    top_k: int
+    train: bool = True
+
+
+CASES: dict[str, Case] = {
+    case.name: case
+    for case in (
+        Case("S2", 2048, 384, 1536, 8, 2),
+        Case("B2", 1024, 768, 3072, 16, 2),
+        Case("fine64", 2048, 384, 256, 64, 6),
+        Case("small", 2048, 192, 384, 16, 2),
+        Case("decode8", 8, 768, 3072, 16, 2, train=False),
+        Case("fine-decode16", 16, 384, 256, 64, 6, train=False),
+    )
+}
+DENSE_LAYER = "dense_layer"
+
+
+def run_benchmark(
+    cases: Sequence[str] = tuple(CASES), threads: int = 1, rounds: int = 3
+) -> list[dict]:
+    """Rows ``{case, backend, choice, forward_ms, train_ms, vs_dense, ...}``, one per backend.
+
+    ``vs_dense``, ``vs_loop``, ``vs_best``: time of the forward over that of the dense layer of
+    equal active cost, the plain loop, the fastest other backend; ``train_vs_*``: forward and
+    backward; None where not timed. ``auto`` is one of the backends, ``choice`` what it picked.
+    """
+    for name in cases:
+        if name not in CASES:
+            raise ConfigError(unknown("cases", name, CASES))
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        return [row for name in cases for row in _run_case(CASES[name], threads, rounds)]
+    finally:
+        torch.set_num_threads(before)
+
+
+def make_routing(case: Case) -> Routing:
+    """Random choices with a mildly skewed load, gates that ask for a gradient."""
+    rng = torch.Generator().manual_seed(0)
+    logits = torch.randn(case.tokens, case.num_experts, generator=rng)
+    logits += torch.linspace(0.0, 0.5, case.num_experts)
+    probs = logits.softmax(dim=1)
+    gates, ids = probs.topk(case.top_k, dim=1)
+    gates.requires_grad_()
+    return Routing("token", case.num_experts, ids, gates, probs, logits, (1, case.tokens))
+
+
+def _run_case(case: Case, threads: int, rounds: int) -> list[dict]:
+    pool = ExpertPool(SwiGLU(hidden=case.hidden), case.num_experts, case.width)
+    wide = SwiGLU(hidden=case.hidden * case.top_k).module(case.width)
+    routing = make_routing(case)
+    rng = torch.Generator().manual_seed(1)
+    x = torch.randn(case.tokens, case.width, generator=rng).requires_grad_()
+    made = plan(routing)
+    names = [name for name in available(x, made, pool) if name != "dense"]
+    if case.num_experts <= 2 * case.top_k:
+        names.append("dense")
+    calls: dict[str, Callable[[], Tensor]] = {DENSE_LAYER: lambda: wide(x)}
+    for name in [*names, "auto"]:
+        calls[name] = lambda name=name: dispatch(x, plan(routing), pool, name)  # type: ignore[misc]
+    forward = _interleaved({n: _forward(f) for n, f in calls.items()}, threads, rounds)
+    train: dict[str, list[float]] = {}
+    if case.train:
+        grad = torch.randn(x.shape, generator=rng)
+        train = _interleaved({n: _train(f, grad) for n, f in calls.items()}, threads, rounds)
+    with torch.no_grad():
+        choices = {"forward": choose(x, made, pool)}
+    choices["train"] = choose(x, made, pool)
+    return [_row(case, name, forward, train, choices) for name in calls]
+
+
+def _forward(call: Callable[[], Tensor]) -> Callable[[], None]:
+    def run() -> None:
+        with torch.no_grad():
+            call()
+
+    return run
+
+
+def _train(call: Callable[[], Tensor], grad: Tensor) -> Callable[[], None]:
+    def run() -> None:
+        call().backward(grad)
+
+    return run
+
+
+def _interleaved(
+    calls: dict[str, Callable[[], None]], threads: int, rounds: int
+) -> dict[str, list[float]]:
+    """Seconds per call in every round; short calls are repeated to be measurable."""
+    clock = time.process_time if threads == 1 else time.perf_counter
+    repeats = {}
+    for name, call in calls.items():
+        call()
+        start = clock()
+        call()
+        repeats[name] = max(1, min(50, int(0.03 / max(clock() - start, 1e-6))))
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for turn in range(rounds):
+        order = list(calls) if turn % 2 == 0 else list(calls)[::-1]
+        for name in order:
+            start = clock()
+            for _ in range(repeats[name]):
+                calls[name]()
+            times[name].append((clock() - start) / repeats[name])
+    return times
+
+
+def _ratio(times: dict[str, list[float]], name: str, others: Sequence[str]) -> float | None:
+    """Median over rounds of the time of ``name`` over the least of ``others`` in that round.
+
+    Which of the others is least is decided on medians, so that noise cannot pick a new best in
+    every round.
+    """
+    known = [other for other in others if other in times]
+    if name not in times or not known:
+        return None
+    best = min(known, key=lambda other: statistics.median(times[other]))
+    return round(statistics.median(a / b for a, b in zip(times[name], times[best])), 3)
+
+
+def _row(
+    case: Case,
+    name: str,
+    forward: dict[str, list[float]],
+    train: dict[str, list[float]],
+    choices: dict[str, str],
+) -> dict:
+    rivals = [other for other in forward if other not in (DENSE_LAYER, "auto", name)]
+    row: dict = {"case": case.name, "backend": name}
+    if name == "auto":
+        row["choice"] = choices
+    for prefix, times in (("", forward), ("train_", train)):
+        column = "forward_ms" if not prefix else "train_ms"
+        seconds = times.get(name)
+        row[column] = None if seconds is None else round(1e3 * statistics.median(seconds), 3)
+        row[f"{prefix}vs_dense"] = _ratio(times, name, [DENSE_LAYER])
+        row[f"{prefix}vs_loop"] = _ratio(times, name, ["loop"])
+        row[f"{prefix}vs_best"] = _ratio(times, name, rivals)
+    return row
