@@ -181,6 +181,12 @@ def test_hub_texts_with_named_topics(hub):
     assert all(row[0] == b"ab"[label] for row, label in zip(batch.x, batch.cond.label))
 
 
+def test_hub_text_that_is_none_is_named(hub):
+    hub["prose"] = _Table({"text": ["aa", None] * 5}, {})
+    with pytest.raises(DataError, match=r"prose: row \d: holds None, not text"):
+        build_source({"kind": "huggingface", "path": "prose", "modality": "text", "column": "text"})
+
+
 def test_hub_errors_are_short(hub, monkeypatch):
     with pytest.raises(DataError, match=r"split 'train': no data set none$"):
         build_source({"kind": "huggingface", "path": "none"})

@@ -102,9 +102,10 @@ class HuggingFaceConfig(SourceConfig):
 
     def _texts(self, table: Any, names: Sequence[str], labels: np.ndarray | None) -> TextSource:
         topics = np.zeros(len(table), dtype=np.int64) if labels is None else labels
-        documents = [
-            Document(str(row), int(topic), text.encode())
-            for row, (topic, text) in enumerate(zip(topics, table[self.column]))
-        ]
+        documents = []
+        for row, (topic, text) in enumerate(zip(topics, table[self.column])):
+            if not isinstance(text, str):
+                raise DataError(f"{self._title()}: row {row}: holds {text!r}, not text")
+            documents.append(Document(str(row), int(topic), text.encode()))
         corpus = pack_stream(documents, max(1, len(names)))
         return TextSource(self._title(), corpus, self.context, names, self.info.licence)
