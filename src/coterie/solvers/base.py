@@ -50,7 +50,8 @@ class Estimate:
 class Query:
     """Asks one denoiser about one condition, and counts: ``evaluations`` is the NFE so far.
 
-    The denoiser gets t as [B] in float32 (float64 if x is); conversions use t as given.
+    The denoiser gets t as [B] in float32 (float64 if x is). Conversions use t as given if it is one
+    f64 number for all particles, and otherwise what the denoiser got.
     """
 
     def __init__(self, denoiser: DenoiserLike, cond: Condition) -> None:
@@ -63,7 +64,8 @@ class Query:
         self.evaluations += 1
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
         rows = t.to(device=x.device, dtype=dtype).expand(x.shape[0])
-        return Estimate(self.process, x, t, self.denoiser(x, rows, self.cond))
+        at = t if t.dim() == 0 else rows
+        return Estimate(self.process, x, at, self.denoiser(x, rows, self.cond))
 
 
 @dataclass(frozen=True, eq=False)
