@@ -1,13 +1,16 @@
-"""Who does what: traces of routings and their statistics.
+"""Who does what: traces of routings, their statistics, and a report for people.
+
 Reads :class:`coterie.core.routing.Routing` records and nothing of a model.
 """
 
 from coterie.inspect.findings import Finding, RouterStats, analyse, findings, sentences
+from coterie.inspect.report import ReportData, write_report
 from coterie.inspect.summary import text_summary
 from coterie.inspect.trace import StepTrace, Trace
 
 __all__ = [
     "Finding",
+    "ReportData",
     "RouterStats",
     "StepTrace",
     "Trace",
@@ -15,4 +18,5 @@ __all__ = [
     "findings",
     "sentences",
     "text_summary",
+    "write_report",
 ]

@@ -196,10 +196,7 @@ def sentences(trace: Trace, routers: Sequence[RouterStats], most: int = 6) -> li
     """What the experts know about noise, class and position, and how steady they are."""
     if not routers:
         return ["This model is dense: no router made a choice, so there is nothing to divide."]
-    total = sum(item.num_experts for item in routers)
-    units = {item.unit for item in routers}
-    unit = f"{next(iter(units))}s" if len(units) == 1 else "tokens or samples"
-    out = [f"{_routers(len(routers))} divide {unit} among {total} experts."]
+    out = [_division(routers)]
     ranked = sorted(routers, key=_knowledge, reverse=True)[:most]
     out += [text for item in routers if item in ranked and (text := _knows(item))]
     if len(routers) > most:
@@ -219,6 +216,15 @@ def sentences(trace: Trace, routers: Sequence[RouterStats], most: int = 6) -> li
             "(total variation, mean over layers)."
         )
     return out
+
+
+def _division(routers: Sequence[RouterStats]) -> str:
+    units = listing(sorted({f"{item.unit}s" for item in routers}), "or")
+    sizes = listing([str(size) for size in sorted({item.num_experts for item in routers})], "or")
+    used = sum(item.choices_per_row for item in routers) / len(routers)
+    verb = "divides" if len(routers) == 1 else "each divide"
+    text = f"{_routers(len(routers))} {verb} {units} among {sizes} experts"
+    return f"{text}; {used:.3g} answer{'s' if used == 1 else ''} on average."
 
 
 def _knowledge(item: RouterStats) -> float:

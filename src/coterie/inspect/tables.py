@@ -107,7 +107,9 @@ class RouterTrace:
     """Everything kept about one router. Arrays start with the half where they have one."""
 
     def __init__(self, routing: Routing, noise_bins: int) -> None:
-        experts = routing.num_experts
+        # Experts that a rule, not this router, sends unconditional rows to come last.
+        self.reserved = int(routing.extras.get("reserved", 0))
+        experts = routing.num_experts - self.reserved
         self.place = Place(routing.slot, routing.layer, routing.round)
         self.unit = routing.unit
         self.num_experts = experts
@@ -171,24 +173,25 @@ class RouterTrace:
 
     def _check(self, routing: Routing) -> None:
         where = f"routing of {self.place.slot} layer {self.place.layer}"
-        if (routing.num_experts, routing.unit) != (self.num_experts, self.unit):
+        known = self.num_experts + self.reserved
+        if (routing.num_experts, routing.unit) != (known, self.unit):
             raise DataError(
                 f"{where}: {routing.num_experts} experts per {routing.unit}, but it had "
-                f"{self.num_experts} per {self.unit} before; one trace describes one model"
+                f"{known} per {self.unit} before; one trace describes one model"
             )
         batch, tokens = routing.batch
         expected = batch * tokens if routing.unit == "token" else batch
         shapes = (routing.ids.shape[0], tuple(routing.gates.shape), tuple(routing.probs.shape))
-        wanted = (expected, tuple(routing.ids.shape), (expected, self.num_experts))
+        wanted = (expected, tuple(routing.ids.shape), (expected, known))
         if shapes != wanted:
             raise DataError(describe(f"{where}: (rows, gates, probs) shapes", shapes, str(wanted)))
         ids = routing.ids
-        if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) <= self.num_experts:
+        if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) <= known:
             raise DataError(
                 describe(
                     f"{where}: ids",
                     (int(ids.min()), int(ids.max())),
-                    f"0..{self.num_experts} ({self.num_experts} = nobody)",
+                    f"0..{known} ({known} = nobody)",
                 )
             )
 
@@ -207,7 +210,7 @@ class RouterTrace:
         self.rows_bad += int((mask & ~finite).sum())
         self.samples += _bincount(half, 2)
         self.rows_seen += _bincount(half[sample], 2)
-        ids = torch.where(keep[:, None], routing.ids, self.num_experts)
+        ids = torch.where(keep[:, None], routing.ids, self.num_experts).clamp(max=self.num_experts)
         return Rows(ids=ids, half=half[sample], keep=keep, sample=sample)
 
     def _add_classes(self, routing: Routing, rows: Rows) -> None:
@@ -224,7 +227,7 @@ class RouterTrace:
         size = 2 * self.noise_bins
         column = (rows.half * self.noise_bins + bins)[rows.keep]
         shape = (2, self.noise_bins, self.num_experts)
-        probs = routing.probs.detach()[rows.keep]
+        probs = routing.probs.detach()[rows.keep, : self.num_experts]
         self.prob_mass += mass(probs, column, size).reshape(shape)
         gates = torch.zeros(len(rows.half), self.num_experts + 1, device=bins.device)
         gates.scatter_add_(1, rows.ids, routing.gates.detach().float().nan_to_num())
@@ -263,6 +266,8 @@ class RouterTrace:
         if routing.table is not None:
             table = routing.table.detach()
             steps = torch.linspace(0, len(table) - 1, min(len(table), MAX_TABLE_STEPS)).round()
-            self.table = table[steps.long().to(table.device)].double().cpu().numpy()
+            self.table = (
+                table[steps.long().to(table.device), : self.num_experts].double().cpu().numpy()
+            )
         if routing.prototypes is not None:
             self.prototypes = routing.prototypes.detach().double().cpu().numpy()

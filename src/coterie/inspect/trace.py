@@ -124,8 +124,9 @@ class Trace:
             last = self._last.get(place)
             if last is not None and last[0] == step and _same(last[2], routing.sample_ids):
                 continue
-            trace = self.steps.setdefault(place, StepTrace(routing.num_experts))
-            chosen = routing.one_hot().bool()
+            experts = routing.num_experts - int(routing.extras.get("reserved", 0))
+            trace = self.steps.setdefault(place, StepTrace(experts))
+            chosen = routing.one_hot()[:, :experts].bool()
             if chosen.shape[1] != trace.num_experts:
                 raise DataError(
                     describe("num_experts", chosen.shape[1], f"{trace.num_experts}, as before")

@@ -1,0 +1,280 @@
+"""What all pictures share: two colour themes, one sequential map, panels, rendering to PNG."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from coterie.inspect.stats import Array
+
+CSS_PIXELS_PER_INCH = 96
+DPI = 160
+FULL_WIDTH = 9.6  # inches
+MAX_PANELS = 12
+COLORMAP = "viridis"  # perceptually uniform, readable without colour vision
+ALARM = "#d1242f"
+# Okabe and Ito (2008): distinguishable with every common colour vision.
+PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442")
+
+
+@dataclass(frozen=True)
+class Theme:
+    name: str
+    face: str
+    text: str
+    muted: str
+    line: str
+    empty: str
+
+
+LIGHT = Theme("light", "#ffffff", "#1b2430", "#5b6775", "#d5dbe3", "#e9edf2")
+DARK = Theme("dark", "#171d26", "#dfe5ec", "#9aa7b5", "#36404d", "#2a323d")
+
+
+@dataclass(frozen=True, eq=False)
+class Plot:
+    """A picture to be: ``draw()`` makes the figure in the light theme; the rest is for readers."""
+
+    name: str
+    title: str
+    caption: str
+    alt: str
+    draw: Callable[[], Any]
+
+
+@dataclass(frozen=True, eq=False)
+class Picture:
+    """A rendered plot: PNG bytes for light and dark pages, width in CSS pixels."""
+
+    plot: Plot
+    light: bytes
+    dark: bytes
+    width: int
+
+
+def render(plot: Plot) -> Picture:
+    import matplotlib
+
+    with matplotlib.rc_context(_settings(LIGHT)):
+        figure = plot.draw()
+        light = _png(figure)
+        # The layout is found once and then frozen, as finding it is most of the work.
+        figure.set_layout_engine("none")
+        recolor(figure, LIGHT, DARK)
+        dark = _png(figure)
+    width = round(figure.get_figwidth() * CSS_PIXELS_PER_INCH)
+    return Picture(plot=plot, light=light, dark=dark, width=width)
+
+
+def _png(figure: Any) -> bytes:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from PIL import Image
+
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()  # once; savefig would draw twice
+    pixels = np.asarray(canvas.buffer_rgba())[:, :, :3]
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def recolor(figure: Any, old: Theme, new: Theme) -> None:
+    """Replace every colour of one theme by its counterpart, in place; data colours stay."""
+    from matplotlib.collections import Collection
+    from matplotlib.colors import to_rgba
+    from matplotlib.image import AxesImage
+    from matplotlib.lines import Line2D
+    from matplotlib.patches import Patch
+    from matplotlib.text import Text
+
+    swap = {
+        to_rgba(getattr(old, name)): getattr(new, name)
+        for name in ("face", "text", "muted", "line", "empty")
+    }
+    names = {
+        Text: ("color",),
+        Line2D: ("color", "markeredgecolor", "markerfacecolor"),
+        Patch: ("facecolor", "edgecolor"),
+        Collection: ("edgecolor",),
+    }
+    for artist in figure.findobj():
+        if isinstance(artist, AxesImage):
+            _recolor_empty(artist, swap)
+        for kind, fields in names.items():
+            for field in fields if isinstance(artist, kind) else ():
+                color = getattr(artist, f"get_{field}")()
+                if kind is Collection:
+                    color = tuple(color[0]) if len(color) else "none"
+                if to_rgba(color) in swap:
+                    getattr(artist, f"set_{field}")(swap[to_rgba(color)])
+
+
+def _recolor_empty(image: Any, swap: dict[Any, str]) -> None:
+    bad = tuple(image.cmap.get_bad())
+    if bad in swap:
+        image.set_cmap(image.cmap.with_extremes(bad=swap[bad]))
+
+
+def _settings(theme: Theme) -> Any:
+    return {
+        "figure.facecolor": theme.face,
+        "savefig.facecolor": theme.face,
+        "axes.facecolor": theme.face,
+        "axes.edgecolor": theme.line,
+        "axes.labelcolor": LIGHT.muted,
+        "axes.titlecolor": theme.text,
+        "axes.titlesize": 10,
+        "axes.titlelocation": "left",
+        "axes.labelsize": 9,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.grid": False,
+        "axes.axisbelow": True,
+        "grid.color": theme.line,
+        "grid.linewidth": 0.6,
+        "text.color": theme.text,
+        "xtick.color": LIGHT.muted,
+        "ytick.color": LIGHT.muted,
+        "xtick.labelsize": 8,
+        "ytick.labelsize": 8,
+        "legend.fontsize": 8.5,
+        "legend.frameon": False,
+        "lines.linewidth": 1.8,
+        "font.family": "DejaVu Sans",
+        "text.parse_math": False,  # names of classes may hold dollar signs
+    }
+
+
+def figure(width: float, height: float) -> Any:
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), dpi=DPI, layout="constrained")
+
+
+def colormap(empty: str = LIGHT.empty) -> Any:
+    import matplotlib
+
+    return matplotlib.colormaps[COLORMAP].with_extremes(bad=empty)
+
+
+def pick(count: int, most: int = MAX_PANELS) -> list[int]:
+    """Indices shown of ``count`` things: all, or ``most`` evenly spaced with both ends."""
+    if count <= most:
+        return list(range(count))
+    return [int(i) for i in np.linspace(0, count - 1, most).round()]
+
+
+def left_out(count: int, most: int = MAX_PANELS) -> str:
+    """Sentence for a caption; empty if nothing was left out."""
+    if count <= most:
+        return ""
+    return f" {most} of {count} layers are drawn, evenly spaced; the data file has all."
+
+
+def depth_colors(count: int) -> list[Any]:
+    """Few lines get the categorical palette, many a scale by depth (shallow to deep)."""
+    import matplotlib
+
+    if count <= 5:
+        return list(PALETTE[:count])
+    # The ends of the map vanish on a dark and on a light page.
+    return list(matplotlib.colormaps[COLORMAP](np.linspace(0.12, 0.9, count)))
+
+
+def sparse_ticks(count: int, most: int) -> list[int]:
+    """At most ``most`` round-stepped ticks over 0..count-1."""
+    if count <= most:
+        return list(range(count))
+    raw = count / most
+    step = next(
+        factor * 10**power
+        for power in range(9)
+        for factor in (1, 2, 5)
+        if factor * 10**power >= raw
+    )
+    return list(range(0, count, step))
+
+
+@dataclass(frozen=True, eq=False)
+class Panel:
+    """One heat map: ``values`` [rows, columns], NaN = no data."""
+
+    title: str
+    values: Array
+
+
+@dataclass(frozen=True, eq=False)
+class Axis:
+    """Labels of the columns or rows of a heat map; ``ticks`` index -> text, None = numbers."""
+
+    label: str
+    ticks: dict[float, str] | None = None
+    rotate: bool = False
+
+
+def heat_panels(
+    panels: Sequence[Panel],
+    x: Axis,
+    y: Axis,
+    bar: str,
+    limits: tuple[float, float] | None = None,
+    square: bool = False,
+) -> Any:
+    """Small multiples with one colour scale; rows count downwards from 0."""
+    columns = min(len(panels), 4)
+    if x.rotate and columns == 4:  # long labels: wider panels, and no row with one panel alone
+        columns = 2 if len(panels) == 4 else 3
+    lines = math.ceil(len(panels) / columns)
+    width = FULL_WIDTH if columns > 2 else 3.4 * columns + 1.4
+    most_rows = max(panel.values.shape[0] for panel in panels)
+    cell = (width - 1.2) / columns * 0.8
+    height = cell if square else float(np.clip(0.17 * most_rows, 0.9, 3.0))
+    extra = 0.85 if x.rotate else 0.55
+    fig = figure(width, lines * (height + extra) + 0.25)
+    axes = fig.subplots(lines, columns, squeeze=False)
+    low, high = limits or (0.0, _top(panels))
+    image = None
+    for index, ax in enumerate(axes.flat):
+        if index >= len(panels):
+            ax.set_visible(False)
+            continue
+        values = panels[index].values
+        image = ax.imshow(
+            np.ma.masked_invalid(values),
+            cmap=colormap(),
+            vmin=low,
+            vmax=high,
+            aspect="equal" if square else "auto",
+            interpolation="nearest",
+        )
+        ax.set_title(panels[index].title)
+        ax.spines[:].set_visible(False)
+        ax.tick_params(length=0)
+        below = index + columns >= len(panels)
+        _label(ax, "x", x, values.shape[1], below)
+        _label(ax, "y", y, values.shape[0], index % columns == 0)
+    colorbar = fig.colorbar(image, ax=axes, shrink=0.9 if lines == 1 else 0.6, aspect=22, pad=0.015)
+    colorbar.set_label(bar, color=LIGHT.muted)
+    colorbar.outline.set_visible(False)
+    return fig
+
+
+def _top(panels: Sequence[Panel]) -> float:
+    tops = [np.nanmax(p.values) for p in panels if np.isfinite(p.values).any()]
+    return max([float(top) for top in tops if top > 0], default=1.0)
+
+
+def _label(ax: Any, which: str, axis: Axis, count: int, name: bool) -> None:
+    ticks = axis.ticks
+    if ticks is None:
+        ticks = {float(i): str(i) for i in sparse_ticks(count, 12 if which == "x" else 16)}
+    set_ticks = ax.set_xticks if which == "x" else ax.set_yticks
+    options = {"rotation": 60, "ha": "right", "rotation_mode": "anchor"} if axis.rotate else {}
+    set_ticks(list(ticks), list(ticks.values()), **options)
+    if name:
+        (ax.set_xlabel if which == "x" else ax.set_ylabel)(axis.label)

@@ -1,0 +1,162 @@
+"""The report: one self-contained page, its pictures and its numbers.
+
+    write_report(run / "report", ReportData(title="DiT-MoE on digits", trace=trace))
+
+writes ``index.html`` (pictures inside, nothing fetched), ``report.json`` and one PNG per picture.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from coterie.core.cost import Parameters
+from coterie.core.errors import DataError, describe
+from coterie.inspect.findings import RouterStats, analyse
+from coterie.inspect.numbers import SCHEMA_VERSION, curve_numbers, routing_numbers, to_json
+from coterie.inspect.page import page
+from coterie.inspect.plots.balance import (
+    plot_affinity,
+    plot_choices,
+    plot_consistency,
+    plot_load,
+    plot_noise_curves,
+    plot_pairs,
+    plot_prototypes,
+)
+from coterie.inspect.plots.routing import (
+    plot_classes,
+    plot_information,
+    plot_noise,
+    plot_positions,
+    plot_steps,
+)
+from coterie.inspect.plots.run import plot_curves, plot_loss_bins, plot_points, plot_samples
+from coterie.inspect.plots.style import Picture, Plot, render
+from coterie.inspect.sections import build_sections, footer, header
+from coterie.inspect.trace import Trace
+
+
+@dataclass(frozen=True, eq=False)
+class ReportData:
+    """All a report may speak of; only ``title`` is needed, the rest is shown where given."""
+
+    title: str
+    recipe: str = ""
+    trace: Trace | None = None  # None or empty: a dense model
+    loss_bins: Sequence[Mapping[str, Any]] = ()  # {bin, lo, hi, loss, count}
+    curve: Sequence[Mapping[str, Any]] = ()  # records of metrics.jsonl
+    samples: np.ndarray | Sequence[str] | None = None  # u8 [n, h, w, c], float [n, 2], or texts
+    labels: Sequence[int] | None = None  # [n], -1 = unconditional
+    class_names: Sequence[str] = ()
+    metrics: Mapping[str, Any] = field(default_factory=dict)  # numbers, or {value, floor, ...}
+    parameters: Parameters | None = None
+    config: Mapping[str, Any] = field(default_factory=dict)
+    citation: str = ""
+    hardware: str = ""
+    commit: str = ""
+    step: int | None = None
+
+
+def write_report(out_dir: str | Path, data: ReportData) -> Path:
+    """Write the report and return the path of its page.
+
+    Files of an earlier report of the same name are replaced; others are left alone. Raises
+    DataError for samples or loss bins of an unknown form, before anything is written.
+    """
+    _check(data)
+    trace = data.trace or Trace()
+    items = analyse(trace)
+    pictures = {plot.name: render(plot) for plot in _plots(data, trace, items)}
+    numbers = to_json(_numbers(data, trace, items))
+    html = page(
+        data.title,
+        header(data, items),
+        build_sections(data, trace, items, pictures),
+        footer(data),
+    )
+    folder = Path(out_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, picture in pictures.items():
+        (folder / f"{name}.png").write_bytes(picture.light)
+    (folder / "report.json").write_text(numbers, encoding="utf-8")
+    index = folder / "index.html"
+    index.write_text(html, encoding="utf-8")
+    return index
+
+
+def _plots(data: ReportData, trace: Trace, items: Sequence[RouterStats]) -> list[Plot]:
+    routers = trace.routers
+    names = [item.name for item in items]
+    by_place: dict[Any, str] = {item.place: item.name for item in items}
+    found = [
+        plot_information(items),
+        plot_noise(routers, names) if routers else None,
+        plot_classes(routers, names, data.class_names),
+        plot_positions(routers, names, trace.grid),
+        plot_load(items, routers),
+        plot_noise_curves(routers, names),
+        plot_choices(routers, names),
+        plot_pairs(routers, names),
+        plot_prototypes(routers, names),
+        plot_steps(trace, by_place),
+        plot_consistency(trace, by_place),
+        plot_affinity(routers),
+        plot_loss_bins(data.loss_bins),
+        _sample_plot(data),
+        plot_curves(data.curve),
+    ]
+    return [plot for plot in found if plot is not None]
+
+
+def _sample_plot(data: ReportData) -> Plot | None:
+    if not isinstance(data.samples, np.ndarray) or len(data.samples) == 0:
+        return None
+    if data.samples.ndim == 4:
+        return plot_samples(data.samples, data.labels, data.class_names)
+    return plot_points(data.samples, data.labels)
+
+
+def _numbers(data: ReportData, trace: Trace, items: Sequence[RouterStats]) -> dict[str, Any]:
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "title": data.title,
+        "recipe": data.recipe,
+        "step": data.step,
+        "commit": data.commit,
+        "hardware": data.hardware,
+        "citation": data.citation,
+        "config": data.config,
+        "parameters": None if data.parameters is None else vars(data.parameters),
+        "metrics": data.metrics,
+        "loss_by_noise": list(data.loss_bins),
+        "training": curve_numbers(data.curve),
+        "num_samples": 0 if data.samples is None else len(data.samples),
+        "class_names": list(data.class_names),
+        "routing": routing_numbers(trace, items),
+    }
+
+
+def _check(data: ReportData) -> None:
+    for index, row in enumerate(data.loss_bins):
+        missing = {"lo", "hi", "loss"} - set(row)
+        if missing:
+            raise DataError(f"loss_bins.{index}: {', '.join(sorted(missing))} missing")
+    samples = data.samples
+    if isinstance(samples, np.ndarray):
+        images = samples.ndim == 4 and samples.dtype == np.uint8 and samples.shape[3] in (1, 3, 4)
+        points = samples.ndim == 2 and samples.shape[1] == 2
+        if not images and not points:
+            found = f"{samples.dtype} {samples.shape}"
+            raise DataError(describe("samples", found, "uint8 [n, h, w, 1|3|4] or float [n, 2]"))
+    elif samples is not None and not all(isinstance(text, str) for text in samples):
+        raise DataError(describe("samples", type(samples).__name__, "an array or strings"))
+    if data.labels is not None and samples is not None and len(data.labels) != len(samples):
+        raise DataError(describe("labels", len(data.labels), f"{len(samples)}, one per sample"))
+
+
+__all__ = ["Picture", "ReportData", "write_report"]

@@ -1,0 +1,265 @@
+"""What stands where on the page, and the tables between the pictures."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from coterie.inspect import page as html
+from coterie.inspect.findings import FACETS, RouterStats, experts, findings, sentences
+from coterie.inspect.numbers import plain
+from coterie.inspect.page import Cell, Section
+from coterie.inspect.plots.style import Picture
+from coterie.inspect.trace import Trace
+
+if TYPE_CHECKING:
+    from coterie.inspect.report import ReportData
+
+MAX_TEXTS = 12
+MAX_TEXT = 1200
+Pictures = Mapping[str, Picture]
+
+
+def header(data: ReportData, items: Sequence[RouterStats]) -> str:
+    from html import escape
+
+    lead = "Who does what in this model: experts over layers, noise levels, classes and positions."
+    facts = [("Recipe", data.recipe), ("Training step", _integer(data.step))]
+    if data.parameters is not None:
+        facts.append(("Parameters", _millions(data.parameters.total)))
+        facts.append(("Active for one token", _millions(data.parameters.active)))
+    if items:
+        facts.append(("Routed layers", str(len(items))))
+        sizes = sorted({item.num_experts for item in items})
+        facts.append(("Experts per layer", " or ".join(map(str, sizes[:4]))))
+    facts += [("Commit", data.commit[:12]), ("Hardware", data.hardware)]
+    return (
+        '<p class="eyebrow">Routing report</p>'
+        f'<h1>{escape(data.title)}</h1><p class="lead">{lead}</p>'
+        + html.facts((key, value) for key, value in facts if value)
+    )
+
+
+def footer(data: ReportData) -> str:
+    return html.paragraph(
+        "All numbers are in report.json; every picture lies beside this page as a PNG file."
+    )
+
+
+def build_sections(
+    data: ReportData, trace: Trace, items: Sequence[RouterStats], pictures: Pictures
+) -> list[Section]:
+    """Sections without content are left out, with the reason where a reader may look for them."""
+    out = [Section("summary", "Summary", _summary(data, trace, items))]
+    if items:
+        out.append(Section("specialisation", "Who does what", _specialisation(items, pictures)))
+        out.append(Section("balance", "How the work is shared", _balance(items, pictures)))
+    along = _show(pictures, "expert_by_step", "step_consistency", "task_affinity")
+    if along:
+        out.append(Section("sampling", "Along the noise", along))
+    if quality := _quality(data, pictures):
+        out.append(Section("quality", "Quality", quality))
+    if training := _show(pictures, "training"):
+        out.append(Section("training-log", "Training", training))
+    if run := _run(data):
+        out.append(Section("run", "This run", run))
+    return out
+
+
+def _show(pictures: Pictures, *names: str) -> str:
+    return "".join(html.picture(pictures[name]) for name in names if name in pictures)
+
+
+def _summary(data: ReportData, trace: Trace, items: Sequence[RouterStats]) -> str:
+    lines = sentences(trace, items)
+    for name, entry in _metrics(data.metrics):
+        if "floor" in entry:
+            text = f"By {name} the samples score {_short(entry['value'])}, real held-out data "
+            lines.append(f"{text}{_short(entry['floor'])} in their place.")
+    return html.finding_list(findings(items)) + html.card(html.says(lines))
+
+
+def _specialisation(items: Sequence[RouterStats], pictures: Pictures) -> str:
+    reasons = {}
+    for facet in FACETS:
+        missing = {item.omitted[facet] for item in items if facet in item.omitted}
+        if missing and not any(facet in item.information for item in items):
+            reasons[f"Experts by {facet}"] = ", ".join(sorted(missing))
+    bits = ""
+    if "information" in pictures:
+        table = html.details("The numbers", _information_table(items))
+        bits = html.picture(pictures["information"], table)
+    maps = _show(pictures, "expert_by_noise", "expert_by_class", "expert_by_position")
+    return bits + maps + html.omitted(reasons)
+
+
+def _information_table(items: Sequence[RouterStats]) -> str:
+    head = ["Layer"]
+    for facet in FACETS:
+        head += [f"{facet.capitalize()} (bits)", "chance", "share"]
+    rows: list[list[str | Cell]] = []
+    for item in items:
+        row: list[str | Cell] = [item.name]
+        for facet in FACETS:
+            info = item.information.get(facet)
+            if info is None:
+                row += [Cell("–", "faint")] * 3
+                continue
+            style = "" if info.measurable else "faint"
+            row += [Cell(f"{info.corrected:.3f}", style), Cell(f"{info.floor:.3f}", "faint")]
+            row.append(Cell(f"{info.normalised:.0%}", style))
+        rows.append(row)
+    caption = (
+        "Mutual information with the Miller-Madow correction; chance: what unrelated variables "
+        "hardly exceed; share: of the most it could be (uncorrected). Grey: not above chance."
+    )
+    return html.table(caption, head, rows)
+
+
+def _balance(items: Sequence[RouterStats], pictures: Pictures) -> str:
+    reasons = {}
+    if "coactivation" not in pictures:
+        reasons["Experts that work together"] = "no row uses two of three or more experts"
+    return (
+        html.card(_load_table(items))
+        + _show(pictures, "load", "balance_over_noise", "choices", "coactivation", "prototypes")
+        + html.omitted(reasons)
+    )
+
+
+def _load_table(items: Sequence[RouterStats]) -> str:
+    head = ["Layer", "Experts", "Used per row", "Rows", "Scored", "Max / mean", "CV"]
+    head += ["Load entropy", "Row entropy", "Dead", "Always on"]
+    rows: list[list[str | Cell]] = []
+    for item in items:
+        bad = item.enough and (item.collapsed or item.entropy < 0.75) and item.unit == "token"
+        rows.append(
+            [
+                item.name,
+                str(item.num_experts),
+                f"{item.choices_per_row:.3g}",
+                f"{item.rows:,.0f}",
+                f"{item.rows_scored:.0%}",
+                f"{item.max_over_mean:.2f}",
+                f"{item.cv:.2f}",
+                Cell(f"{item.entropy:.3f}", "bad" if bad else ""),
+                _finite(item.confidence),
+                _dead_cell(item),
+                Cell(experts(item.always_on, 4) if item.always_on else "–", "faint"),
+            ]
+        )
+    half = "unconditional" if all(i.half == "unconditional" for i in items) else "conditional"
+    caption = (
+        f"Load of the routers over their {half} rows (rows: "
+        f"{' or '.join(sorted({item.unit + 's' for item in items}))}). CV: coefficient of "
+        "variation of the load. Entropies are divided by log E: load entropy 1 is an even load, "
+        "row entropy 0 a certain router. Always on: chosen by most rows at every noise level."
+    )
+    return html.table(caption, head, rows)
+
+
+def _dead_cell(item: RouterStats) -> Cell:
+    if not item.enough:
+        return Cell("too few rows", "faint")
+    if not item.dead:
+        return Cell("0", "")
+    ids = ", ".join(map(str, item.dead[:6])) + (", ..." if len(item.dead) > 6 else "")
+    return Cell(f"{len(item.dead)} ({ids})", "bad" if item.unit == "token" else "")
+
+
+def _quality(data: ReportData, pictures: Pictures) -> str:
+    out = ""
+    entries = _metrics(data.metrics)
+    if entries:
+        out += html.card(_metric_table(data.metrics, entries))
+    if "loss_by_noise" in pictures:
+        rows = [
+            [f"{row['lo']:.2g} to {row['hi']:.2g}", _short(row["loss"]), _short(row.get("count"))]
+            for row in data.loss_bins
+        ]
+        table = html.table("Mean loss per noise bin.", ["Noise level t", "Loss", "Samples"], rows)
+        out += html.picture(pictures["loss_by_noise"], html.details("The numbers", table))
+    out += _show(pictures, "samples")
+    if data.samples is not None and not isinstance(data.samples, np.ndarray):
+        out += _texts(data.samples)
+    return out
+
+
+def _texts(texts: Sequence[str]) -> str:
+    shown = "".join(
+        html.preformatted(text[:MAX_TEXT] + (" [...]" if len(text) > MAX_TEXT else ""), wrap=True)
+        for text in texts[:MAX_TEXTS]
+    )
+    note = "Drawn from the model, not selected."
+    if len(texts) > MAX_TEXTS:
+        note += f" The first {MAX_TEXTS} of {len(texts)}."
+    return html.card(f"<h3>Samples</h3>{html.paragraph(note, 'lead')}{shown}") if shown else ""
+
+
+def _metrics(metrics: Mapping[str, Any], prefix: str = "") -> list[tuple[str, dict[str, Any]]]:
+    """Numbers as (name, {value, floor, ...}); nested groups get ``group / name``."""
+    out: list[tuple[str, dict[str, Any]]] = []
+    for key, entry in metrics.items():
+        name = f"{prefix}{key}"
+        if isinstance(entry, Mapping) and "value" in entry:
+            out.append((name, dict(entry)))
+        elif isinstance(entry, Mapping):
+            out += _metrics(entry, f"{name} / ")
+        elif _is_number(entry) and key != "n" and not key.endswith("_floor"):
+            floor = metrics.get(f"{key}_floor")
+            out.append((name, {"value": entry} | ({} if floor is None else {"floor": floor})))
+    return out
+
+
+def _metric_table(metrics: Mapping[str, Any], entries: list[tuple[str, dict[str, Any]]]) -> str:
+    rows: list[list[str | Cell]] = []
+    for name, entry in entries:
+        error = f" ± {_short(entry['stderr'])}" if entry.get("stderr") is not None else ""
+        floor = _short(entry["floor"]) if "floor" in entry else "–"
+        rows.append([name, _short(entry["value"]) + error, floor])
+    notes = [f"{key}: {value}" for key, value in metrics.items() if isinstance(value, str)]
+    if isinstance(metrics.get("n"), int):
+        notes.append(f"{metrics['n']:,} samples")
+    caption = "Floor: what real held-out data score in the place of the samples. "
+    return html.table(caption + "; ".join(notes), ["Metric", "Value", "Floor"], rows)
+
+
+def _run(data: ReportData) -> str:
+    out = ""
+    if data.citation:
+        out += html.card(f"<h3>Citation</h3>{html.preformatted(data.citation)}")
+    if data.config:
+        text = json.dumps(plain(data.config), indent=2, sort_keys=True)
+        out += html.card(html.details("Configuration", html.preformatted(text)))
+    return out
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _short(value: Any) -> str:
+    if value is None or (isinstance(value, float) and not math.isfinite(value)):
+        return "–"
+    if isinstance(value, int):
+        return f"{value:,}"
+    return f"{value:.4g}" if isinstance(value, float | np.floating) else str(value)
+
+
+def _finite(value: float) -> str:
+    return f"{value:.3f}" if math.isfinite(value) else "–"
+
+
+def _integer(value: int | None) -> str:
+    return "" if value is None else f"{value:,}"
+
+
+def _millions(count: int) -> str:
+    for size, unit in ((10**9, "B"), (10**6, "M"), (10**3, "k")):
+        if count >= size:
+            return f"{count / size:.3g} {unit}"
+    return str(count)
