@@ -40,12 +40,8 @@ def arms() -> dict[str, RunConfig]:
 CLAIMS = (
     Claim("a wider DiT has lower loss at equal steps", "held_out_loss", "dit", "half-width"),
     Claim("a deeper DiT has lower loss at equal steps", "held_out_loss", "dit", "half-depth"),
-    Claim(
-        "more compute gives samples closer to the data (width)", "frechet", "dit", "half-width"
-    ),
-    Claim(
-        "more compute gives samples closer to the data (depth)", "frechet", "dit", "half-depth"
-    ),
+    Claim("more compute gives samples closer to the data (width)", "frechet", "dit", "half-width"),
+    Claim("more compute gives samples closer to the data (depth)", "frechet", "dit", "half-depth"),
 )
 DEPARTURES = (
     "tiny: rectified flow on pixels of 5,000 MNIST digits instead of DDPM on ImageNet latents",

@@ -11,11 +11,15 @@ import torch
 from torch import Tensor
 
 from coterie.core.batch import Batch, Source
+from coterie.core.prediction import Prediction
 from coterie.core.rng import generator
-from coterie.core.routing import Routing
-from coterie.inspect import Trace
-from coterie.metrics import NoiseBins
+from coterie.data import Subset, order
+from coterie.inspect import Trace, analyse
+from coterie.metrics import NoiseBins, evaluate_images
+from coterie.train import probes
+from coterie.train.features import feature_network, reference_rows
 from coterie.train.run import LoadedRun, build_source
+from coterie.train.sampling import generate
 
 LEVELS = 10  # noise levels at which held-out data are looked at
 
@@ -30,11 +34,10 @@ class HeldOut:
 
 
 def batches(source: Source, size: int, limit: int) -> list[Batch]:
-    """The first ``limit`` samples of a source, in order."""
+    """``limit`` samples of a source, always the same ones, drawn evenly: files are often sorted."""
     count = min(limit, len(source))
-    return [
-        source.get(np.arange(first, min(first + size, count))) for first in range(0, count, size)
-    ]
+    rows = order(0, 0, count, len(source))
+    return [source.get(rows[first : first + size]) for first in range(0, count, size)]
 
 
 @torch.no_grad()
@@ -61,8 +64,17 @@ def held_out(run: LoadedRun, limit: int = 512, size: int = 128) -> HeldOut:
             prediction = run.model(x_t, t, batch.cond, sample_ids=batch.ids)
             bins.add(objective.error(prediction, batch.x, x_t, t), unit)
             trace.add(prediction.routings)
-    rows = bins.result()
+    rows = loss_bins(bins)
     return HeldOut(float(np.mean([row["loss"] for row in rows])), rows, trace)
+
+
+def loss_bins(bins: NoiseBins) -> list[dict[str, Any]]:
+    """Rows {bin, lo, hi, loss, count} of the bins that have data."""
+    return [
+        {"bin": index, "lo": row.low, "hi": row.high, "loss": row.mean, "count": row.num_samples}
+        for index, row in enumerate(bins.result())
+        if row.mean is not None
+    ]
 
 
 def _held_out_text(run: LoadedRun, source: Source, trace: Trace, limit: int, size: int) -> HeldOut:
@@ -78,7 +90,7 @@ def _held_out_text(run: LoadedRun, source: Source, trace: Trace, limit: int, siz
         trace.add([routing.detach() for routing in losses.routings])
         if masked:
             bins.add(losses.per_sample, losses.noise)
-    rows = bins.result() if masked else []
+    rows = loss_bins(bins) if masked else []
     return HeldOut(float(np.mean(total)) / float(np.log(2)), rows, trace)
 
 
@@ -91,6 +103,54 @@ def make_trace(run: LoadedRun) -> Trace:
     )
 
 
+def score_images(run: LoadedRun, x: Tensor, limit: int = 1000) -> dict[str, Any]:
+    """Distances of generated images ``x`` to training images, each with the floor that held-out
+    real images reach; features of the network that suits the source."""
+    train = build_source(run.config)
+    reference = Subset(train, reference_rows(len(train)))
+    real, fresh = (
+        torch.cat([batch.x for batch in batches(source, 250, limit)])
+        for source in (reference, build_source(run.config, "held_out"))
+    )
+    return evaluate_images(feature_network(run.config.data), x, real, fresh)
+
+
+def measure(run: LoadedRun, num_samples: int = 500) -> dict[str, float]:
+    """The numbers that claims compare, all plain floats."""
+    found = held_out(run)
+    out = {"held_out_loss": found.loss, **routing_measures(found.trace), **probes.measure(run)}
+    if not run.is_text:
+        scored = score_images(run, generate(run, num_samples).x)
+        for name in ("frechet", "kid", "precision", "recall"):
+            out[name] = float(scored[name]["value"])
+            out[f"{name}_floor"] = float(scored[name]["floor"])
+    return out
+
+
+def routing_measures(trace: Trace) -> dict[str, float]:
+    """Means over the routers of a model, and how the first differs from the last."""
+    items = analyse(trace)
+    if not items:
+        return {}
+    out = {
+        "load_cv": float(np.mean([item.cv for item in items])),
+        "load_entropy": float(np.mean([item.entropy for item in items])),
+        "dead_experts": float(sum(len(item.dead) for item in items)),
+        "always_on_per_layer": sum(len(item.always_on) for item in items) / len(items),
+    }
+    first, last = (
+        {k: v.corrected for k, v in i.information.items()} for i in (items[0], items[-1])
+    )
+    for facet, bits in first.items():
+        out[f"{facet}_bits_first"] = bits
+        out[f"{facet}_bits_last"] = last.get(facet, 0.0)
+    if {"noise", "position", "class"} <= set(first):
+        place = first["noise"] + first["position"]
+        out["place_minus_class_bits_first"] = place - first["class"]
+        out["position_bits_fade"] = first["position"] - last["position"]
+    return out
+
+
 class StepRecorder:
     """A sampling callback that feeds each step's routings to a trace: conditional and
     unconditional halves are told apart by the labels the routings carry."""
@@ -98,7 +158,6 @@ class StepRecorder:
     def __init__(self, trace: Trace) -> None:
         self.trace = trace
 
-    def __call__(self, step: int, t: Tensor, x: Tensor, prediction: Any) -> None:
-        routings: tuple[Routing, ...] = prediction.routings
-        if routings:
-            self.trace.add_step(step, routings)
+    def __call__(self, step: int, t: float, x: Tensor, prediction: Prediction) -> None:
+        if prediction.routings:
+            self.trace.add_step(step, prediction.routings)

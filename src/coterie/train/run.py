@@ -120,11 +120,7 @@ def start(config: RunConfig, out: str | Path, progress: bool = True) -> Path:
 def load_run(path: str | Path, which: str = "ema") -> LoadedRun:
     """The run's newest valid weights; ``which``: "ema", "ema-<decay>" or "model"."""
     run_dir = RunDir(path)
-    found = run_dir.read_config()
-    if found is None:
-        allowed = "a run directory with config.json"
-        raise ConfigError(describe("run", str(path), allowed, "train first: coterie train"))
-    config = RunConfig.from_dict(found)
+    config = run_dir.read_config(RunConfig)
     model = build_model(config)
     step = load_weights(run_dir.path, model, which).step
     return LoadedRun(run_dir.path, config, model.eval(), build_source(config), step)

@@ -1,0 +1,99 @@
+"""What happens to a trained model when its routing is changed: no training, no copies.
+
+``disabled_cost``: each token loses its best experts (DeepSeekMoE, section 4.5: how redundant are
+they?). ``separation``: how far apart are the inputs of different experts (ProMoE)?
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from coterie.core.rng import generator
+from coterie.core.routing import Routing
+from coterie.data import order
+from coterie.experts import Router, RouterConfig
+from coterie.train.run import LoadedRun, build_source
+
+DISABLED_SHARE = 1 / 8  # of all routed experts, the best of each token
+MIDDLE = 0.5  # noise level at which a denoiser is probed
+
+
+@contextmanager
+def rerouted(
+    model: nn.Module, change: Callable[[RouterConfig, int], RouterConfig]
+) -> Iterator[None]:
+    """Inside the block every router runs with ``change(config, num_experts)``."""
+    routers = [module for module in model.modules() if isinstance(module, Router)]
+    before = [router.config for router in routers]
+    try:
+        for router in routers:
+            router.config = change(router.config, router.num_experts)
+            router.config.check(router.num_experts)
+        yield
+    finally:
+        for router, config in zip(routers, before, strict=True):
+            router.config = config
+
+
+def without_best(config: RouterConfig, num_experts: int) -> RouterConfig:
+    """The next k experts after the best ``DISABLED_SHARE`` of all."""
+    k = config.select.k  # type: ignore[attr-defined]
+    first = min(max(1, round(DISABLED_SHARE * num_experts)), num_experts - k)
+    return config.replace(select={"kind": "rank", "ranks": tuple(range(first, first + k))})
+
+
+@torch.no_grad()
+def probe_loss(run: LoadedRun, limit: int = 256) -> tuple[float, tuple[Routing, ...]]:
+    """Loss on some held-out samples at one noise level (text: the objective), with routings."""
+    source = build_source(run.config, "held_out")
+    batch = source.get(order(0, 0, min(limit, len(source)), len(source)))
+    objective: Any = run.config.objective.build(run.model)
+    rng = generator(0, "probe")
+    if run.is_text:
+        losses = objective(run.model, batch, rng, 1.0)
+        return float(losses.per_sample.mean()), losses.routings
+    process = run.model.process
+    t = process.time_of_unit(torch.full((len(batch.ids),), MIDDLE))
+    eps = torch.randn(batch.x.shape, generator=rng)
+    x_t = process.diffuse(batch.x, eps, t)
+    prediction = run.model(x_t, t, batch.cond, sample_ids=batch.ids)
+    return float(objective.error(prediction, batch.x, x_t, t).mean()), prediction.routings
+
+
+def measure(run: LoadedRun) -> dict[str, float]:
+    """The probes that make sense for this model's routers."""
+    routers = [module for module in run.model.modules() if isinstance(module, Router)]
+    token = [r for r in routers if r.config.routed_unit == "token"]
+    if not token:
+        return {}
+    loss, routings = probe_loss(run)
+    out = {"separation": float(np.mean([separation(r) for r in routings]))}
+    if all(r.config.select.kind == "top_k" and r.num_experts > r.config.select.k for r in token):
+        with rerouted(run.model, without_best):
+            disabled, _ = probe_loss(run)
+        out["first_choice_cost"] = disabled / loss - 1
+    return out
+
+
+def separation(routing: Routing) -> float:
+    """Mean cosine of a token with the mean of its own experts' tokens, minus that with the means
+    of the others. 0: experts see the same; up to 2."""
+    assert routing.inputs is not None
+    chosen_RE = routing.one_hot() > 0
+    own_RE = chosen_RE[:, chosen_RE.any(0)].float()
+    if own_RE.shape[1] < 2:
+        return 0.0
+    h_RD = routing.inputs.float()
+    mean_ED = own_RE.T @ h_RD / own_RE.sum(0)[:, None]
+    cosine_RE = F.normalize(h_RD, dim=-1) @ F.normalize(mean_ED, dim=-1).T
+    routed_R = own_RE.any(1).float()[:, None]
+    other_RE = (1 - own_RE) * routed_R
+    within = (cosine_RE * own_RE).sum() / own_RE.sum()
+    return float(within - (cosine_RE * other_RE).sum() / other_RE.sum().clamp_min(1))
