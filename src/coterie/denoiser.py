@@ -150,7 +150,7 @@ class TokenDenoiser(_Model):
 
     @property
     def mask_token(self) -> int:
-        return self.backbone.config.vocabulary - 1  # type: ignore[union-attr, return-value]
+        return int(self.config.backbone.vocabulary) - 1
 
     def forward(
         self,

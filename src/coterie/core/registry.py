@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import importlib.metadata
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from pydantic import BeforeValidator
 
@@ -32,6 +32,10 @@ class Part(Config):
 
     def build(self, *args: Any, **kwargs: Any) -> Any:
         raise TypeError(f"{type(self).__name__} declares no build()")
+
+    if TYPE_CHECKING:  # which fields there are depends on the kind
+
+        def __getattr__(self, name: str) -> Any: ...
 
 
 PartT = TypeVar("PartT", bound=Part)

@@ -37,8 +37,8 @@ class TimeEmbedding(nn.Module):
             nn.init.zeros_(layer.bias)
 
     def forward(self, value_B: Tensor) -> Tensor:
-        weight = self.mlp[0].weight
-        return self.mlp(sinusoid(value_B, self.channels).to(weight.dtype))
+        dtype = next(self.parameters()).dtype
+        return self.mlp(sinusoid(value_B, self.channels).to(dtype))
 
 
 class LabelEmbedding(nn.Module):

@@ -44,7 +44,7 @@ def rerouted(
 
 def without_best(config: RouterConfig, num_experts: int) -> RouterConfig:
     """The next k experts after the best ``DISABLED_SHARE`` of all."""
-    k = config.select.k  # type: ignore[attr-defined]
+    k = config.select.k
     first = min(max(1, round(DISABLED_SHARE * num_experts)), num_experts - k)
     return config.replace(select={"kind": "rank", "ranks": tuple(range(first, first + k))})
 
