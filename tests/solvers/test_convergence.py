@@ -57,7 +57,7 @@ def error(process, kind, solver, intervals):
 @pytest.mark.parametrize("solver", ORDERS)
 def test_order_of_convergence(kind, solver):
     process = build(kind, **RANGES[kind])
-    coarse, fine = (error(process, kind, solver, n) for n in (80, 160))
+    coarse, fine = (error(process, kind, solver, n) for n in (60, 120))
     order = ORDERS[solver] + GAINS.get((kind, solver), 0)
     assert math.log2(coarse / fine) == pytest.approx(order, abs=0.15)
 
@@ -114,7 +114,7 @@ def test_rk45_particles_do_not_share_steps():
 @pytest.mark.parametrize("solver", ["heun", "rk4", "dpmpp_2m"])
 def test_every_process_from_data_to_noise_and_back(kind, solver):
     process = build(kind)
-    lams = torch.linspace(3.0, -3.0, 31, dtype=F64)
+    lams = torch.linspace(3.0, -3.0, 25, dtype=F64)
     times = process.time_of_lam(lams)
     denoiser, x = ExactDenoiser(process, DATA), torch.tensor([[0.9], [1.9]], dtype=F64)
     up = integrate(denoiser, x, NOTHING, times, solver_of(solver))

@@ -37,7 +37,7 @@ class Counting:
         return self.inner(x, t, cond)
 
 
-def run(process, solver, grid="uniform", steps=8, seeds=(1, 2, 3), **kwargs):
+def run(process, solver, grid="uniform", steps=5, seeds=(1, 2, 3), **kwargs):
     noise = SampleNoise(seeds)
     x = initial_noise(process, (2,), noise)
     denoiser = kwargs.pop("denoiser", None) or ExactDenoiser(process, mixture())
@@ -144,7 +144,7 @@ def test_samples_depend_on_their_own_seed_only(kind, solver):
     assert not torch.allclose(three[0], three[1])
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["ddpm", "rectified_flow", "ve"])
 @pytest.mark.parametrize("solver", SOLVERS.kinds())
 def test_samples_come_from_the_mixture(kind, solver):
     process = build(kind)

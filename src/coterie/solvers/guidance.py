@@ -96,7 +96,7 @@ class Guided:
         if self.config.interval is not None:
             low, high = self.config.interval
             inside = (level >= low) & (level <= high)
-        return torch.where(inside, self.config.weight, 1.0)
+        return torch.ones_like(level).masked_fill(inside, self.config.weight)
 
     def _pair(self, x: Tensor, t: Tensor, cond: Condition) -> tuple[Prediction, Tensor]:
         """The conditional prediction and the weaker value in the same view."""
