@@ -5,6 +5,7 @@ Shapes: B batch, N positions, V vocabulary. Sample i depends on its own seed onl
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -48,10 +49,10 @@ def _autoregressive(
 def _unmask(
     denoiser: Any, num: int, length: int, steps: int, noise: SampleNoise, temperature: float
 ) -> Tensor:
-    """From all masked (t = 1) to none: between t and s a masked token stays with probability s/t."""
+    """From all masked (t = 1) to none: from t to s a masked token stays with probability s/t."""
     ids_BN = torch.full((num, length), denoiser.mask_token)
     times = torch.linspace(1, 0, steps + 1).tolist()
-    for t, s in zip(times[:-1], times[1:], strict=True):
+    for t, s in pairwise(times):
         logits_BNV = denoiser(ids_BN, torch.full((num,), t), Condition()).value
         logits_BNV[..., denoiser.mask_token] = float("-inf")
         drawn_BN = _draw(logits_BNV, noise.uniform(tuple(logits_BNV.shape[1:])), temperature)

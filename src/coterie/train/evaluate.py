@@ -62,7 +62,7 @@ def held_out(run: LoadedRun, limit: int = 512, size: int = 128) -> HeldOut:
             eps = torch.randn(batch.x.shape, generator=rng)
             x_t = process.diffuse(batch.x, eps, t)
             prediction = run.model(x_t, t, batch.cond, sample_ids=batch.ids)
-            bins.add(objective.error(prediction, batch.x, x_t, t), unit)
+            bins.add(objective.error(prediction, batch.x, eps, t), unit)
             trace.add(prediction.routings)
     rows = loss_bins(bins)
     return HeldOut(float(np.mean([row["loss"] for row in rows])), rows, trace)

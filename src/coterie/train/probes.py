@@ -64,7 +64,7 @@ def probe_loss(run: LoadedRun, limit: int = 256) -> tuple[float, tuple[Routing, 
     eps = torch.randn(batch.x.shape, generator=rng)
     x_t = process.diffuse(batch.x, eps, t)
     prediction = run.model(x_t, t, batch.cond, sample_ids=batch.ids)
-    return float(objective.error(prediction, batch.x, x_t, t).mean()), prediction.routings
+    return float(objective.error(prediction, batch.x, eps, t).mean()), prediction.routings
 
 
 def measure(run: LoadedRun) -> dict[str, float]:

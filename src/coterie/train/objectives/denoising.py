@@ -14,7 +14,7 @@ from torch import Generator, Tensor, nn
 from coterie.core.batch import Batch, Losses
 from coterie.core.prediction import Condition, Prediction
 from coterie.core.registry import Part
-from coterie.process import TIMES, WEIGHTINGS, Process, convert, vlb_bits
+from coterie.process import TIMES, WEIGHTINGS, Process, convert, target_of, vlb_bits
 from coterie.train.objectives.base import OBJECTIVES
 
 
@@ -55,7 +55,7 @@ class Denoising(nn.Module):
         cond = self._drop(batch.cond, torch.rand(B, generator=rng).to(device))
         x_t = self.process.diffuse(batch.x, eps, t)
         prediction = model(x_t, t, cond, sample_ids=batch.ids, rng=rng, progress=progress)
-        per_sample = self.error(prediction, batch.x, x_t, t)
+        per_sample = self.error(prediction, batch.x, eps, t)
         main = {"denoising": self.weighting.combine(per_sample, t, prediction.view)}
         if prediction.variance is not None:
             main["vlb"] = self.config.vlb_weight * self._vlb(prediction, batch.x, x_t, t).mean()
@@ -67,9 +67,9 @@ class Denoising(nn.Module):
             noise=self.process.unit_time(t),
         )
 
-    def error(self, prediction: Prediction, x0: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+    def error(self, prediction: Prediction, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
         """Mean squared error per sample in the prediction's view, f32 [B]."""
-        target = convert(self.process, x0, "x0", prediction.view, x_t, t)
+        target = target_of(self.process, x0, eps, prediction.view, t)
         return (prediction.value.float() - target.float()).square().flatten(1).mean(1)
 
     def _drop(self, cond: Condition, chance: Tensor) -> Condition:
