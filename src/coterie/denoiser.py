@@ -54,6 +54,10 @@ class DenoiserConfig(Part):
         if self.precondition.kind != "none" and self.view != "x0":
             hint = f"precondition {self.precondition.kind!r} answers x0"
             raise ConfigError(describe("view", self.view, "x0", hint))
+        learned = getattr(self.backbone, "learned_variance", False)
+        if learned and not self.process.build().discrete:
+            hint = f"process {self.process.kind!r} has no transition variance to learn"
+            raise ConfigError(describe("backbone.learned_variance", True, "false", hint))
         return self
 
     def build(self) -> Denoiser:

@@ -8,13 +8,13 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from coterie.backbones.base import BACKBONES, BackboneOutput
 from coterie.backbones.trunk import Trunk, TrunkConfig
 from coterie.core.context import Context
-from coterie.core.errors import DataError, describe
+from coterie.core.errors import ConfigError, DataError, describe
 from coterie.core.prediction import Condition
 from coterie.core.registry import Part
 
@@ -41,6 +41,13 @@ class CausalConfig(Part):
     vocabulary: int = Field(260, ge=2)
     context: int = Field(128, ge=2)  # longest sequence, in tokens
     trunk: TrunkConfig = TEXT_TRUNK
+
+    @model_validator(mode="after")
+    def _check(self) -> CausalConfig:
+        if self.trunk.modulation != "none":
+            hint = "text has no time embedding to modulate by"
+            raise ConfigError(describe("trunk.modulation", self.trunk.modulation, "none", hint))
+        return self
 
     @property
     def tokens(self) -> int:

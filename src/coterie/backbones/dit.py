@@ -104,8 +104,9 @@ class DiT(nn.Module):
         tau = self.time(ctx.time_input)
         embedding = tau
         if self.label is not None:
-            if cond.label is None:
-                raise DataError(describe("cond.label", None, f"labels [B], B = {batch}"))
+            shape = None if cond.label is None else tuple(cond.label.shape)
+            if cond.label is None or shape != (batch,):
+                raise DataError(describe("cond.label", shape, f"labels [B], B = {batch}"))
             embedding = tau + self.label(cond.label)
         return ctx.replace(
             batch=batch,

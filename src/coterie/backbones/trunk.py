@@ -71,8 +71,20 @@ class TrunkConfig(Config):
         if self.width % self.heads:
             allowed = f"a divisor of width = {self.width}"
             raise ConfigError(describe("heads", self.heads, allowed))
+        if self.rotary and self.width // self.heads % 2:
+            allowed = f"a number that leaves an even head width, width = {self.width}"
+            raise ConfigError(describe("heads", self.heads, allowed, "rotary turns channel pairs"))
+        self._check_slots()
+        return self
+
+    def _check_slots(self) -> None:
         taken: dict[tuple[str, int], int] = {}
         for index, slot in enumerate(self.slots):
+            if self.causal and slot.expert.router.batchwide:
+                where = f"slots.{index}.expert.router.select"
+                hint = "experts that choose among all tokens of a sample see the future"
+                value = slot.expert.router.select.kind
+                raise ConfigError(describe(where, value, "a row-wise selection", hint))
             for layer in slot.sites(self.depth):
                 if not 0 <= layer < self.depth:
                     allowed = f"blocks 0..{self.depth - 1}"
@@ -82,7 +94,6 @@ class TrunkConfig(Config):
                     allowed = f"one expert system per slot and block (slots.{first} has it)"
                     raise ConfigError(describe(f"slots.{index}.layers", layer, allowed))
                 taken[slot.slot, layer] = index
-        return self
 
     @property
     def hidden(self) -> int:

@@ -31,7 +31,10 @@ def image_trunk(size: str, *slots: SlotConfig, **changes: Any) -> TrunkConfig:
 
 
 def image_paper(recipe: str, trunk: TrunkConfig, **changes: Any) -> RunConfig:
-    """ImageNet 256 px in the latent space of a factor-8 autoencoder: 32 x 32 x 4, patch 2."""
+    """ImageNet 256 px in the latent space of a factor-8 autoencoder: 32 x 32 x 4, patch 2.
+
+    The variance is learnt in DDPM only: rectified flow has none.
+    """
     flow = changes.pop("flow", True)
     kind = RECTIFIED_FLOW if flow else DDPM
     backbone = DiTConfig(
@@ -39,7 +42,7 @@ def image_paper(recipe: str, trunk: TrunkConfig, **changes: Any) -> RunConfig:
         channels=4,
         patch=2,
         num_classes=1000,
-        learned_variance=changes.pop("learned_variance", True),
+        learned_variance=not flow,
         trunk=trunk,
     )
     times = "logit_normal" if flow else "uniform"
