@@ -59,13 +59,12 @@ def tracked_files() -> list[Path]:
 
 
 def dotted(node: ast.AST) -> str:
-    """``a.b.c`` of a name or attribute chain, else the empty string."""
+    """``a.b.c`` of a name or attribute chain; ``?`` stands for anything else in it."""
     if isinstance(node, ast.Name):
         return node.id
     if isinstance(node, ast.Attribute):
-        base = dotted(node.value)
-        return f"{base}.{node.attr}" if base else node.attr
-    return ""
+        return f"{dotted(node.value)}.{node.attr}"
+    return "?"
 
 
 def is_constant(node: ast.AST | None, value: object) -> bool:
@@ -179,6 +178,7 @@ torch.load('x', weights_only=True)
 np.load('x', allow_pickle=False)
 json.load(f)
 model.eval()
+Model().eval()
 """
     assert list(unsafe_loads(ast.parse(code))) == []
 

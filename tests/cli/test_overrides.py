@@ -11,7 +11,7 @@ from coterie.cli.overrides import split
 
 WORD = st.text("abc_0", min_size=1, max_size=4)
 PATH = st.lists(WORD, min_size=1, max_size=3).map(".".join)
-VALUE = st.text(min_size=1, max_size=8).filter(lambda text: not text.startswith("--"))
+VALUE = st.text("a1=-. é", min_size=1, max_size=8).filter(lambda text: not text.startswith("--"))
 
 
 @settings(max_examples=50)
