@@ -7,7 +7,8 @@ from synthetic_routings import known_truth, routing
 
 from coterie.core.errors import DataError
 from coterie.inspect import stats
-from coterie.inspect.findings import analyse, findings, sentences
+from coterie.inspect.findings import bits, findings, sentences
+from coterie.inspect.routers import analyse
 from coterie.inspect.summary import text_summary
 from coterie.inspect.trace import Trace
 
@@ -383,3 +384,22 @@ def test_a_batch_of_2048_tokens_in_12_layers_is_cheap(rng):
         trace.add(records)
         best = min(best, time.perf_counter() - start)
     assert best < 0.15  # about 0.02 s on an idle core
+
+
+def test_many_like_findings_are_put_together_and_many_layers_described_as_a_whole(rng):
+    records = known_truth(rng)
+    trace = traced([records[i // 5].replace(layer=i) for i in range(20)])
+    items = analyse(trace)
+    alarms = [found.text for found in findings(items) if found.level == "alarm"]
+    assert alarms == [
+        "5 layers have 5 dead experts in all (load below 1 % of uniform): 15, 16, 17, 18 and 19."
+    ]
+    text = sentences(trace, items)
+    assert sum(line.startswith("About the") for line in text) == 3
+    position = next(line for line in text if line.startswith("About the position"))
+    assert "1.62 bits in the first half of the depth and 0.00 in the second" in position
+    assert "most in layer 5, 3.25 bits" in position
+
+
+def test_small_information_keeps_its_digits():
+    assert [bits(v) for v in (3.314, 0.1, 0.0042, 0.0)] == ["3.31", "0.10", "0.0042", "0.00"]

@@ -1,154 +1,129 @@
-"""From a trace to what a person wants to know: numbers per router, alarms, plain sentences."""
+"""What a person should hear about the routers: alarms and plain sentences with the numbers."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 
 from coterie.inspect import stats
-from coterie.inspect.stats import Array, Information
-from coterie.inspect.tables import HALVES, Joint, Place, RouterTrace
+from coterie.inspect.routers import FACETS, RouterStats
 from coterie.inspect.trace import Trace
 
-ENOUGH_CHOICES = 20.0
-"""Choices per expert below which an unused expert proves nothing."""
-FACETS = ("noise", "class", "position")
-
-
-@dataclass(frozen=True, eq=False)
-class RouterStats:
-    """Numbers of one router, over its conditional rows (``half`` says if it had none)."""
-
-    place: Place
-    name: str
-    unit: str
-    num_experts: int
-    half: str
-    rows: float
-    rows_scored: float  # share of the rows seen that the router scored
-    rows_bad: int
-    samples: float
-    choices_per_row: float
-    load: Array  # [E] share of choices
-    gate_share: Array  # [E] share of gate weight (absolute)
-    cv: float
-    max_over_mean: float
-    entropy: float  # of the load, over log E
-    confidence: float  # mean entropy of a row's probabilities, over log E
-    dead: tuple[int, ...]
-    collapsed: bool
-    enough: bool  # enough choices to judge dead experts and imbalance
-    always_on: tuple[int, ...]
-    halves_apart: float  # total variation between the two halves' loads, NaN without both
-    information: dict[str, Information]  # facet -> bits; a facet without data is absent
-    omitted: dict[str, str]  # facet -> why it is absent
-
-
-def names(places: Sequence[Place]) -> list[str]:
-    """Short labels, with slot and round only where they differ: ``2``, ``ffn 2``, ``2 round 1``."""
-    slots = len({place.slot for place in places}) > 1
-    rounds = len({place.round for place in places}) > 1
-    return [
-        (f"{p.slot} " if slots else "") + str(p.layer) + (f" round {p.round}" if rounds else "")
-        for p in places
-    ]
-
-
-def facet_table(router: RouterTrace, facet: str) -> Joint:
-    return {"noise": router.noise, "class": router.classes, "position": router.positions}[facet]
-
-
-def analyse(trace: Trace) -> list[RouterStats]:
-    """One :class:`RouterStats` per router, in order of depth; [] for a dense model."""
-    routers = trace.routers
-    labels = names([router.place for router in routers])
-    return [_router_stats(router, name) for router, name in zip(routers, labels)]
-
-
-def _router_stats(router: RouterTrace, name: str) -> RouterStats:
-    half = router.main
-    counts, rows = router.counts[half], float(router.rows[half])
-    seen = float(router.rows_seen[half])
-    found, omitted = _information(router)
-    choices = float(counts.sum())
-    entropy = stats.confidence_entropy(
-        router.entropy[half].sum(), router.entropy_rows[half].sum(), router.num_experts
-    )
-    return RouterStats(
-        place=router.place,
-        name=name,
-        unit=router.unit,
-        num_experts=router.num_experts,
-        half=HALVES[half],
-        rows=rows,
-        rows_scored=rows / seen if seen else 0.0,
-        rows_bad=router.rows_bad,
-        samples=float(router.samples[half]),
-        choices_per_row=choices / rows if rows else 0.0,
-        load=stats.load_share(counts),
-        gate_share=stats.load_share(np.abs(router.gate_mass[half].sum(0))),
-        cv=stats.load_cv(counts),
-        max_over_mean=stats.max_over_mean(counts),
-        entropy=stats.load_entropy(counts),
-        confidence=float(entropy),
-        dead=stats.dead_experts(counts),
-        collapsed=router.num_experts > 1 and choices > 0 and stats.is_collapsed(counts),
-        enough=choices >= ENOUGH_CHOICES * router.num_experts,
-        always_on=_always_on(router),
-        halves_apart=stats.total_variation(router.counts[0], router.counts[1]),
-        information=found,
-        omitted=omitted,
-    )
-
-
-def _information(router: RouterTrace) -> tuple[dict[str, Information], dict[str, str]]:
-    found: dict[str, Information] = {}
-    omitted: dict[str, str] = {}
-    half = router.main
-    draws = stats.effective_draws(
-        router.counts[half], float(router.clumping[half]), float(router.clumps[half])
-    )
-    for facet in FACETS:
-        table = facet_table(router, facet)
-        if not table.rows[half].any():
-            omitted[facet] = table.reason or "no conditional rows"
-        elif facet == "class" and half == 1:
-            omitted[facet] = "every row is unconditional"
-        else:
-            # Tokens of one sample share noise level and class; positions vary inside a sample.
-            found[facet] = stats.information(
-                table.counts[half], None if facet == "position" else draws
-            )
-    return found, omitted
-
-
-def _always_on(router: RouterTrace) -> tuple[int, ...]:
-    """From the router's own table over all steps where it has one, else from the counts."""
-    if router.num_experts == 1:
-        return ()
-    if router.table is not None:
-        return stats.always_on(stats.top_k_usage(router.table, router.top_k))
-    half = router.main
-    if np.count_nonzero(router.noise.rows[half]) < 2:
-        return ()
-    return stats.always_on(stats.usage_rate(router.noise.counts[half], router.noise.rows[half]))
+Level = Literal["alarm", "note", "good"]
+ABOUT = {"noise": "the noise level", "class": "the class", "position": "the position"}
+EACH = 3
+"""Up to so many routers with the same finding are named one by one."""
+FEW = 6
+"""Up to so many routers get a sentence each; more are described as a whole."""
 
 
 @dataclass(frozen=True)
 class Finding:
     """``alarm``: something is wrong. ``note``: worth knowing, may be meant. ``good``: checked."""
 
-    level: Literal["alarm", "note", "good"]
+    level: Level
     text: str
 
 
+@dataclass(frozen=True)
+class Check:
+    """A test of one router, and how to report one or many that fail it."""
+
+    fails: Callable[[RouterStats], bool]
+    level: Callable[[RouterStats], Level]
+    one: Callable[[RouterStats], str]
+    many: Callable[[Sequence[RouterStats]], str]
+
+
+def _by_unit(item: RouterStats) -> Level:
+    """A router that sees only the noise level may be unequal by construction."""
+    return "alarm" if item.unit == "token" else "note"
+
+
+def _judged(item: RouterStats) -> bool:
+    return item.enough and item.num_experts > 1
+
+
+def _dead_text(item: RouterStats) -> str:
+    verb = "is" if len(item.dead) == 1 else "are"
+    return f"Layer {item.name}: {experts(item.dead)} {verb} dead (load below 1 % of uniform)."
+
+
+CHECKS = (
+    Check(
+        lambda item: item.rows_bad > 0,
+        lambda item: "alarm",
+        lambda item: (
+            f"Layer {item.name}: {item.rows_bad} rows had non-finite router output; "
+            "they are not counted."
+        ),
+        lambda items: (
+            f"{len(items)} layers ({layers(items)}): {sum(i.rows_bad for i in items):,} rows had "
+            "non-finite router output; they are not counted."
+        ),
+    ),
+    Check(
+        lambda item: _judged(item) and item.collapsed,
+        _by_unit,
+        lambda item: (
+            f"Layer {item.name} has collapsed: expert {int(item.load.argmax())} receives "
+            f"{item.load.max():.1%} of all choices."
+        ),
+        lambda items: (
+            f"{len(items)} layers have collapsed (one expert receives nearly all choices): "
+            f"{layers(items)}."
+        ),
+    ),
+    Check(
+        lambda item: _judged(item) and bool(item.dead) and not item.collapsed,
+        _by_unit,
+        _dead_text,
+        lambda items: (
+            f"{len(items)} layers have {sum(len(i.dead) for i in items)} dead experts in all "
+            f"(load below 1 % of uniform): {layers(items)}."
+        ),
+    ),
+    Check(
+        lambda item: _judged(item) and item.entropy < stats.UNEVEN_ENTROPY and not item.collapsed,
+        _by_unit,
+        lambda item: (
+            f"Layer {item.name} is unevenly loaded: the busiest expert does "
+            f"{item.max_over_mean:.1f} times the mean (coefficient of variation {item.cv:.2f})."
+        ),
+        lambda items: (
+            f"{len(items)} layers are unevenly loaded, the busiest expert with up to "
+            f"{max(i.max_over_mean for i in items):.1f} times the mean: {layers(items)}."
+        ),
+    ),
+    Check(
+        lambda item: not item.enough and item.num_experts > 1,
+        lambda item: "note",
+        lambda item: (
+            f"Layer {item.name}: only {item.rows:,.0f} rows were counted, too few to judge its "
+            "load."
+        ),
+        lambda items: (
+            f"{len(items)} layers were counted over too few rows to judge their load: "
+            f"{layers(items)}."
+        ),
+    ),
+)
+
+
 def findings(routers: Sequence[RouterStats]) -> list[Finding]:
-    """Dead, collapsed, uneven and broken routers; one finding per router and kind."""
-    out = [finding for item in routers for finding in _router_findings(item)]
-    judged = [item for item in routers if item.enough and item.num_experts > 1]
+    """Broken, collapsed, dead and uneven routers, worst first; like ones are put together."""
+    out: list[Finding] = []
+    for check in CHECKS:
+        failed = [item for item in routers if check.fails(item)]
+        levels: tuple[Level, ...] = ("alarm", "note")
+        for level in levels:
+            same = [item for item in failed if check.level(item) == level]
+            texts = [check.one(i) for i in same] if len(same) <= EACH else [check.many(same)]
+            out += [Finding(level, text) for text in texts]
+    judged = [item for item in routers if _judged(item)]
     if judged and not any(item.dead for item in judged):
         out.append(Finding("good", f"No dead experts in {_routers(len(judged))}."))
     if judged and not any(item.collapsed for item in judged):
@@ -157,31 +132,10 @@ def findings(routers: Sequence[RouterStats]) -> list[Finding]:
     return sorted(out, key=lambda finding: order[finding.level])
 
 
-def _router_findings(item: RouterStats) -> list[Finding]:
-    out: list[Finding] = []
-    where = f"Layer {item.name}"
-    if item.rows_bad:
-        text = f"{where}: {item.rows_bad} rows had non-finite router output; they are not counted."
-        out.append(Finding("alarm", text))
-    if item.num_experts == 1:
-        return out
-    if not item.enough:
-        text = f"{where}: only {_number(item.rows)} rows were counted, too few to judge its load."
-        return [*out, Finding("note", text)]
-    # A router that sees only the noise level may be unequal by construction.
-    level: Literal["alarm", "note"] = "alarm" if item.unit == "token" else "note"
-    if item.collapsed:
-        text = f"{where} has collapsed: expert {int(item.load.argmax())} receives "
-        out.append(Finding(level, text + f"{item.load.max():.1%} of all choices."))
-    if item.dead:
-        verb = "is" if len(item.dead) == 1 else "are"
-        text = f"{where}: {experts(item.dead)} {verb} dead (load below 1 % of uniform)."
-        out.append(Finding(level, text))
-    if item.entropy < stats.UNEVEN_ENTROPY and not item.collapsed:
-        text = f"{where} is unevenly loaded: the busiest expert does {item.max_over_mean:.1f} times"
-        text += f" the mean (coefficient of variation {item.cv:.2f})."
-        out.append(Finding(level, text))
-    return out
+def layers(items: Sequence[RouterStats], most: int = 6) -> str:
+    """``0, 1, 2 and 5``, shortened after ``most``."""
+    shown = [item.name for item in items]
+    return listing(shown) if len(shown) <= most else ", ".join([*shown[:most], "..."])
 
 
 def experts(ids: Sequence[int], most: int = 8) -> str:
@@ -192,17 +146,18 @@ def experts(ids: Sequence[int], most: int = 8) -> str:
     return f"expert {shown[0]}" if len(shown) == 1 else f"experts {listing(shown)}"
 
 
-def sentences(trace: Trace, routers: Sequence[RouterStats], most: int = 6) -> list[str]:
+def sentences(trace: Trace, routers: Sequence[RouterStats]) -> list[str]:
     """What the experts know about noise, class and position, and how steady they are."""
     if not routers:
         return ["This model is dense: no router made a choice, so there is nothing to divide."]
     out = [_division(routers)]
-    ranked = sorted(routers, key=_knowledge, reverse=True)[:most]
-    out += [text for item in routers if item in ranked and (text := _knows(item))]
-    if len(routers) > most:
-        out.append(f"The {most} routers that divide their work most are named; all are below.")
-    steady = [(place, *step.early_late()) for place, step in trace.steps.items()]
-    known = [(early, late) for _, early, late in steady if np.isfinite(early)]
+    if len(routers) <= FEW:
+        out += [text for item in routers if (text := _knows(item))]
+    else:
+        for slot in sorted({item.place.slot for item in routers}):
+            same = [item for item in routers if item.place.slot == slot]
+            out += [text for facet in FACETS if (text := _trend(same, facet))]
+    known = [pair for step in trace.steps.values() if np.isfinite((pair := step.early_late())[0])]
     if known:
         early, late = np.mean(known, axis=0)
         out.append(
@@ -227,23 +182,44 @@ def _division(routers: Sequence[RouterStats]) -> str:
     return f"{text}; {used:.3g} answer{'s' if used == 1 else ''} on average."
 
 
-def _knowledge(item: RouterStats) -> float:
-    return max((info.bits for info in item.information.values()), default=0.0)
-
-
 def _knows(item: RouterStats) -> str:
     """One sentence; what is not above chance is said to be so, without a number."""
     if not item.information or item.num_experts == 1:
         return ""
-    about = {"noise": "the noise level", "class": "the class", "position": "the position"}
     ranked = sorted(item.information.items(), key=lambda pair: -pair[1].bits)
-    told = [f"{i.corrected:.2f} bits about {about[f]}" for f, i in ranked if i.measurable]
-    untold = [about[f] for f, i in ranked if not i.measurable]
+    told = [f"{bits(i.corrected)} bits about {ABOUT[f]}" for f, i in ranked if i.measurable]
+    untold = [ABOUT[f] for f, i in ranked if not i.measurable]
     text = f"In layer {item.name} the choice of expert tells "
     if not told:
         return text + f"nothing measurable about {listing(untold, 'or')}."
     rest = f"; nothing measurable about {listing(untold, 'or')}" if untold else ""
     return f"{text}{listing(told)}{rest}."
+
+
+def _trend(routers: Sequence[RouterStats], facet: str) -> str:
+    """One sentence about many layers: where most, and the two halves of the depth."""
+    known = [item for item in routers if facet in item.information and item.num_experts > 1]
+    if not known:
+        return ""
+    values = [i.information[facet] for i in known]
+    told = [info.corrected if info.measurable else 0.0 for info in values]
+    about = f"{ABOUT[facet]} ({known[0].place.slot}, {len(known)} layers)"
+    if max(told) == 0:
+        return f"In no layer does the choice of expert tell anything measurable about {about}."
+    middle = len(told) // 2
+    early = float(np.mean(told[:middle])) if middle else told[0]
+    late = float(np.mean(told[middle:]))
+    best = int(np.argmax(told))
+    return (
+        f"About {about} the choice of expert tells {bits(early)} bits in the first half of the "
+        f"depth and {bits(late)} in the second; most in layer {known[best].name}, "
+        f"{bits(told[best])} bits."
+    )
+
+
+def bits(value: float) -> str:
+    """Two decimals, and more only where they would all be zero."""
+    return f"{value:.2f}" if value >= 0.1 or value == 0 else f"{value:.2g}"
 
 
 def listing(parts: Sequence[str], last: str = "and") -> str:
@@ -253,7 +229,3 @@ def listing(parts: Sequence[str], last: str = "and") -> str:
 
 def _routers(count: int) -> str:
     return "One router" if count == 1 else f"{count} routers"
-
-
-def _number(value: float) -> str:
-    return f"{value:,.0f}"

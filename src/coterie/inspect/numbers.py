@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -11,20 +12,27 @@ from typing import Any
 import numpy as np
 
 from coterie.inspect import stats
-from coterie.inspect.findings import RouterStats, findings, sentences
+from coterie.inspect.findings import findings, sentences
 from coterie.inspect.plots.balance import noise_usage
 from coterie.inspect.plots.run import curve_series
+from coterie.inspect.routers import RouterStats
 from coterie.inspect.tables import HALVES, Joint, RouterTrace
 from coterie.inspect.trace import Trace
 
 SCHEMA_VERSION = 1
-MAX_CELLS = 65536
+MAX_CELLS = 20_000
 """Tables with more cells than this are left out of the file, which then says so."""
 MAX_CURVE = 500
 
 
 def to_json(data: Mapping[str, Any]) -> str:
-    return json.dumps(plain(data), indent=1, sort_keys=True, allow_nan=False) + "\n"
+    """Indented, but with each list of numbers on one line."""
+    text = json.dumps(plain(data), indent=1, sort_keys=True, allow_nan=False)
+    return re.sub(r"\[[\s\d.,eE+\-nul]*\]", _one_line, text) + "\n"
+
+
+def _one_line(found: re.Match[str]) -> str:
+    return "[" + ", ".join(found.group()[1:-1].replace(",", " ").split()) + "]"
 
 
 def plain(value: Any) -> Any:

@@ -83,7 +83,7 @@ def table(caption: str, head: Sequence[str], rows: Sequence[Sequence[str | Cell]
     name = f"t{zlib.crc32((caption + lines).encode()):08x}"
     return (
         f'<p class="caption" id="{name}">{escape(caption)}</p>'
-        f'<div class="scroll" role="region" tabindex="0" aria-labelledby="{name}">'
+        f'<div class="scroll tall" role="region" tabindex="0" aria-labelledby="{name}">'
         f'<table aria-labelledby="{name}"><thead><tr>{columns}</tr></thead>'
         f"<tbody>{lines}</tbody></table></div>"
     )

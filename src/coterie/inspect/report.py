@@ -16,7 +16,6 @@ import numpy as np
 
 from coterie.core.cost import Parameters
 from coterie.core.errors import DataError, describe
-from coterie.inspect.findings import RouterStats, analyse
 from coterie.inspect.numbers import SCHEMA_VERSION, curve_numbers, routing_numbers, to_json
 from coterie.inspect.page import page
 from coterie.inspect.plots.balance import (
@@ -28,15 +27,16 @@ from coterie.inspect.plots.balance import (
     plot_pairs,
     plot_prototypes,
 )
+from coterie.inspect.plots.positions import plot_positions
 from coterie.inspect.plots.routing import (
     plot_classes,
     plot_information,
     plot_noise,
-    plot_positions,
     plot_steps,
 )
 from coterie.inspect.plots.run import plot_curves, plot_loss_bins, plot_points, plot_samples
 from coterie.inspect.plots.style import Picture, Plot, render
+from coterie.inspect.routers import RouterStats, analyse
 from coterie.inspect.sections import build_sections, footer, header
 from coterie.inspect.trace import Trace
 

@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from coterie.inspect import page as html
-from coterie.inspect.findings import FACETS, RouterStats, experts, findings, sentences
+from coterie.inspect.findings import experts, findings, sentences
 from coterie.inspect.numbers import plain
 from coterie.inspect.page import Cell, Section
 from coterie.inspect.plots.style import Picture
+from coterie.inspect.routers import FACETS, RouterStats
+from coterie.inspect.stats import UNEVEN_ENTROPY
 from coterie.inspect.trace import Trace
 
 if TYPE_CHECKING:
@@ -136,7 +138,11 @@ def _load_table(items: Sequence[RouterStats]) -> str:
     head += ["Load entropy", "Row entropy", "Dead", "Always on"]
     rows: list[list[str | Cell]] = []
     for item in items:
-        bad = item.enough and (item.collapsed or item.entropy < 0.75) and item.unit == "token"
+        bad = (
+            item.enough
+            and (item.collapsed or item.entropy < UNEVEN_ENTROPY)
+            and item.unit == "token"
+        )
         rows.append(
             [
                 item.name,
@@ -164,7 +170,7 @@ def _load_table(items: Sequence[RouterStats]) -> str:
 
 def _dead_cell(item: RouterStats) -> Cell:
     if not item.enough:
-        return Cell("too few rows", "faint")
+        return Cell("few rows", "faint")
     if not item.dead:
         return Cell("0", "")
     ids = ", ".join(map(str, item.dead[:6])) + (", ..." if len(item.dead) > 6 else "")

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from coterie.inspect.findings import RouterStats, analyse, findings, sentences
+from coterie.inspect.findings import findings, sentences
+from coterie.inspect.routers import RouterStats, analyse
 from coterie.inspect.stats import Information
 from coterie.inspect.trace import Trace
 

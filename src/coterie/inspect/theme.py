@@ -49,6 +49,8 @@ dl.facts dd { margin: 0; font-weight: 600; overflow-wrap: anywhere; }
 figure.card { padding: 1.1rem 1.25rem 1rem; }
 figcaption { color: var(--muted); font-size: .93rem; max-width: 78ch; margin: 0 0 .7rem; }
 .scroll { overflow-x: auto; }
+.tall { max-height: 640px; overflow-y: auto; }
+.tall thead th { position: sticky; top: 0; background: var(--card); }
 .scroll img { display: block; height: auto; max-width: 100%; }
 ul.findings { list-style: none; padding: 0; margin: 1rem 0; display: grid; gap: .45rem; }
 ul.findings li { border-radius: 8px; padding: .5rem .8rem; border-left: 4px solid; }
@@ -65,7 +67,8 @@ th, td { padding: .36rem .7rem; text-align: right; border-bottom: 1px solid var(
 th:first-child, td:first-child { text-align: left; padding-left: 0; }
 td.words { text-align: left; }
 thead th { color: var(--muted); font-weight: 600; vertical-align: bottom; line-height: 1.25; }
-tbody th { font-weight: 600; white-space: nowrap; }
+tbody th, tbody td { white-space: nowrap; }
+tbody th { font-weight: 600; }
 tbody tr:last-child > * { border-bottom: 0; }
 td.bad { color: var(--alarm); font-weight: 700; }
 td.faint { color: var(--muted); }
@@ -84,11 +87,14 @@ footer { color: var(--muted); font-size: .85rem; padding-top: 2rem; padding-bott
   header.top { padding-top: 26px; }
   h1 { font-size: 1.55rem; }
   .card, figure.card { padding: .9rem .9rem .8rem; }
-  .scroll img { max-width: none; }
+  .tall { max-height: 640px; overflow-y: auto; }
+.tall thead th { position: sticky; top: 0; background: var(--card); }
+.scroll img { max-width: none; }
 }
 @media print {
   :root { --page: #fff; }
   .card { break-inside: avoid; }
+  .tall { max-height: none; }
   nav, details:not([open]) { display: none; }
 }
 """

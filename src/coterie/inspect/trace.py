@@ -93,9 +93,8 @@ class Trace:
 
     @property
     def routers(self) -> list[RouterTrace]:
-        """By layer, then slot, then round."""
-        order = sorted(self._routers, key=lambda place: (place.layer, place.slot, place.round))
-        return [self._routers[place] for place in order]
+        """By slot, then layer, then round."""
+        return [self._routers[place] for place in sorted(self._routers)]
 
     def __len__(self) -> int:
         return len(self._routers)

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 
 from coterie.inspect import stats
-from coterie.inspect.findings import RouterStats
 from coterie.inspect.plots.style import (
     ALARM,
     FULL_WIDTH,
@@ -25,6 +24,7 @@ from coterie.inspect.plots.style import (
     pick,
     sparse_ticks,
 )
+from coterie.inspect.routers import RouterStats
 from coterie.inspect.stats import Array
 from coterie.inspect.tables import RouterTrace
 from coterie.inspect.trace import Trace

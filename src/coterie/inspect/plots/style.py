@@ -238,6 +238,7 @@ def heat_panels(
     fig = figure(width, lines * (height + extra) + 0.25)
     axes = fig.subplots(lines, columns, squeeze=False)
     low, high = limits or (0.0, _top(panels))
+    same = len({panel.values.shape for panel in panels}) == 1  # then labels at the edge are enough
     image = None
     for index, ax in enumerate(axes.flat):
         if index >= len(panels):
@@ -258,6 +259,10 @@ def heat_panels(
         below = index + columns >= len(panels)
         _label(ax, "x", x, values.shape[1], below)
         _label(ax, "y", y, values.shape[0], index % columns == 0)
+        if same and not below:
+            ax.set_xticklabels([])
+        if same and index % columns:
+            ax.set_yticklabels([])
     colorbar = fig.colorbar(image, ax=axes, shrink=0.9 if lines == 1 else 0.6, aspect=22, pad=0.015)
     colorbar.set_label(bar, color=LIGHT.muted)
     colorbar.outline.set_visible(False)
