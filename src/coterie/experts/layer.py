@@ -23,7 +23,7 @@ from coterie.core.routing import Routing
 from coterie.experts.balance import BALANCES, BalancePart
 from coterie.experts.dispatch import dispatch, plan
 from coterie.experts.kinds import EXPERTS, ExpertKind, ExpertPool, SwiGLU
-from coterie.experts.routers import Router, RouterConfig
+from coterie.experts.routers import Router, RouterConfig, share_cells
 from coterie.experts.routers.config import within
 from coterie.experts.shared import SharedConfig
 
@@ -134,6 +134,7 @@ class ExpertLayer(nn.Module):
         self.routers = nn.ModuleList(
             config.router.build(width, candidates, time_width) for _ in range(num_routers)
         )
+        share_cells(self.routers)
         self.owns_pool = pool is None
         if pool is None:
             self.pool = config.build_pool(width)

@@ -9,7 +9,6 @@ from coterie.experts.dispatch.backends import BACKENDS, available
 from coterie.experts.dispatch.plan import DispatchPlan
 from coterie.experts.kinds.pool import ExpertPool
 
-
 _FOLD_TOKENS = 16  # tokens per sample from which mixing small weights pays
 _FOLD_BYTES = 8 * 2**20  # mixed weights beyond this leave the cache ...
 _FOLD_MANY_TOKENS = 128  # ... and pay only from this many tokens per sample

@@ -1,0 +1,110 @@
+"""Combinations that cannot work are refused before anything is built, in the house form."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+from expert_cases import WIDTH
+
+from coterie.core.context import Context
+from coterie.core.errors import ConfigError
+from coterie.experts import EDITS, SCORES, SELECTS, ExpertLayerConfig, RouterConfig
+
+REFUSED = [
+    ({"num_experts": 4, "router": {"select": {"kind": "top_k", "k": 5}}},
+     r"router\.select\.k: 5 .* k > E"),
+    ({"router": {"select": {"kind": "top_k", "k": 0}}}, r"router\.select.*k"),
+    ({"router": {"select": {"kind": "top_p", "p": 0.0}}}, r"router\.select.*p: 0\.0"),
+    ({"router": {"select": {"kind": "top_p", "p": 1.5}}}, r"router\.select.*p: 1\.5"),
+    ({"router": {"select": {"kind": "top_p", "min_k": 3, "max_k": 2}}}, r"select\.min_k: 3"),
+    ({"router": {"select": {"kind": "top_p", "max_k": 9}}}, r"select\.max_k: 9"),
+    ({"router": {"select": {"kind": "rank", "ranks": [8]}}}, r"select\.ranks"),
+    ({"router": {"select": {"kind": "rank", "ranks": [1, 1]}}}, r"select\.ranks.*different"),
+    ({"router": {"select": {"kind": "fixed", "ids": [8]}}}, r"select\.ids"),
+    ({"router": {"select": {"kind": "group_limited", "groups": 3}}},
+     r"select\.groups: 3 .*divisor"),
+    ({"router": {"select": {"kind": "group_limited", "k": 5, "groups": 4, "top_groups": 2}}},
+     r"select\.k: 5 .*1\.\.4"),
+    ({"router": {"score": "noise_level", "select": "expert_choice"}},
+     r"router\.select: 'expert_choice'"),
+    ({"router": {"score": "noise_window", "select": "expert_choice"}}, r"router\.select"),
+    ({"router": {"when": "after", "select": "expert_choice"}}, r"router\.when"),
+    ({"router": {"probability": "identity", "weight": "renorm"}}, r"router\.weight: 'renorm'"),
+    ({"router": {"probability": "sigmoid", "when": "after"}}, r"router\.probability"),
+    ({"router": {"probability": "identity", "select": "top_p"}}, r"router\.probability"),
+    ({"router": {"edits": [{"kind": "candidates", "allowed": [8]}]}}, r"router\.edits\.0\.allowed"),
+    ({"router": {"edits": [{"kind": "candidates"}]}}, r"allowed: \(\)"),
+    ({"router": {"edits": [{"kind": "progressive", "start": 9}]}}, r"edits\.0\.start: 9"),
+    ({"router": {"score": {"kind": "lineer"}}}, r"did you mean 'linear'"),
+    ({"slot_map": [0, 1]}, r"slot_map: 2"),
+    ({"slot_map": [0, 0, 0, 0, 2, 2, 2, 2]}, r"slot_map.*every tensor"),
+    ({"balance": ["contrastive"]}, r"balance\.0\.kind: 'contrastive' .*cosine"),
+    ({"balance": ["diffusion_prior"]}, r"balance\.0\.kind"),
+    ({"balance": ["selection_bias"]}, r"balance\.0\.kind.*selection_bias=true"),
+    ({"balance": ["switch"], "router": {"score": "cosine", "probability": "identity"}},
+     r"balance\.0\.kind: 'switch'"),
+    ({"balance": ["entropy"], "router": {"probability": "sigmoid"}}, r"balance\.0\.kind"),
+    ({"num_experts": 0}, r"num_experts"),
+    ({"num_expert": 8}, r"num_expert"),
+    ({"rounds": 0}, r"rounds"),
+    ({"shared": {"hidden": 0}}, r"shared\.hidden"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("data, message", REFUSED, ids=[m for _, m in REFUSED])
+def test_impossible_combinations_are_refused(data: dict, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        ExpertLayerConfig.from_dict(data)
+
+
+def test_number_of_windows_belongs_to_the_experts() -> None:
+    experts = {"kind": "channel_window", "share": 0.75}
+    with pytest.raises(ConfigError, match=r"num_experts: 8 .* null or 5"):
+        ExpertLayerConfig.from_dict({"num_experts": 8, "experts": experts}).build(WIDTH)
+    made = ExpertLayerConfig.from_dict({"num_experts": None, "experts": experts})
+    assert made.candidates(WIDTH) == 5
+    with pytest.raises(ConfigError, match="num_experts: None"):
+        ExpertLayerConfig(num_experts=None).build(WIDTH)
+
+
+@pytest.mark.parametrize("fields", [{"weight": "renorm"}, {"when": "after"}])
+def test_one_renormalised_choice_warns_of_its_missing_gradient(fields: dict) -> None:
+    one = {"select": {"kind": "top_k", "k": 1}, **fields}
+    with pytest.warns(UserWarning, match="gives the router no gradient"):
+        made = RouterConfig.from_dict(one)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        RouterConfig.from_dict({**one, "weight": "raw", "when": "before"})
+    router = made.build(WIDTH, 4)
+    routing = router(torch.randn(1, 5, WIDTH), Context(1, 5))
+    routing.gates.sum().backward()
+    assert router.score.proj.weight.grad.abs().max() < 1e-6
+
+
+@pytest.mark.parametrize(
+    "fields, needs",
+    [
+        ({"score": "noise_level"}, "time embedding"),
+        ({"score": "noise_window"}, "step index"),
+        ({"score": {"kind": "task_linear", "num_tasks": 2}}, "task"),
+        ({"score": {"kind": "fixed", "by": "label"}}, "score.by"),
+        ({"edits": [{"kind": "candidates", "by_task": [[0], [1]]}]}, "task"),
+    ],
+)
+def test_a_context_without_what_the_router_reads_is_named(fields: dict, needs: str) -> None:
+    router = RouterConfig.from_dict(fields).build(WIDTH, 4)
+    with pytest.raises(ConfigError, match=needs):
+        router(torch.zeros(1, 2, WIDTH), Context(1, 2))
+
+
+def test_registered_kinds() -> None:
+    assert set(SCORES.kinds()) >= {
+        "cosine", "fixed", "linear", "mlp", "noise_level", "noise_window", "recurrent",
+        "task_linear",
+    }  # fmt: skip
+    assert set(EDITS.kinds()) >= {"bias_delta", "candidates", "jitter", "progressive"}
+    assert set(SELECTS.kinds()) >= {
+        "dense", "expert_choice", "fixed", "group_limited", "random", "rank", "top_k", "top_p",
+    }  # fmt: skip

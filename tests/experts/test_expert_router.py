@@ -1,0 +1,450 @@
+"""Routers: scores, selections, edits, weights, masks and partitions as their papers state them."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+import torch
+from expert_cases import BATCH, CASES, STEPS, TIME_WIDTH, WIDTH, build, context, inputs
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from coterie.core.context import NULL_LABEL, Context
+from coterie.core.routing import Routing
+from coterie.experts import Router, RouterConfig, share_cells
+from coterie.experts.routers import (
+    ExpertChoice,
+    GroupLimited,
+    ProgressiveCandidates,
+    RandomK,
+    Rank,
+    TopK,
+    TopP,
+    top_ids,
+)
+from coterie.experts.windows import sliding_windows, window_starts
+
+PLAIN = Context(1, 1)
+
+
+def router(num_experts: int = 6, seed: int = 1, **fields: object) -> Router:
+    made = RouterConfig.from_dict(fields).build(WIDTH, num_experts, TIME_WIDTH)
+    made.reset_parameters(torch.Generator().manual_seed(seed))
+    return made
+
+
+def select(part, scores: torch.Tensor, ctx: Context = PLAIN, valid=None) -> torch.Tensor:
+    return part.select(scores, ctx, (1, scores.shape[0]), valid)
+
+
+# Selections
+
+
+@given(
+    st.lists(st.lists(st.integers(0, 3), min_size=7, max_size=7), min_size=1, max_size=5),
+    st.integers(1, 7),
+)
+@settings(max_examples=60, deadline=None)
+def test_ties_go_to_the_lowest_index(rows: list[list[int]], k: int) -> None:
+    """Equals a stable sort in plain Python; ``topk`` makes no promise about ties."""
+    expected = [sorted(range(7), key=lambda e: -row[e])[:k] for row in rows]
+    assert top_ids(torch.tensor(rows, dtype=torch.float32), k).tolist() == expected
+
+
+def test_candidates_at_minus_infinity_are_never_chosen() -> None:
+    scores = torch.tensor([[float("-inf"), 0.2, float("-inf"), 0.5]])
+    for k in (1, 2, 3, 4):
+        assert top_ids(scores, k).tolist() == [[3, 1, 4, 4][:k]]
+
+
+def test_top_p_takes_the_fewest_whose_sum_exceeds_p() -> None:
+    probs = torch.randn(64, 6, generator=torch.Generator().manual_seed(0)).mul(2).softmax(1)
+    for p in (0.05, 0.3, 0.6, 0.95):
+        ids = select(TopP(p=p), probs)
+        for row, chosen in zip(probs.tolist(), ids.tolist()):
+            kept = [row[e] for e in chosen if e < 6]
+            assert sum(kept) > p - 1e-6 and kept == sorted(kept, reverse=True)
+            assert len(kept) == 1 or sum(kept[:-1]) <= p + 1e-6
+    assert select(TopP(p=1.0), probs).shape == (64, 6) and (select(TopP(p=1.0), probs) < 6).all()
+    uniform = torch.full((1, 5), 0.2)
+    assert (select(TopP(p=0.5), uniform) < 5).sum() == math.floor(0.5 * 5) + 1
+    assert (select(TopP(p=0.5, max_k=2), uniform) < 5).sum() == 2
+    assert (select(TopP(p=0.1, min_k=4), uniform) < 5).sum() == 4
+    assert (select(TopP(p=0.5), torch.tensor([[0.0, 1.0, 0.0]])) < 3).sum() == 1
+
+
+def test_rank_takes_places_of_the_descending_order() -> None:
+    scores = torch.tensor([[0.1, 0.4, 0.2, 0.3]])
+    assert select(Rank(ranks=(1, 3)), scores).tolist() == [[3, 0]]
+
+
+def test_group_limited_selection_equals_its_definition() -> None:
+    scores = torch.rand(40, 12, generator=torch.Generator().manual_seed(0))
+    for form, best in (("max", 1), ("top2_sum", 2)):
+        part = GroupLimited(k=4, groups=4, top_groups=2, group_score=form)
+        for row, ids in zip(scores.tolist(), select(part, scores).tolist()):
+            groups = [row[g * 3 : g * 3 + 3] for g in range(4)]
+            strength = [sum(sorted(group, reverse=True)[:best]) for group in groups]
+            kept = sorted(range(4), key=lambda g: -strength[g])[:2]
+            open_ = [e for e in range(12) if e // 3 in kept]
+            assert ids == sorted(open_, key=lambda e: -row[e])[:4]
+
+
+@pytest.mark.parametrize("k", [0.3, 1.0, 2.0, 6.0])
+def test_expert_choice_fills_each_expert_to_capacity_per_sample(k: float) -> None:
+    tokens, num_experts = 8, 6
+    part = ExpertChoice(k=k)
+    scores = torch.rand(2 * tokens, num_experts, generator=torch.Generator().manual_seed(0))
+    ids = part.select(scores, PLAIN, (2, tokens), None)
+    capacity = max(1, min(math.floor(tokens / num_experts * k), tokens))
+    for sample in range(2):
+        own = ids[sample * tokens : (sample + 1) * tokens]
+        for expert in range(num_experts):
+            taken = [t for t in range(tokens) if expert in own[t].tolist()]
+            column = scores[sample * tokens : (sample + 1) * tokens, expert].tolist()
+            assert taken == sorted(sorted(range(tokens), key=lambda t: -column[t])[:capacity])
+
+
+def test_expert_choice_of_one_sample_ignores_its_batch_mates() -> None:
+    made = router(
+        select={"kind": "expert_choice", "k": 1.0}, score="cosine", probability="identity"
+    )
+    h = inputs(9).detach()
+    both = made(h, context(9))
+    for sample in range(BATCH):
+        alone = made(h[sample : sample + 1], Context(1, 9))
+        mine = both.gates.view(BATCH, 9, -1)[sample].sum(1)
+        torch.testing.assert_close(alone.gates.sum(1), mine)
+
+
+def test_random_selection_draws_by_probability_in_training_only() -> None:
+    probs = torch.tensor([0.6, 0.3, 0.1]).expand(20000, 3)
+    ctx = Context(1, 1, training=True, rng=torch.Generator().manual_seed(0))
+    ids = select(RandomK(k=2), probs, ctx)
+    assert (ids[:, 0] != ids[:, 1]).all()
+    first = torch.bincount(ids[:, 0], minlength=3) / 20000
+    torch.testing.assert_close(first, probs[0], atol=0.015, rtol=0)
+    pairs = ((ids == 0).any(1) & (ids == 1).any(1)).float().mean()
+    assert pairs == pytest.approx(0.6 * 0.3 / 0.4 + 0.3 * 0.6 / 0.7, abs=0.015)
+    for quiet in (Context(1, 1, training=True), Context(1, 1, rng=torch.Generator())):
+        assert select(RandomK(k=2), probs[:3], quiet).tolist() == [[0, 1]] * 3
+
+
+# Weights and probabilities
+
+
+def test_raw_renormalised_and_constant_gates() -> None:
+    h, ctx = inputs(7), context(7)
+    raw = router()(h, ctx)
+    chosen = raw.probs.gather(1, raw.ids)
+    assert torch.equal(raw.gates, chosen) and (raw.gates.sum(1) < 1).all()
+    assert torch.equal(raw.probs, raw.logits.softmax(1))
+    renorm = router(weight="renorm", scale=2.5)(h, ctx)
+    torch.testing.assert_close(renorm.gates, 2.5 * chosen / chosen.sum(1, keepdim=True))
+    after = router(when="after")(h, ctx)
+    torch.testing.assert_close(after.gates, raw.logits.gather(1, raw.ids).softmax(1))
+    one = router(weight="one")(h, ctx)
+    assert (one.gates == 1).all() and torch.equal(one.ids, raw.ids)
+
+
+def test_selection_bias_moves_choices_and_never_gates() -> None:
+    made = router(selection_bias=True, probability="sigmoid")
+    h, ctx = inputs(7), context(7)
+    assert made.selection_bias is not None
+    before = made(h, ctx)
+    made.selection_bias[5] = 10.0
+    after = made(h, ctx)
+    assert (after.ids[:, 0] == 5).all() and not torch.equal(before.ids, after.ids)
+    torch.testing.assert_close(after.gates, after.logits.sigmoid().gather(1, after.ids))
+
+
+def test_softmax_is_applied_once() -> None:
+    # transformers PR #45111: a second softmax pulled the balance loss to its uniform value.
+    made = router()
+    with torch.no_grad():
+        made.score.proj.weight.mul_(30)
+    routing = made(inputs(7), context(7))
+    torch.testing.assert_close(routing.probs, routing.logits.softmax(1))
+    assert routing.probs.amax(1).mean() > 0.9
+    assert (routing.logits < 0).any() and routing.logits.abs().max() > 1
+
+
+def test_router_stays_float32_under_autocast_and_in_low_precision() -> None:
+    h = inputs(7).detach()
+    exact = router()(h, context(7))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        cast = router()(h, context(7))
+    assert torch.equal(exact.logits, cast.logits)
+    for name in CASES:
+        layer = build(name, torch.bfloat16)
+        routing = layer(inputs(7, dtype=torch.bfloat16), context(7)).routings[0]
+        assert {routing.logits.dtype, routing.probs.dtype, routing.gates.dtype} == {torch.float32}
+
+
+# Scores
+
+
+def test_cosine_score_ignores_lengths() -> None:
+    made = router(score="cosine", probability="identity")
+    h, ctx = inputs(7).detach(), context(7)
+    first = made(h, ctx)
+    with torch.no_grad():
+        made.score.prototypes.mul_(torch.rand(6, 1) + 0.5)
+    second = made(3.0 * h, ctx)
+    assert torch.equal(first.ids, second.ids)
+    torch.testing.assert_close(first.gates, second.gates)
+    assert first.probs.abs().max() <= 1 + 1e-6 and (first.probs < 0).any()
+    assert first.prototypes is not None and first.inputs is not None
+
+
+def test_noise_level_routing_reads_the_time_embedding_only() -> None:
+    made = router(3, score={"kind": "noise_level", "table": True})
+    ctx = context(7)
+    first = made(inputs(7), ctx)
+    other = made(
+        torch.randn(BATCH, 7, WIDTH),
+        ctx.replace(label=torch.zeros(BATCH, dtype=torch.int64), embedding=torch.randn(BATCH, 4)),
+    )
+    assert first.unit == "sample" and torch.equal(first.probs, other.probs)
+    assert first.table is not None and first.table.shape == (STEPS, 3)
+    torch.testing.assert_close(first.table[ctx.step_index], first.probs)
+    assert made(inputs(7), ctx.replace(time_table=None)).table is None
+    same = made(inputs(7), ctx.replace(time_embedding=ctx.time_embedding[:1].expand(BATCH, -1)))
+    assert torch.equal(same.ids[0], same.ids[1])
+
+
+def test_two_layer_noise_router_equals_its_formula() -> None:
+    made = router(4, score={"kind": "noise_level", "hidden": 10, "silu": False, "init_std": 0.3})
+    ctx = context(3)
+    inner = torch.nn.functional.gelu(made.score.inner(ctx.time_embedding))
+    torch.testing.assert_close(made(inputs(3), ctx).logits, made.score.proj(inner))
+
+
+def test_window_schedule_equals_published_values() -> None:
+    """DTR with C = 384, share 0.8, alpha 4: starts 0, 0, 5, 24, 77; 230 channels always open."""
+    span = 384 - int(384 * 0.8)
+    steps = torch.tensor([0, 250, 500, 750, 999])
+    assert window_starts(steps, 1000, span, 4.0).tolist() == [0, 0, 5, 24, 77]
+    masks = sliding_windows(1000, 384, 307, 4.0)
+    assert (masks.sum(1) == 307).all() and masks.all(0).sum() == 230
+    starts = window_starts(torch.arange(1000), 1000, span, 4.0)
+    assert (starts.diff() >= 0).all() and starts[-1] == span
+    assert window_starts(torch.tensor([0]), 1, span, 4.0).tolist() == [0]
+    assert torch.round(torch.tensor(2.5)) == 2  # ties to even, as the schedule needs
+
+
+def test_noise_window_routes_by_original_step() -> None:
+    made = router(
+        78, score="noise_window", probability="identity", select={"kind": "top_k", "k": 1}
+    )
+    ctx = Context(3, 2, step_index=torch.tensor([0, 750, 999]), num_steps=1000)
+    routing = made(torch.zeros(3, 2, WIDTH), ctx)
+    assert routing.ids.tolist() == [[0], [24], [77]] and not list(made.parameters())
+
+
+@pytest.mark.parametrize("cell", ["gru", "rnn"])
+def test_recurrent_router_equals_torch_cells_across_layers(cell: str) -> None:
+    config = {"kind": "recurrent", "state": 5, "cell": cell, "init_std": 0.5}
+    layers = [router(score=config, seed=seed) for seed in (1, 2)]
+    share_cells(layers)
+    assert layers[0].score.cell is layers[1].score.cell
+    h, ctx = inputs(3), context(3)
+    first = layers[0](h, ctx)
+    second = layers[1](h, ctx.replace(state=first.state))
+    x = h.flatten(0, 1)
+    state = layers[0].score.cell(layers[0].score.inner(x), torch.zeros(x.shape[0], 5))
+    state = layers[1].score.cell(layers[1].score.inner(x), state)
+    torch.testing.assert_close(second.state, state)
+    torch.testing.assert_close(second.logits, layers[1].score.proj(state))
+
+
+def test_detached_state_stops_the_gradient_to_earlier_layers() -> None:
+    for detach in (True, False):
+        config = {"kind": "recurrent", "state": 5, "detach": detach, "init_std": 0.5}
+        layers = [router(score=config, seed=seed) for seed in (1, 2)]
+        first = layers[0](inputs(3), context(3))
+        layers[1](inputs(3), context(3).replace(state=first.state)).logits.square().sum().backward()
+        grad = layers[0].score.inner.weight.grad
+        assert (grad is None) == detach
+
+
+def test_task_router_picks_its_rows_by_task() -> None:
+    made = router(4, score={"kind": "task_linear", "num_tasks": 3})
+    h = inputs(2, batch=3)
+    task = torch.tensor([2, 0, 1])
+    routing = made(h, Context(3, 2, task=task))
+    weight = made.score.proj.weight.view(3, 4, WIDTH)
+    for sample in range(3):
+        expected = h[sample] @ weight[task[sample]].T
+        torch.testing.assert_close(routing.logits.view(3, 2, 4)[sample], expected)
+
+
+@pytest.mark.parametrize("hashed", [False, True])
+def test_fixed_routing_is_a_pure_function_of_its_key(hashed: bool) -> None:
+    fields = {"probability": "identity", "select": {"kind": "top_k", "k": 1}}
+    made = router(5, score={"kind": "fixed", "by": "sample", "hashed": hashed}, **fields)
+    ids = torch.arange(200)
+    routing = made(torch.zeros(200, 3, WIDTH), Context(200, 3, sample_ids=ids))
+    per_sample = routing.ids.view(200, 3)
+    assert (per_sample == per_sample[:, :1]).all()
+    if hashed:
+        loads = torch.bincount(per_sample[:, 0], minlength=5)
+        assert (loads > 20).all() and per_sample[:, 0].tolist() != (ids % 5).tolist()
+    else:
+        assert per_sample[:, 0].tolist() == (ids % 5).tolist()
+
+
+# Edits, masks, partition
+
+
+def test_candidate_mask_closes_experts_for_selection_and_probability() -> None:
+    made = router(edits=[{"kind": "candidates", "allowed": [1, 4]}])
+    routing = made(inputs(7), context(7))
+    assert set(routing.ids.flatten().tolist()) <= {1, 4}
+    torch.testing.assert_close(routing.probs[:, [1, 4]].sum(1), torch.ones(14))
+    routing.gates.square().sum().backward()
+    grad = made.score.proj.weight.grad
+    assert grad.isfinite().all() and grad[[0, 2, 3, 5]].abs().max() == 0
+    few = router(edits=[{"kind": "candidates", "allowed": [1]}])(inputs(7), context(7))
+    assert (few.ids == torch.tensor([1, 6])).all() and (few.gates[:, 1] == 0).all()
+
+
+def test_candidates_by_task_follow_each_sample() -> None:
+    edit = {"kind": "candidates", "by_task": [[0, 1], [2, 3, 5]]}
+    routing = router(edits=[edit])(inputs(7), context(7))
+    ids = routing.ids.view(BATCH, 7, -1)
+    assert set(ids[0].flatten().tolist()) <= {0, 1}
+    assert set(ids[1].flatten().tolist()) <= {2, 3, 5}
+
+
+def test_zero_delta_changes_nothing_and_learns() -> None:
+    plain, edited = router(), router(edits=["bias_delta"])
+    h, ctx = inputs(7), context(7)
+    assert torch.equal(plain(h, ctx).logits, edited(h, ctx).logits)
+    edited(h, ctx).gates.square().sum().backward()
+    assert edited.edits[0].delta.grad.abs().max() > 0
+
+
+def test_jitter_needs_training_and_a_generator() -> None:
+    h = inputs(7)
+    for form in ("normal", "uniform"):
+        made = router(edits=[{"kind": "jitter", "scale": 0.5, "form": form}])
+        quiet = made(h, context(7)).logits
+
+        def noisy(training: bool = True) -> torch.Tensor:
+            rng = torch.Generator().manual_seed(0)
+            return made(h, context(7).replace(training=training, rng=rng)).logits  # noqa: B023
+
+        assert not torch.equal(noisy(), quiet) and torch.equal(noisy(), noisy())
+        assert torch.equal(noisy(training=False), quiet)
+
+
+def test_progressive_candidates_follow_their_schedule() -> None:
+    """ReXMoE: N = 64, four pools, steps 10k..30k: 73 at 11k, 160 at 20k, all 256 at 30k."""
+    part = ProgressiveCandidates(start=64, begin=0.1, end=0.3)
+    assert [part.count(p, 256) for p in (0.0, 0.1, 0.11, 0.2, 0.3, 1.0)] == [
+        64, 64, 73, 160, 256, 256,
+    ]  # fmt: skip
+    made = router(12, edits=[{"kind": "progressive", "start": 3, "begin": 0.0, "end": 0.5}])
+    ctx = context(7).replace(progress=0.25, rng=torch.Generator().manual_seed(0))
+    logits = made(inputs(7), ctx).logits
+    assert ((logits > float("-inf")).sum(1) == 7).all()
+    assert (made(inputs(7), ctx.replace(training=False)).logits > float("-inf")).all()
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_padding_is_never_routed_or_counted(name: str) -> None:
+    mask = torch.ones(BATCH, 6, dtype=torch.bool)
+    mask[0, 4:] = False
+    mask[1] = False
+    routing = build(name)(inputs(6), context(6, mask=mask)).routings[0]
+    real = mask.flatten() if routing.unit == "token" else mask.any(1)
+    assert routing.mask is not None and not (routing.mask & ~real).any()
+    assert (routing.ids[~real] == routing.num_experts).all() and (routing.gates[~real] == 0).all()
+    assert routing.one_hot()[~real].sum() == 0
+
+
+def test_padding_may_hold_anything() -> None:
+    mask = torch.tensor([[True, True, False]])
+    h = torch.randn(1, 3, WIDTH)
+    for unit in ("token", "sample"):
+        made = router(unit=unit)
+        clean = made(h, Context(1, 3, token_mask=mask)).probs[:1]
+        dirty = h.clone()
+        dirty[0, 2] = float("nan")
+        routing = made(dirty, Context(1, 3, token_mask=mask))
+        assert torch.equal(routing.probs[:1], clean)
+        routing.gates.square().sum().backward()
+        assert made.score.proj.weight.grad.isfinite().all()
+
+
+def test_unconditional_samples_go_to_the_reserved_expert() -> None:
+    for score in ("cosine", "linear"):
+        made = router(4, score=score, partition="null_label", probability="identity")
+        routing = made(inputs(5), context(5, null=(1,)))
+        assert routing.num_experts == 5 and routing.probs.shape == (10, 5)
+        assert (routing.ids[5:] == torch.tensor([4, 5])).all()
+        assert (routing.gates[5:] == torch.tensor([1.0, 0.0])).all()
+        assert routing.mask.tolist() == [True] * 5 + [False] * 5
+        assert (routing.ids[:5] < 4).all() and routing.counts()[4] == 0
+        assert (routing.probs[:, 4] == 0).all()
+    assert made(inputs(5), context(5).replace(label=None)).mask.all()
+
+
+def test_partition_reads_the_label_after_dropout() -> None:
+    made = router(4, score="cosine", partition="null_label", probability="identity")
+    dropped = torch.tensor([NULL_LABEL, 3])
+    routing = made(inputs(2), Context(2, 2, label=dropped))
+    assert routing.mask.tolist() == [False, False, True, True]
+
+
+def test_sample_choice_is_independent_of_batch_mates() -> None:
+    for name in CASES:
+        layer = build(name)
+        h = inputs(5).detach()
+        ctx = context(5)
+        both = layer(h, ctx).y
+        for i in range(BATCH):
+            row = slice(i, i + 1)
+            alone = ctx.replace(
+                batch=1,
+                step_index=ctx.step_index[row],
+                time_embedding=ctx.time_embedding[row],
+                label=ctx.label[row],
+                task=ctx.task[row],
+            )
+            torch.testing.assert_close(layer(h[row], alone).y, both[row], atol=1e-5, rtol=1e-5)
+
+
+def test_record_carries_where_it_was_made() -> None:
+    ctx = context(3).replace(layer=4, slot="pre_block", round=1)
+    routing = router()(inputs(3), ctx)
+    assert isinstance(routing, Routing)
+    assert (routing.layer, routing.slot, routing.round, routing.batch) == (
+        4,
+        "pre_block",
+        1,
+        (2, 3),
+    )
+    assert routing.step_index is ctx.step_index and routing.sample_ids is ctx.sample_ids
+
+
+def test_permuting_experts_with_router_rows_permutes_the_choice() -> None:
+    made, other = router(), router()
+    order = torch.tensor([3, 5, 0, 1, 4, 2])
+    with torch.no_grad():
+        other.score.proj.weight.copy_(made.score.proj.weight[order])
+    h = inputs(7)
+    first, second = made(h, context(7)), other(h, context(7))
+    assert torch.equal(order[second.ids], first.ids)
+    torch.testing.assert_close(second.gates, first.gates)
+
+
+def test_top_k_of_every_kind_keeps_best_first() -> None:
+    for part, seed in itertools.product((TopK(k=3), GroupLimited(k=3, groups=2)), range(3)):
+        scores = torch.rand(20, 6, generator=torch.Generator().manual_seed(seed))
+        ids = select(part, scores)
+        chosen = scores.gather(1, ids)
+        assert (chosen.diff(dim=1) <= 0).all()
