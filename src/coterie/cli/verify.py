@@ -29,6 +29,11 @@ from coterie.cli.output import progress_bar, say, say_json, table
 )
 @click.option("--seeds", type=click.IntRange(1), default=3, show_default=True)
 @click.option("--workers", type=click.IntRange(1), help="Processes at a time. [one per core]")
+@click.option(
+    "--update",
+    type=click.Path(path_type=Path, exists=True),
+    help="Measure nothing: write the table of the results in --out into this page.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.option("-q", "--quiet", is_flag=True, help="No progress bar.")
 def command(
@@ -37,6 +42,7 @@ def command(
     work: Path,
     seeds: int,
     workers: int | None,
+    update: Path | None,
     as_json: bool,
     quiet: bool,
 ) -> None:
@@ -47,6 +53,11 @@ def command(
     from coterie.core.folder import write_text
     from coterie.recipes import get_recipe, list_recipes
 
+    if update is not None:
+        from coterie.recipes.tables import claims_table, read_results, update_page
+
+        update_page(update, claims_table(read_results(out)))
+        return
     names = list(recipes) or list_recipes()
     for name in names:
         get_recipe(name)  # a misspelt name should not cost the hours of those before it
@@ -60,7 +71,7 @@ def command(
             say(f"{name}  ({path})")
             say(verdicts(results[name]["claims"]) + "\n")
     if as_json:
-        say_json(results)
+        say_json(results[names[0]] if len(names) == 1 else results)
 
 
 def _measure(name: str, work: Path, seeds: int, workers: int | None, quiet: bool) -> dict[str, Any]:

@@ -83,6 +83,7 @@ class Recipe:
         return self._presets[preset]()
 
 
+NO_RECIPES = ("base", "common", "tables", "verify")  # modules of this package that are no recipe
 PRESETS = ("tiny", "paper", "demo", "gpu", "text")
 
 
@@ -90,9 +91,7 @@ def list_recipes() -> list[str]:
     """Names of all recipes, as used on the command line."""
     package = importlib.import_module("coterie.recipes")
     modules = [item.name for item in pkgutil.iter_modules(package.__path__)]
-    return sorted(
-        name.replace("_", "-") for name in modules if name not in ("base", "common", "verify")
-    )
+    return sorted(name.replace("_", "-") for name in modules if name not in NO_RECIPES)
 
 
 def get_recipe(name: str) -> Recipe:
