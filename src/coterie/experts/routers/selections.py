@@ -24,11 +24,11 @@ def top_ids(scores: Tensor, k: int) -> Tensor:
         left, chosen = scores.detach(), []
         for _ in range(k):
             best = left.argmax(dim=1, keepdim=True)
-            chosen.append(best)
+            # Judged before the scatter: a row without candidates left would offer one again.
+            chosen.append(_drop_masked(left, best))
             left = left.scatter(1, best, float("-inf"))
-        ids = torch.cat(chosen, dim=1)
-    else:
-        ids = scores.detach().sort(dim=1, descending=True, stable=True).indices[:, :k]
+        return torch.cat(chosen, dim=1)
+    ids = scores.detach().sort(dim=1, descending=True, stable=True).indices[:, :k]
     return _drop_masked(scores, ids)
 
 
