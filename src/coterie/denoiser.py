@@ -165,9 +165,11 @@ class TokenDenoiser(_Model):
         rng: Generator | None = None,
         progress: float = 1.0,
     ) -> Prediction:
+        if t.shape != ids_BN.shape[:1]:
+            raise DataError(describe("t", tuple(t.shape), f"[B] with B = {ids_BN.shape[0]}"))
         ctx = Context(
             batch=ids_BN.shape[0],
-            tokens=ids_BN.shape[1],
+            tokens=0,
             noise=t.float(),
             step_index=(t.float() * 999).round().long(),
             sample_ids=sample_ids,
