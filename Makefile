@@ -58,7 +58,7 @@ verify: $(STAMP)
 	@$(BIN)/coterie verify $(RECIPES)
 
 bench: $(STAMP)
-	@$(BIN)/coterie bench
+	@$(BIN)/coterie bench experts
 
 clean:
 	rm -rf $(VENV) build dist src/*.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -172,11 +172,11 @@ def test_report_cites_the_recipe(library, coterie: Run, tmp_path: Path, text, ci
 
 @pytest.mark.parametrize(("named", "cases"), [((), ("S2", "B2")), (("B2",), ("B2",))])
 def test_bench_times_the_cases_named_or_all(library, coterie: Run, named, cases) -> None:
-    code, out, _ = coterie("bench", *named, "--threads", "2", "--rounds", "1")
+    code, out, _ = coterie("bench", "experts", *named, "--threads", "2", "--rounds", "1")
     assert code == 0
     assert library.of("run_benchmark") == {"cases": cases, "threads": 2, "rounds": 1}
     assert "loop" in out
-    assert json.loads(coterie("bench", *named, "--json")[1])[0]["choice"] == {}
+    assert json.loads(coterie("bench", "experts", *named, "--json")[1])["rows"][0]["choice"] == {}
 
 
 def test_demo_goes_from_data_to_report(library, coterie: Run, tmp_path: Path) -> None:
