@@ -1,10 +1,10 @@
+import ast
 import base64
 import io
 import json
 import re
-import subprocess
-import sys
 from html.parser import HTMLParser
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -325,6 +325,17 @@ def test_task_affinity_prefers_the_routers_own_tables():
     assert np.asarray(matrix) == pytest.approx(np.kron(np.eye(2), np.ones((50, 50))))
 
 
+def test_information_bars_below_chance_are_pale_and_the_legend_has_their_colours(trace):
+    ax = maps.plot_information(analyse(trace)).draw().axes[0]
+    strong = [bar for bar in ax.patches if bar.get_height() > 3]
+    weak = [bar for bar in ax.patches if bar.get_height() < 1]
+    assert len(strong) == 3 and len(weak) == 9
+    assert all(bar.get_alpha() == 1.0 for bar in strong)
+    assert all(bar.get_alpha() == 0.3 for bar in weak)
+    colours = {patch.get_facecolor()[:3] for patch in ax.get_legend().get_patches()}
+    assert colours == {bar.get_facecolor()[:3] for bar in strong}
+
+
 def test_curves_of_layers_share_a_panel():
     groups = run.curve_groups(["loss", "aux/balance/layer0", "aux/balance/layer1",
                                "experts/ffn/layer0/experts"])  # fmt: skip
@@ -350,6 +361,9 @@ def test_points_are_scattered_and_colour_images_keep_their_colours():
     assert middle.tolist() == [255, 0, 0]
 
 
-def test_importing_the_package_loads_no_plotting():
-    code = "import sys, coterie.inspect; sys.exit('matplotlib' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+def test_no_module_imports_plotting_before_it_draws():
+    for path in Path(style.__file__).parents[1].rglob("*.py"):
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            names = [alias.name for alias in getattr(node, "names", [])]
+            names.append(getattr(node, "module", None) or "")
+            assert not any(name.startswith(("matplotlib", "PIL")) for name in names), path

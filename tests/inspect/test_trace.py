@@ -7,7 +7,7 @@ from synthetic_routings import known_truth, routing
 
 from coterie.core.errors import DataError
 from coterie.inspect import stats
-from coterie.inspect.findings import bits, findings, sentences
+from coterie.inspect.findings import bits, findings, layers, sentences
 from coterie.inspect.routers import analyse
 from coterie.inspect.summary import text_summary
 from coterie.inspect.trace import Trace
@@ -380,10 +380,10 @@ def test_a_batch_of_2048_tokens_in_12_layers_is_cheap(rng):
     trace = traced(records)
     best = float("inf")
     for _ in range(5):
-        start = time.perf_counter()
+        start = time.process_time()
         trace.add(records)
-        best = min(best, time.perf_counter() - start)
-    assert best < 0.15  # about 0.02 s on an idle core
+        best = min(best, time.process_time() - start)
+    assert best < 0.5  # about 0.02 s on an idle core; a loop over rows would need seconds
 
 
 def test_many_like_findings_are_put_together_and_many_layers_described_as_a_whole(rng):
@@ -391,6 +391,7 @@ def test_many_like_findings_are_put_together_and_many_layers_described_as_a_whol
     trace = traced([records[i // 5].replace(layer=i) for i in range(20)])
     items = analyse(trace)
     alarms = [found.text for found in findings(items) if found.level == "alarm"]
+    assert layers(items) == "0, 1, 2, 3, 4, 5 and 14 more"
     assert alarms == [
         "5 layers have 5 dead experts in all (load below 1 % of uniform): 15, 16, 17, 18 and 19."
     ]

@@ -133,9 +133,11 @@ def findings(routers: Sequence[RouterStats]) -> list[Finding]:
 
 
 def layers(items: Sequence[RouterStats], most: int = 6) -> str:
-    """``0, 1, 2 and 5``, shortened after ``most``."""
+    """``0, 1, 2 and 5``; after ``most`` only how many more."""
     shown = [item.name for item in items]
-    return listing(shown) if len(shown) <= most else ", ".join([*shown[:most], "..."])
+    if len(shown) <= most:
+        return listing(shown)
+    return f"{', '.join(shown[:most])} and {len(shown) - most} more"
 
 
 def experts(ids: Sequence[int], most: int = 8) -> str:
@@ -178,8 +180,9 @@ def _division(routers: Sequence[RouterStats]) -> str:
     sizes = listing([str(size) for size in sorted({item.num_experts for item in routers})], "or")
     used = sum(item.choices_per_row for item in routers) / len(routers)
     verb = "divides" if len(routers) == 1 else "each divide"
+    use = "uses" if len(routers) == 1 else "use"
     text = f"{_routers(len(routers))} {verb} {units} among {sizes} experts"
-    return f"{text}; {used:.3g} answer{'s' if used == 1 else ''} on average."
+    return f"{text} and {use} {used:.3g} of them for each."
 
 
 def _knows(item: RouterStats) -> str:

@@ -38,7 +38,8 @@ def _one_line(found: re.Match[str]) -> str:
 def plain(value: Any) -> Any:
     """JSON types only: arrays become lists, six significant digits, non-finite becomes null."""
     if isinstance(value, np.ndarray):
-        return plain(value.tolist())
+        whole = np.isfinite(value).all() and (value == np.floor(value)).all()
+        return value.astype(np.int64).tolist() if whole else plain(value.tolist())
     if isinstance(value, Mapping):
         return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

@@ -37,6 +37,9 @@ def plot_information(items: Sequence[RouterStats]) -> Plot | None:
         return None
 
     def draw() -> Any:
+        from matplotlib.lines import Line2D
+        from matplotlib.patches import Patch
+
         fig = figure(FULL_WIDTH, 3.1)
         ax = fig.subplots()
         facets = [f for f in FACETS if any(f in item.information for item in items)]
@@ -46,7 +49,6 @@ def plot_information(items: Sequence[RouterStats]) -> Plot | None:
             infos = [item.information.get(facet) for item in items]
             for at_, info in zip(at, infos):
                 _information_bar(ax, float(at_), width, info, FACET_COLORS[facet])
-            ax.bar([], [], color=FACET_COLORS[facet], label=facet)
         tallest = max(i.corrected for item in items for i in item.information.values())
         ax.set_ylim(0, max(tallest, 1e-3) * 1.08)
         ax.set_xlim(-0.6, len(items) - 0.4)
@@ -55,8 +57,9 @@ def plot_information(items: Sequence[RouterStats]) -> Plot | None:
         ax.set_xlabel("layer")
         ax.set_ylabel("information (bits)")
         ax.grid(axis="y")
-        ax.plot([], [], color=LIGHT.text, lw=1.1, label="chance")
-        ax.legend(ncols=4, loc="lower right", bbox_to_anchor=(1, 1.0))
+        handles: list[Any] = [Patch(color=FACET_COLORS[facet], label=facet) for facet in facets]
+        handles.append(Line2D([], [], color=LIGHT.text, lw=1.1, label="chance"))
+        ax.legend(handles=handles, ncols=4, loc="lower right", bbox_to_anchor=(1, 1.0))
         return fig
 
     best = max(items, key=lambda item: max(info.bits for info in item.information.values()))
