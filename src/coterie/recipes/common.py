@@ -71,7 +71,7 @@ def image_tiny(
     recipe: str,
     *slots: SlotConfig,
     flow: bool = True,
-    steps: int = 800,
+    steps: int = 600,
     trunk: dict[str, Any] | None = None,
     objective: dict[str, Any] | None = None,
     **changes: Any,
@@ -97,7 +97,7 @@ def image_tiny(
     )
 
 
-def text_tiny(recipe: str, *slots: SlotConfig, steps: int = 600, **changes: Any) -> RunConfig:
+def text_tiny(recipe: str, *slots: SlotConfig, steps: int = 400, **changes: Any) -> RunConfig:
     """Python's own help topics as bytes: 3 blocks of width 96, 128 bytes of context."""
     trunk = TEXT_TRUNK.replace(slots=slots)
     return RunConfig(

@@ -85,14 +85,10 @@ def arms() -> dict[str, RunConfig]:
     """Equal expert parameters and equal active expert parameters in all arms of a modality."""
     layers = {
         "gshard": slot(8, 2, 128, segment=1, shared=0),
-        "shared": slot(8, 2, 128, segment=1, shared=1),
         "fine": slot(8, 2, 128),
     }
     words = {f"text-{name}": text_tiny("deepseekmoe", part) for name, part in layers.items()}
-    images = {
-        f"image-{name}": image_tiny("deepseekmoe", layers[name], steps=500)
-        for name in ("gshard", "fine")
-    }
+    images = {f"image-{name}": image_tiny("deepseekmoe", part) for name, part in layers.items()}
     return {**words, **images}
 
 
@@ -101,10 +97,6 @@ CLAIMS = (
         "fine-grained and shared experts beat plain top-2 at equal parameters and compute (text)",
         "held_out_loss",
         "text-fine",
-        "text-gshard",
-    ),
-    Claim(
-        "isolating a shared expert alone helps (text)", "held_out_loss", "text-shared",
         "text-gshard",
     ),
     Claim(

@@ -50,13 +50,10 @@ def paper(size: str = "L") -> RunConfig:
 
 
 def arms() -> dict[str, RunConfig]:
-    weighted = {"times": "stratified", "weighting": "uncertainty"}
     return {
         "dtr": tiny(),
         "dit": image_tiny("dit", flow=False),
         "random": image_tiny("dtr", slot(mode="random"), flow=False),
-        "dit-uw": image_tiny("dit", flow=False, objective=weighted),
-        "dtr-uw": image_tiny("dtr", slot(), flow=False, objective=weighted),
     }
 
 
@@ -65,7 +62,6 @@ CLAIMS = (
     Claim("lower loss than a dense DiT at equal steps", "held_out_loss", "dtr", "dit"),
     Claim("sliding windows beat random masks (loss)", "held_out_loss", "dtr", "random"),
     Claim("sliding windows beat random masks (samples)", "frechet", "dtr", "random"),
-    Claim("composes with uncertainty weighting (samples)", "frechet", "dtr-uw", "dit-uw"),
 )
 DEPARTURES = (
     "tiny: 5,000 MNIST digits in pixels, fixed variance, DPM-Solver++ 2M instead of 250 "

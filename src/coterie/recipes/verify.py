@@ -1,7 +1,8 @@
 """Claims as measurements: every arm, every seed, same budget; then one verdict per claim.
 
 Arms run in worker processes of one thread each, resume where they stopped, and leave their
-numbers in ``<work>/<arm>-seed<k>/measures.json``. The verdict uses differences paired by seed:
+numbers in ``<work>/<commit>/<hash of the configuration>/measures.json``: an arm that two recipes
+share is run once, and no number of another commit is reused. The verdict uses differences paired by seed:
 
     shown = the mean difference has the right sign, every seed agrees,
             and the mean exceeds one standard deviation of the differences.
@@ -21,7 +22,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
-from coterie.core.folder import write_text
+from coterie.core.folder import digest, write_text
 from coterie.core.machine import commit, hardware
 from coterie.recipes.base import Claim, Recipe, get_recipe
 from coterie.train.run import RunConfig
@@ -39,7 +40,7 @@ def verify(
     """Run all arms of recipe ``name`` and judge its claims. Returns the result object."""
     recipe = get_recipe(name)
     began = time.time()
-    root = Path(work) / name
+    root = Path(work) / (commit() or "no-commit")
     measured = _run_arms(recipe, root, seeds, workers or _cores(), progress)
     arms = recipe.arms()
     return {
@@ -114,7 +115,7 @@ def _run_arms(
         waiting = {}
         for arm, seed in jobs:
             config = arms[arm].replace(seed=seed)
-            folder = root / f"{arm}-seed{seed}"
+            folder = root / digest(config.to_json())[:16]
             waiting[pool.submit(run_arm, config.to_json(), str(folder))] = (arm, seed)
         for count, future in enumerate(as_completed(waiting), start=1):
             arm, seed = waiting[future]
@@ -137,8 +138,7 @@ def run_arm(config_json: str, folder: str) -> dict[str, float]:
     stored = Path(folder) / "measures.json"
     if stored.is_file():
         found = json.loads(stored.read_text(encoding="utf-8"))
-        if found["config"] == config.to_json():
-            return {str(key): float(value) for key, value in found["measures"].items()}
+        return {str(key): float(value) for key, value in found["measures"].items()}
     began = time.process_time()
     path = start(config, folder, progress=False)
     seconds = time.process_time() - began
