@@ -12,16 +12,16 @@ from coterie.experts.kinds.pool import ExpertPool
 _FOLD_TOKENS = 16  # tokens per sample from which mixing small weights pays
 _FOLD_BYTES = 8 * 2**20  # mixed weights beyond this leave the cache ...
 _FOLD_MANY_TOKENS = 128  # ... and pay only from this many tokens per sample
-_SEGMENT_ROWS = {False: 256, True: 384}  # rows per expert, by "gradient wanted"
+_SEGMENT_ROWS = 384  # rows per expert from which plain products are as fast
 _SEGMENT_WORK = 10_000_000  # multiply-adds per expert below which calls, not products, cost
 
 
 def choose(x: Tensor, plan: DispatchPlan, pool: ExpertPool) -> str:
-    """The backend expected to be fastest for these rows, sizes, dtype and gradient mode.
+    """The backend expected to be fastest for these rows, sizes, dtype and device.
 
-    Measured on one thread of an AVX2 machine in float32: the grouped product leads while experts
-    have few rows (its call overhead is per layer, not per expert, and its backward writes weight
-    gradients in place); plain products on long segments are as fast or faster.
+    Measured on an AVX2 machine in float32, forward and training: the grouped product leads while
+    experts have few rows (its call overhead is per layer, not per expert, and its backward makes
+    weight gradients without a copy); plain products on long segments are as fast or faster.
     """
     usable = available(x, plan, pool)
     if "table" in usable:
@@ -36,9 +36,8 @@ def choose(x: Tensor, plan: DispatchPlan, pool: ExpertPool) -> str:
         return "sorted"
     if x.is_cuda:
         return "grouped"
-    trains = torch.is_grad_enabled()
     weights = sum(stack.numel() // plan.num_experts for stack in pool.stacks().values())
-    long = rows >= _SEGMENT_ROWS[trains] and rows * weights >= _SEGMENT_WORK
+    long = rows >= _SEGMENT_ROWS and rows * weights >= _SEGMENT_WORK
     return "sorted" if long else "grouped"
 
 
