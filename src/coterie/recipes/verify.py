@@ -2,7 +2,8 @@
 
 Arms run in worker processes of one thread each, resume where they stopped, and leave their
 numbers in ``<work>/<commit>/<hash of the configuration>/measures.json``: an arm that two recipes
-share is run once, and no number of another commit is reused. The verdict uses differences paired by seed:
+share is run once, and no number of another commit is reused. The verdict uses differences paired
+by seed:
 
     shown = the mean difference has the right sign, every seed agrees,
             and the mean exceeds one standard deviation of the differences.
@@ -42,19 +43,19 @@ def verify(
     began = time.time()
     root = Path(work) / (commit() or "no-commit")
     measured = _run_arms(recipe, root, seeds, workers or _cores(), progress)
-    arms = recipe.arms()
+    budgets = {arm: _budget(config) for arm, config in recipe.arms().items()}
     return {
         "recipe": name,
         "commit": commit(),
         "hardware": hardware(),
         "rule": RULE,
-        "budget": {
-            "seconds": round(time.time() - began, 1),
-            "workers": workers or _cores(),
-            "threads_per_worker": 1,
-            "arms": {arm: _budget(config) for arm, config in arms.items()},
-        },
-        "claims": [judge(claim, measured) for claim in recipe.claims],
+        "seconds": round(time.time() - began, 1),
+        "workers": workers or _cores(),
+        "threads_per_worker": 1,
+        "claims": [
+            {**judge(claim, measured), "budget": _budgets_of(claim, budgets)}
+            for claim in recipe.claims
+        ],
         "measures": measured,
     }
 
@@ -90,10 +91,16 @@ def _mean(values: list[float]) -> float:
     return statistics.fmean(values)
 
 
+def _budgets_of(claim: Claim, budgets: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    return {arm: budgets[arm] for arm in (claim.ours, claim.baseline) if arm}
+
+
 def _budget(config: RunConfig) -> dict[str, Any]:
+    """What an arm may use: steps, batch, parameters (all and active), FLOPs per step."""
     from coterie.train.run import plan
 
-    return plan(config, measure=False)
+    found = plan(config, measure=False)
+    return {key: value for key, value in found.items() if key not in ("recipe", "preset")}
 
 
 def _cores() -> int:
