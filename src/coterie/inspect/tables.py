@@ -103,6 +103,31 @@ class Joint:
             self.reason = ""
 
 
+def check_routing(routing: Routing, known: int, unit: str) -> None:
+    """Refuse a record that contradicts itself or its router's ``known`` experts and ``unit``."""
+    where = f"routing of {routing.slot} layer {routing.layer}"
+    if (routing.num_experts, routing.unit) != (known, unit):
+        raise DataError(
+            f"{where}: {routing.num_experts} experts per {routing.unit}, but it had "
+            f"{known} per {unit} before; one trace describes one model"
+        )
+    batch, tokens = routing.batch
+    expected = batch * tokens if routing.unit == "token" else batch
+    shapes = (routing.ids.shape[0], tuple(routing.gates.shape), tuple(routing.probs.shape))
+    wanted = (expected, tuple(routing.ids.shape), (expected, known))
+    if shapes != wanted:
+        raise DataError(describe(f"{where}: (rows, gates, probs) shapes", shapes, str(wanted)))
+    ids = routing.ids
+    if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) <= known:
+        raise DataError(
+            describe(
+                f"{where}: ids",
+                (int(ids.min()), int(ids.max())),
+                f"0..{known} ({known} = nobody)",
+            )
+        )
+
+
 class RouterTrace:
     """Everything kept about one router. Arrays start with the half where they have one."""
 
@@ -153,7 +178,7 @@ class RouterTrace:
 
     def add(self, routing: Routing, unit_noise: Tensor | None) -> None:
         """``unit_noise`` f32 [B] in [0, 1] or None."""
-        self._check(routing)
+        check_routing(routing, self.num_experts + self.reserved, self.unit)
         rows = self._rows(routing)
         zero = torch.zeros_like(rows.half)
         self.total.add(rows, zero, 1)
@@ -170,30 +195,6 @@ class RouterTrace:
         self._add_masses(routing, rows, bins)
         self._add_choices(rows, routing.batch[0])
         self._keep_parameters(routing)
-
-    def _check(self, routing: Routing) -> None:
-        where = f"routing of {self.place.slot} layer {self.place.layer}"
-        known = self.num_experts + self.reserved
-        if (routing.num_experts, routing.unit) != (known, self.unit):
-            raise DataError(
-                f"{where}: {routing.num_experts} experts per {routing.unit}, but it had "
-                f"{known} per {self.unit} before; one trace describes one model"
-            )
-        batch, tokens = routing.batch
-        expected = batch * tokens if routing.unit == "token" else batch
-        shapes = (routing.ids.shape[0], tuple(routing.gates.shape), tuple(routing.probs.shape))
-        wanted = (expected, tuple(routing.ids.shape), (expected, known))
-        if shapes != wanted:
-            raise DataError(describe(f"{where}: (rows, gates, probs) shapes", shapes, str(wanted)))
-        ids = routing.ids
-        if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) <= known:
-            raise DataError(
-                describe(
-                    f"{where}: ids",
-                    (int(ids.min()), int(ids.max())),
-                    f"0..{known} ({known} = nobody)",
-                )
-            )
 
     def _rows(self, routing: Routing) -> Rows:
         device = routing.ids.device

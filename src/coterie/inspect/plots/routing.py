@@ -36,32 +36,6 @@ def plot_information(items: Sequence[RouterStats]) -> Plot | None:
     if not items:
         return None
 
-    def draw() -> Any:
-        from matplotlib.lines import Line2D
-        from matplotlib.patches import Patch
-
-        fig = figure(FULL_WIDTH, 3.1)
-        ax = fig.subplots()
-        facets = [f for f in FACETS if any(f in item.information for item in items)]
-        width = 0.8 / len(facets)
-        for offset, facet in enumerate(facets):
-            at = np.arange(len(items)) + (offset - (len(facets) - 1) / 2) * width
-            infos = [item.information.get(facet) for item in items]
-            for at_, info in zip(at, infos):
-                _information_bar(ax, float(at_), width, info, FACET_COLORS[facet])
-        tallest = max(i.corrected for item in items for i in item.information.values())
-        ax.set_ylim(0, max(tallest, 1e-3) * 1.08)
-        ax.set_xlim(-0.6, len(items) - 0.4)
-        shown = sparse_ticks(len(items), max(4, 90 // max(len(item.name) for item in items)))
-        ax.set_xticks(shown, [items[i].name for i in shown])
-        ax.set_xlabel("layer")
-        ax.set_ylabel("information (bits)")
-        ax.grid(axis="y")
-        handles: list[Any] = [Patch(color=FACET_COLORS[facet], label=facet) for facet in facets]
-        handles.append(Line2D([], [], color=LIGHT.text, lw=1.1, label="chance"))
-        ax.legend(handles=handles, ncols=4, loc="lower right", bbox_to_anchor=(1, 1.0))
-        return fig
-
     best = max(items, key=lambda item: max(info.bits for info in item.information.values()))
     facet, info = max(best.information.items(), key=lambda pair: pair[1].bits)
     return Plot(
@@ -73,8 +47,35 @@ def plot_information(items: Sequence[RouterStats]) -> Plot | None:
         "drawn pale and is not evidence.",
         f"Bar chart over {len(items)} layers. Highest: {facet} in layer {best.name}, "
         f"{info.corrected:.2f} bits.",
-        draw,
+        lambda: _draw_information(items),
     )
+
+
+def _draw_information(items: Sequence[RouterStats]) -> Any:
+    from matplotlib.lines import Line2D
+    from matplotlib.patches import Patch
+
+    fig = figure(FULL_WIDTH, 3.1)
+    ax = fig.subplots()
+    facets = [f for f in FACETS if any(f in item.information for item in items)]
+    width = 0.8 / len(facets)
+    for offset, facet in enumerate(facets):
+        at = np.arange(len(items)) + (offset - (len(facets) - 1) / 2) * width
+        for place, item in zip(at, items):
+            info = item.information.get(facet)
+            _information_bar(ax, float(place), width, info, FACET_COLORS[facet])
+    tallest = max(i.corrected for item in items for i in item.information.values())
+    ax.set_ylim(0, max(tallest, 1e-3) * 1.08)
+    ax.set_xlim(-0.6, len(items) - 0.4)
+    shown = sparse_ticks(len(items), max(4, 90 // max(len(item.name) for item in items)))
+    ax.set_xticks(shown, [items[i].name for i in shown])
+    ax.set_xlabel("layer")
+    ax.set_ylabel("information (bits)")
+    ax.grid(axis="y")
+    handles: list[Any] = [Patch(color=FACET_COLORS[facet], label=facet) for facet in facets]
+    handles.append(Line2D([], [], color=LIGHT.text, lw=1.1, label="chance"))
+    ax.legend(handles=handles, ncols=4, loc="lower right", bbox_to_anchor=(1, 1.0))
+    return fig
 
 
 def _information_bar(ax: Any, at: float, width: float, info: Any, color: str) -> None:

@@ -244,21 +244,10 @@ def heat_panels(
         if index >= len(panels):
             ax.set_visible(False)
             continue
-        values = panels[index].values
-        image = ax.imshow(
-            np.ma.masked_invalid(values),
-            cmap=colormap(),
-            vmin=low,
-            vmax=high,
-            aspect="equal" if square else "auto",
-            interpolation="nearest",
-        )
-        ax.set_title(panels[index].title)
-        ax.spines[:].set_visible(False)
-        ax.tick_params(length=0)
+        image = _heat_panel(ax, panels[index], (low, high), square)
         below = index + columns >= len(panels)
-        _label(ax, "x", x, values.shape[1], below)
-        _label(ax, "y", y, values.shape[0], index % columns == 0)
+        _label(ax, "x", x, panels[index].values.shape[1], below)
+        _label(ax, "y", y, panels[index].values.shape[0], index % columns == 0)
         if same and not below:
             ax.set_xticklabels([])
         if same and index % columns:
@@ -267,6 +256,21 @@ def heat_panels(
     colorbar.set_label(bar, color=LIGHT.muted)
     colorbar.outline.set_visible(False)
     return fig
+
+
+def _heat_panel(ax: Any, panel: Panel, limits: tuple[float, float], square: bool) -> Any:
+    image = ax.imshow(
+        np.ma.masked_invalid(panel.values),
+        cmap=colormap(),
+        vmin=limits[0],
+        vmax=limits[1],
+        aspect="equal" if square else "auto",
+        interpolation="nearest",
+    )
+    ax.set_title(panel.title)
+    ax.spines[:].set_visible(False)
+    ax.tick_params(length=0)
+    return image
 
 
 def _top(panels: Sequence[Panel]) -> float:
