@@ -14,6 +14,7 @@ from pydantic import PositiveInt
 from torch import Generator, Tensor, nn
 
 from coterie.experts.kinds.base import EXPERTS, ExpertKind, Weights, normal, xavier_uniform
+from coterie.nn import mlp
 
 
 class _HiddenKind(ExpertKind):
@@ -54,7 +55,7 @@ class SwiGLU(_HiddenKind):
         return weights.linear(F.silu(gate) * up, "down")
 
     def module(self, width: int) -> nn.Module:
-        return PlainSwiGLU(width, self.size(width))
+        return mlp.SwiGLU(width, self.size(width))
 
     def plain_names(self) -> dict[str, str]:
         return {"gate_up": "gate_up.weight", "down": "down.weight"}
@@ -80,7 +81,7 @@ class GeluMLP(_HiddenKind):
         return weights.linear(inner, "down", "down_bias")
 
     def module(self, width: int) -> nn.Module:
-        return PlainGeluMLP(width, self.size(width))
+        return mlp.GeluMLP(width, self.size(width))
 
     def plain_names(self) -> dict[str, str]:
         return {
@@ -89,30 +90,3 @@ class GeluMLP(_HiddenKind):
             "down": "down.weight",
             "down_bias": "down.bias",
         }
-
-
-class PlainSwiGLU(nn.Module):
-    """One SwiGLU expert as ordinary Linear modules (for adapters and quantisers)."""
-
-    def __init__(self, width: int, hidden: int) -> None:
-        super().__init__()
-        self.gate_up = nn.Linear(width, 2 * hidden, bias=False)
-        self.down = nn.Linear(hidden, width, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_up(x).chunk(2, dim=-1)
-        out: Tensor = self.down(F.silu(gate) * up)
-        return out
-
-
-class PlainGeluMLP(nn.Module):
-    """One GELU expert as ordinary Linear modules."""
-
-    def __init__(self, width: int, hidden: int) -> None:
-        super().__init__()
-        self.up = nn.Linear(width, hidden)
-        self.down = nn.Linear(hidden, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.down(F.gelu(self.up(x), approximate="tanh"))
-        return out
