@@ -7,15 +7,13 @@ writes ``index.html`` (pictures inside, nothing fetched), ``report.json`` and on
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from coterie.core.cost import Parameters
-from coterie.core.errors import DataError, describe
+from coterie.inspect.content import ReportData, check
 from coterie.inspect.numbers import SCHEMA_VERSION, curve_numbers, routing_numbers, to_json
 from coterie.inspect.page import page
 from coterie.inspect.plots.balance import (
@@ -35,31 +33,10 @@ from coterie.inspect.plots.routing import (
     plot_steps,
 )
 from coterie.inspect.plots.run import plot_curves, plot_loss_bins, plot_points, plot_samples
-from coterie.inspect.plots.style import Picture, Plot, render
+from coterie.inspect.plots.style import Plot, render
 from coterie.inspect.routers import RouterStats, analyse
 from coterie.inspect.sections import build_sections, footer, header
 from coterie.inspect.trace import Trace
-
-
-@dataclass(frozen=True, eq=False)
-class ReportData:
-    """All a report may speak of; only ``title`` is needed, the rest is shown where given."""
-
-    title: str
-    recipe: str = ""
-    trace: Trace | None = None  # None or empty: a dense model
-    loss_bins: Sequence[Mapping[str, Any]] = ()  # {bin, lo, hi, loss, count}
-    curve: Sequence[Mapping[str, Any]] = ()  # records of metrics.jsonl
-    samples: np.ndarray | Sequence[str] | None = None  # u8 [n, h, w, c], float [n, 2], or texts
-    labels: Sequence[int] | None = None  # [n], -1 = unconditional
-    class_names: Sequence[str] = ()
-    metrics: Mapping[str, Any] = field(default_factory=dict)  # numbers, or {value, floor, ...}
-    parameters: Parameters | None = None
-    config: Mapping[str, Any] = field(default_factory=dict)
-    citation: str = ""
-    hardware: str = ""
-    commit: str = ""
-    step: int | None = None
 
 
 def write_report(out_dir: str | Path, data: ReportData) -> Path:
@@ -68,7 +45,7 @@ def write_report(out_dir: str | Path, data: ReportData) -> Path:
     Files of an earlier report of the same name are replaced; others are left alone. Raises
     DataError for samples or loss bins of an unknown form, before anything is written.
     """
-    _check(data)
+    check(data)
     trace = data.trace or Trace()
     items = analyse(trace)
     pictures = {plot.name: render(plot) for plot in _plots(data, trace, items)}
@@ -139,24 +116,3 @@ def _numbers(data: ReportData, trace: Trace, items: Sequence[RouterStats]) -> di
         "class_names": list(data.class_names),
         "routing": routing_numbers(trace, items),
     }
-
-
-def _check(data: ReportData) -> None:
-    for index, row in enumerate(data.loss_bins):
-        missing = {"lo", "hi", "loss"} - set(row)
-        if missing:
-            raise DataError(f"loss_bins.{index}: {', '.join(sorted(missing))} missing")
-    samples = data.samples
-    if isinstance(samples, np.ndarray):
-        images = samples.ndim == 4 and samples.dtype == np.uint8 and samples.shape[3] in (1, 3, 4)
-        points = samples.ndim == 2 and samples.shape[1] == 2
-        if not images and not points:
-            found = f"{samples.dtype} {samples.shape}"
-            raise DataError(describe("samples", found, "uint8 [n, h, w, 1|3|4] or float [n, 2]"))
-    elif samples is not None and not all(isinstance(text, str) for text in samples):
-        raise DataError(describe("samples", type(samples).__name__, "an array or strings"))
-    if data.labels is not None and samples is not None and len(data.labels) != len(samples):
-        raise DataError(describe("labels", len(data.labels), f"{len(samples)}, one per sample"))
-
-
-__all__ = ["Picture", "ReportData", "write_report"]

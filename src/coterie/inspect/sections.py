@@ -19,7 +19,7 @@ from coterie.inspect.stats import UNEVEN_ENTROPY
 from coterie.inspect.trace import Trace
 
 if TYPE_CHECKING:
-    from coterie.inspect.report import ReportData
+    from coterie.inspect.content import ReportData
 
 MAX_TEXTS = 12
 MAX_TEXT = 1200

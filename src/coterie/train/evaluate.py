@@ -19,7 +19,7 @@ from coterie.metrics import NoiseBins, evaluate_images
 from coterie.train import probes
 from coterie.train.features import feature_network, reference_rows
 from coterie.train.run import LoadedRun, build_source
-from coterie.train.sampling import generate
+from coterie.train.sampling import conditional, generate
 
 LEVELS = 10  # noise levels at which held-out data are looked at
 
@@ -45,7 +45,8 @@ def held_out(run: LoadedRun, limit: int = 512, size: int = 128) -> HeldOut:
     """Every held-out sample at every one of ``LEVELS`` noise levels, with fixed noise.
 
     The noise depends on the sample and the level only: two runs on the same data are compared on
-    the same noisy inputs. Labels are never dropped.
+    the same noisy inputs. The loss is conditional; where the model has a null condition, one batch
+    is also traced without its labels.
     """
     source = build_source(run.config, "held_out")
     trace = make_trace(run)
@@ -54,7 +55,7 @@ def held_out(run: LoadedRun, limit: int = 512, size: int = 128) -> HeldOut:
     process = run.model.process
     bins = NoiseBins(LEVELS)
     objective = run.config.objective.build(run.model)
-    for batch in batches(source, size, limit):
+    for number, batch in enumerate(batches(source, size, limit)):
         for level in range(LEVELS):
             unit = torch.full((len(batch.ids),), (level + 0.5) / LEVELS)
             t = process.time_of_unit(unit)
@@ -64,6 +65,9 @@ def held_out(run: LoadedRun, limit: int = 512, size: int = 128) -> HeldOut:
             prediction = run.model(x_t, t, batch.cond, sample_ids=batch.ids)
             bins.add(objective.error(prediction, batch.x, eps, t), unit)
             trace.add(prediction.routings)
+            if number == 0 and conditional(run) and prediction.routings:
+                null = batch.cond.as_null(len(batch.ids))
+                trace.add(run.model(x_t, t, null, sample_ids=batch.ids).routings)
     rows = loss_bins(bins)
     return HeldOut(float(np.mean([row["loss"] for row in rows])), rows, trace)
 

@@ -1,0 +1,53 @@
+"""What a report may speak of, and whether it has the form the report can show."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from coterie.core.cost import Parameters
+from coterie.core.errors import DataError, describe
+from coterie.inspect.trace import Trace
+
+
+@dataclass(frozen=True, eq=False)
+class ReportData:
+    """All a report may speak of; only ``title`` is needed, the rest is shown where given."""
+
+    title: str
+    recipe: str = ""
+    trace: Trace | None = None  # None or empty: a dense model
+    loss_bins: Sequence[Mapping[str, Any]] = ()  # {bin, lo, hi, loss, count}
+    curve: Sequence[Mapping[str, Any]] = ()  # records of metrics.jsonl
+    samples: np.ndarray | Sequence[str] | None = None  # u8 [n, h, w, c], float [n, 2], or texts
+    labels: Sequence[int] | None = None  # [n], -1 = unconditional
+    class_names: Sequence[str] = ()
+    metrics: Mapping[str, Any] = field(default_factory=dict)  # numbers, or {value, floor, ...}
+    parameters: Parameters | None = None
+    config: Mapping[str, Any] = field(default_factory=dict)
+    citation: str = ""
+    hardware: str = ""
+    commit: str = ""
+    step: int | None = None
+
+
+def check(data: ReportData) -> None:
+    """DataError for samples, labels or loss bins of an unknown form."""
+    for index, row in enumerate(data.loss_bins):
+        missing = {"lo", "hi", "loss"} - set(row)
+        if missing:
+            raise DataError(f"loss_bins.{index}: {', '.join(sorted(missing))} missing")
+    samples = data.samples
+    if isinstance(samples, np.ndarray):
+        images = samples.ndim == 4 and samples.dtype == np.uint8 and samples.shape[3] in (1, 3, 4)
+        points = samples.ndim == 2 and samples.shape[1] == 2
+        if not images and not points:
+            found = f"{samples.dtype} {samples.shape}"
+            raise DataError(describe("samples", found, "uint8 [n, h, w, 1|3|4] or float [n, 2]"))
+    elif samples is not None and not all(isinstance(text, str) for text in samples):
+        raise DataError(describe("samples", type(samples).__name__, "an array or strings"))
+    if data.labels is not None and samples is not None and len(data.labels) != len(samples):
+        raise DataError(describe("labels", len(data.labels), f"{len(samples)}, one per sample"))
