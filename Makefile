@@ -43,7 +43,7 @@ demo: $(STAMP)
 	@$(BIN)/coterie demo
 
 test: lint
-	@$(BIN)/python -m pytest --durations=15
+	@$(BIN)/python -m pytest --durations=15 -n auto --maxprocesses 4 --dist loadfile
 
 lint: $(STAMP)
 	@$(BIN)/ruff check .

@@ -84,9 +84,10 @@ def test_data_lists_what_is_built_in_and_what_must_be_fetched(
     monkeypatch.setenv("COTERIE_CACHE", str(tmp_path))
     code, out, _ = coterie("data", "list", "--json")
     assert code == 0
-    here = {row["name"]: row["here"] for row in json.loads(out)}
-    assert here["digits"] == "built in"
-    assert here["cifar10"].endswith("MB")
+    rows = {row["kind"]: row for row in json.loads(out)}
+    assert rows["digits"]["cached"]
+    assert not rows["cifar10"]["cached"]
+    assert "cifar10" in coterie("data", "list")[1]
     assert coterie("data", "get", "digits") == (0, "digits: nothing to fetch\n", "")
     code, _, err = coterie("data", "get", "cifar11")
     assert code == 2

@@ -16,22 +16,24 @@ def command() -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def list_sources(as_json: bool) -> None:
     """Every data set: what it holds, its licence, and whether it is here."""
-    from coterie.data import SOURCES
+    from coterie.data import status
 
-    rows = []
-    for kind in SOURCES.kinds():
-        info = getattr(SOURCES.get(kind), "info", None)
-        rows.append(
-            {
-                "name": kind,
-                "here": where(kind),
-                "modality": getattr(info, "modality", None),
-                "shape": getattr(info, "shape", None),
-                "count": getattr(info, "count", None),
-                "licence": getattr(info, "licence", None),
-            }
-        )
-    say_json(rows) if as_json else say(table(rows))
+    found = status()
+    if as_json:
+        say_json(found)
+        return
+    rows = [
+        {
+            "name": row.kind,
+            "here": "yes" if row.cached else f"{row.megabytes:g} MB",
+            "modality": row.modality,
+            "shape": row.shape,
+            "count": row.count,
+            "licence": row.licence,
+        }
+        for row in found
+    ]
+    say(table(rows))
 
 
 @command.command("get")
@@ -53,17 +55,6 @@ def get(kinds: tuple[str, ...], refresh: bool) -> None:
             continue
         folder = fetch(kind, progress=_tell, refresh=refresh)
         say(f"{kind}: {folder}")
-
-
-def where(kind: str) -> str:
-    """Whether a data set needs no fetching, is in the cache, or how much there is to fetch."""
-    from coterie.data.cache import problem
-    from coterie.data.fetch import DOWNLOADS
-
-    if kind not in DOWNLOADS:
-        return "built in"
-    download = DOWNLOADS[kind]
-    return "in the cache" if problem(download.folder) is None else f"{download.megabytes:.0f} MB"
 
 
 def _tell(message: str, share: float) -> None:
