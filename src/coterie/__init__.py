@@ -31,6 +31,8 @@ if TYPE_CHECKING:  # the same names as in _HOME, for editors and type checkers
     from coterie.experts import ExpertLayer as ExpertLayer
     from coterie.experts import ExpertLayerConfig as ExpertLayerConfig
     from coterie.experts import RouterConfig as RouterConfig
+    from coterie.hub import load_pretrained as load_pretrained
+    from coterie.hub import save_pretrained as save_pretrained
     from coterie.inspect import Trace as Trace
     from coterie.process import Process as Process
     from coterie.process import convert as convert
@@ -78,9 +80,11 @@ _HOME = {
     "get_recipe": "recipes",
     "guide": "solvers",
     "list_recipes": "recipes",
+    "load_pretrained": "hub",
     "load_run": "train.run",
     "sample": "solvers",
     "sample_run": "train.sampling",
+    "save_pretrained": "hub",
     "start": "train.run",
 }
 """Public name -> the module that defines it."""

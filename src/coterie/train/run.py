@@ -6,7 +6,6 @@ averaged weights as a model directory), ``samples/`` and ``report/``.
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -107,12 +106,14 @@ def start(config: RunConfig, out: str | Path, progress: bool = True) -> Path:
     run_dir = RunDir(out)
     trainer = make_trainer(config, run_dir)
     trainer.fit(progress=progress)
-    with trainer.ema.swap(trainer.model) if config.train.ema else nullcontext():
+    with trainer.averaged() as model:
         save_pretrained(
-            trainer.model,
+            model,
             run_dir.path / "model",
             config.model.model_dump(mode="json"),
             overwrite=True,
+            data_licence=build_source(config).licence,
+            extra={"recipe": config.recipe, "preset": config.preset, "data": config.data.kind},
         )
     return run_dir.path
 
