@@ -26,7 +26,7 @@ def progress_bar(total: int, label: str, quiet: bool = False) -> Iterator[Callab
     """A bar on standard error; yields the function that moves it on by some units."""
     from tqdm.auto import tqdm
 
-    with tqdm(total=total, desc=label, disable=quiet, dynamic_ncols=True) as bar:
+    with tqdm(total=total, desc=label, unit="", disable=quiet, dynamic_ncols=True) as bar:
         yield bar.update
 
 
