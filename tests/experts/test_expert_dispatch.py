@@ -200,6 +200,22 @@ def test_low_precision_sums_can_accumulate_in_float32(backend: str) -> None:
     assert (dispatch(torch.zeros(5, WIDTH).bfloat16(), made, pool, "loop") == 256.0).all()
 
 
+@pytest.mark.parametrize("name", CASES)
+def test_autocast_keeps_the_type_and_stays_close(name: str) -> None:
+    h, ctx = inputs(7), context(7)
+    for backend in ("loop", *BACKENDS_OF_A_CONFIG):
+        layer = build(name, dispatch=backend)
+        exact = layer(h, ctx).y
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            out = layer(h, ctx)
+        assert out.y.dtype == torch.float32
+        if layer.config.rounds == 1:  # later rounds route what earlier ones rounded
+            torch.testing.assert_close(out.y, exact, atol=0.05, rtol=0.05)
+        if out.y.requires_grad:
+            out.y.sum().backward()
+            assert all(p.grad.dtype == torch.float32 for p in layer.parameters())
+
+
 def test_expert_tokens_count_once_per_choice() -> None:
     made = plan(random_routing(10, 4, 2, 3))
     assert sum(made.counts) == 20

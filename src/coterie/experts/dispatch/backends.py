@@ -5,6 +5,7 @@ all segments to torch's grouped product. ``dense`` runs every expert on every ro
 ``fold`` mixes the weights of affine experts per sample, ``table`` serves experts that ignore x.
 Parameters are split by ``unbind``: indexing a stack per expert makes its backward grow as E^2.
 
+``float32``: sum the experts' answers in float32 at least; the caller casts back.
 x is [R, D] for unit "token" and [B, N, D] for unit "sample" (a row is then a whole sample).
 """
 
@@ -55,7 +56,7 @@ def run_loop(x: Tensor, plan: DispatchPlan, pool: ExpertPool, float32: bool) -> 
         rows, slots = (plan.ids == e).nonzero(as_tuple=True)
         out = pool.kind.forward(x.index_select(0, rows), weights)
         y = y.index_add(0, rows, scale_rows(out, plan.gates[rows, slots], float32))
-    return y.to(x.dtype)
+    return y
 
 
 def run_dense(x: Tensor, plan: DispatchPlan, pool: ExpertPool, float32: bool) -> Tensor:
@@ -65,7 +66,7 @@ def run_dense(x: Tensor, plan: DispatchPlan, pool: ExpertPool, float32: bool) ->
     y = _zeros(x, float32)
     for gate, weights in zip(plan.dense_gates().unbind(1), experts_of(pool)):
         y = y + scale_rows(pool.kind.forward(x, weights), gate, float32)
-    return y.to(x.dtype)
+    return y
 
 
 def run_sorted(x: Tensor, plan: DispatchPlan, pool: ExpertPool, float32: bool) -> Tensor:
@@ -77,7 +78,7 @@ def run_sorted(x: Tensor, plan: DispatchPlan, pool: ExpertPool, float32: bool) -
         if segment.shape[0]
     ]
     values = scale_rows(torch.cat(outs), plan.sorted_gates, float32)
-    return _zeros(x, float32).index_add(0, plan.rows, values).to(x.dtype)
+    return _zeros(x, float32).index_add(0, plan.rows, values)
 
 
 def _zeros(x: Tensor, float32: bool) -> Tensor:
@@ -125,7 +126,7 @@ def run_grouped(x: Tensor, plan: DispatchPlan, pool: ExpertPool, float32: bool) 
     repeat = 1 if x.dim() == 2 else x.shape[1]
     out = pool.kind.forward(flat, SortedExperts(pool, plan, repeat)).view(taken.shape)
     values = scale_rows(out, plan.sorted_gates, float32)
-    return _zeros(x, float32).index_add(0, plan.rows, values).to(x.dtype)
+    return _zeros(x, float32).index_add(0, plan.rows, values)
 
 
 def run_fold(x: Tensor, plan: DispatchPlan, pool: ExpertPool, float32: bool) -> Tensor:
