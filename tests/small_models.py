@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -12,7 +13,16 @@ from coterie.core.batch import Batch
 from coterie.core.config import override
 from coterie.core.context import NULL_LABEL
 from coterie.core.prediction import Condition
-from coterie.recipes import get_recipe, list_recipes
+from coterie.recipes import (
+    deepseekmoe,
+    dit_moe,
+    dtr,
+    get_recipe,
+    list_recipes,
+    promoe,
+    switch_dit,
+)
+from coterie.recipes.common import image_tiny, text_tiny
 from coterie.train.run import RunConfig, build_model
 
 IMAGE = {
@@ -24,12 +34,24 @@ IMAGE = {
 TEXT = {"data": {"kind": "pydoc-topics", "context": 24}, "model.backbone.context": 24}
 
 
+VARIANTS: dict[str, Callable[[], RunConfig]] = {
+    "dense-ddpm": lambda: image_tiny("dit", flow=False),
+    "dit-moe:no-balance": lambda: image_tiny("dit-moe", dit_moe.slot(64, ratio=1.0, balance=0.0)),
+    "dtr:random": lambda: image_tiny("dtr", dtr.slot(mode="random"), flow=False),
+    "switch-dit:no-prior": lambda: image_tiny("switch-dit", switch_dit.slot(prior=0.0), flow=False),
+    "promoe:expert-choice": lambda: image_tiny("promoe", promoe.slot(64, 6, choice="expert")),
+    "promoe:no-contrastive": lambda: image_tiny("promoe", promoe.slot(64, 6, contrastive=0.0)),
+    "promoe:token-choice": lambda: image_tiny("promoe", promoe.plain_slot(64, 6)),
+    "text:top-2-of-8": lambda: text_tiny("x", deepseekmoe.slot(8, 2, 128, segment=1, shared=0)),
+    "text:dense": lambda: text_tiny("x"),
+}
+
+
 @cache
 def small(name: str) -> RunConfig:
-    """``recipe`` (its tiny preset), ``recipe:arm``, or ``recipe/preset``, on digits or text."""
-    if ":" in name:
-        recipe, arm = name.split(":")
-        config = get_recipe(recipe).arms()[arm]
+    """``recipe`` (its tiny preset), ``recipe/preset`` or a variant, on digits or text."""
+    if name in VARIANTS:
+        config = VARIANTS[name]()
     else:
         recipe, _, preset = name.partition("/")
         config = get_recipe(recipe).config(preset or "tiny")
@@ -38,7 +60,7 @@ def small(name: str) -> RunConfig:
 
 RECIPES = tuple(list_recipes())
 IMAGES = (*RECIPES, "promoe:expert-choice", "promoe:token-choice", "dtr:random")
-TEXTS = ("deepseekmoe/text", "deepseekmoe:text-gshard")
+TEXTS = ("deepseekmoe/text", "text:top-2-of-8")
 
 
 def woken(config: RunConfig, seed: int = 0, std: float = 0.05) -> Any:
