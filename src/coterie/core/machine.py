@@ -52,3 +52,10 @@ def hardware() -> dict[str, Any]:
         "torch": str(torch.__version__),
         "system": platform.system(),
     }
+
+
+def hardware_line() -> str:
+    """The same for people, in one line."""
+    here = hardware()
+    parts = [here["gpu"], here["cpu"], f"{here['cores']} cores", f"{here['memory_gib']} GiB"]
+    return ", ".join([part for part in parts if part] + [f"torch {here['torch']}"])

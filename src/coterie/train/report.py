@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from coterie.core.cost import count_parameters
-from coterie.core.machine import commit, hardware
+from coterie.core.machine import commit, hardware_line
 from coterie.inspect import ReportData, write_report
 from coterie.train.evaluate import StepRecorder, held_out, make_trace, score_images
 from coterie.train.progress import stages
@@ -50,7 +49,7 @@ def report_run(
             parameters=count_parameters(run.model),
             config=run.config.model_dump(mode="json"),
             citation=citation,
-            hardware=json.dumps(hardware()),
+            hardware=hardware_line(),
             commit=commit(),
             step=run.step,
         )
