@@ -25,12 +25,18 @@ DISABLED_SHARE = 1 / 8  # of all routed experts, the best of each token
 MIDDLE = 0.5  # noise level at which a denoiser is probed
 
 
+def token_routers(model: nn.Module) -> list[Router]:
+    """Routers that choose for each token; those of noise levels have no best token to lose."""
+    routers = [module for module in model.modules() if isinstance(module, Router)]
+    return [router for router in routers if router.config.routed_unit == "token"]
+
+
 @contextmanager
 def rerouted(
     model: nn.Module, change: Callable[[RouterConfig, int], RouterConfig]
 ) -> Iterator[None]:
-    """Inside the block every router runs with ``change(config, num_experts)``."""
-    routers = [module for module in model.modules() if isinstance(module, Router)]
+    """Inside the block every router of tokens runs with ``change(config, num_experts)``."""
+    routers = token_routers(model)
     before = [router.config for router in routers]
     try:
         for router in routers:
@@ -69,12 +75,11 @@ def probe_loss(run: LoadedRun, limit: int = 256) -> tuple[float, tuple[Routing, 
 
 def measure(run: LoadedRun) -> dict[str, float]:
     """The probes that make sense for this model's routers."""
-    routers = [module for module in run.model.modules() if isinstance(module, Router)]
-    token = [r for r in routers if r.config.routed_unit == "token"]
+    token = token_routers(run.model)
     if not token:
         return {}
     loss, routings = probe_loss(run)
-    out = {"separation": float(np.mean([separation(r) for r in routings]))}
+    out = {"separation": float(np.mean([separation(r) for r in routings if r.unit == "token"]))}
     if all(r.config.select.kind == "top_k" and r.num_experts > r.config.select.k for r in token):
         with rerouted(run.model, without_best):
             disabled, _ = probe_loss(run)

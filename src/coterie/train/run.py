@@ -83,6 +83,10 @@ def build_source(config: RunConfig, split: str = "train") -> Source:
     if wanted is not None and tuple(source.shape) != tuple(wanted):
         hint = f"source {source.name!r} yields samples of shape {tuple(source.shape)}"
         raise ConfigError(describe("model.backbone", tuple(wanted), str(source.shape), hint))
+    words, known = getattr(source, "vocab_size", 0), getattr(backbone, "vocabulary", None)
+    if known is not None and words > known:
+        hint = f"source {source.name!r} has {words} tokens"
+        raise ConfigError(describe("model.backbone.vocabulary", known, f"{words} or more", hint))
     classes = getattr(backbone, "num_classes", None)
     if classes and source.num_classes != classes:
         hint = f"source {source.name!r} has {source.num_classes} classes"

@@ -55,6 +55,8 @@ def generate(
     progress: Callable[[int], None] | None = None,
 ) -> Samples:
     """Draw ``num`` samples. Sample i depends on (seed, i), its label and the model only."""
+    if num < 1:
+        raise ConfigError(describe("num", num, "1 or more"))
     wanted = balanced_labels(run, num) if labels is None else _labels(run, labels, num)
     seeds = [derive(seed, "sample", index) for index in range(num)]
     parts = []
@@ -67,6 +69,10 @@ def generate(
 
 
 def _labels(run: LoadedRun, labels: Sequence[int], num: int) -> Tensor:
+    if not conditional(run):
+        raise ConfigError(describe("labels", list(labels), "none", "the model has no classes"))
+    if not labels:
+        raise ConfigError(describe("labels", [], "at least one"))
     classes = run.source.num_classes
     for label in labels:
         if not NULL_LABEL <= label < classes:
