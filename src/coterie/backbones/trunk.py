@@ -186,7 +186,11 @@ class Trunk(nn.Module):
         ]
 
     def reset_parameters(self) -> None:
-        """Generic initialisation, adaLN-zero, then every expert layer by its own card."""
+        """Generic initialisation, adaLN-zero, then every expert layer by its own card.
+
+        Experts draw from torch's global generator like all else here: other weights in every
+        layer, and under every seed.
+        """
         if self.config.init_std is None:
             xavier_linear(self)
         else:
@@ -195,8 +199,9 @@ class Trunk(nn.Module):
             assert isinstance(block, Block)
             if block.modulation is not None:
                 zero_linear(block.modulation)
+        rng = Generator().manual_seed(int(torch.randint(2**62, (), device="cpu")))
         for layer in self.expert_layers():
-            layer.reset_parameters()
+            layer.reset_parameters(rng)
 
     def expert_layers(self) -> list[ExpertLayer]:
         return [module for module in self.modules() if isinstance(module, ExpertLayer)]
