@@ -7,7 +7,7 @@ from typing import Any
 from coterie.backbones import DiTConfig, SlotConfig, TrunkConfig
 from coterie.backbones.causal import TEXT_TRUNK, CausalConfig
 from coterie.denoiser import DenoiserConfig, TokenDenoiserConfig
-from coterie.solvers import GuidanceConfig
+from coterie.solvers import GuidanceConfig, ThresholdConfig
 from coterie.train.config import TrainConfig
 from coterie.train.objectives import DenoisingConfig, NextTokenConfig
 from coterie.train.run import RunConfig, SampleConfig
@@ -93,7 +93,13 @@ def image_tiny(
         train=TrainConfig.from_dict(
             {"steps": steps, "batch": 64, "lr": 2e-3, "ema": 0.99, "warmup": 50, **changes}
         ),
-        sample=SampleConfig(**sampler, grid=grid, guidance=GuidanceConfig(weight=2.0)),
+        sample=SampleConfig(
+            **sampler,
+            grid=grid,
+            guidance=GuidanceConfig(weight=2.0),
+            # eps -> x0 divides by alpha, which is almost 0 where this schedule starts.
+            threshold=None if flow else ThresholdConfig(),
+        ),
     )
 
 

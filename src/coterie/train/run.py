@@ -21,7 +21,7 @@ from coterie.core.registry import Part
 from coterie.core.rng import derive
 from coterie.data import SOURCES
 from coterie.denoiser import MODELS, DenoiserConfig
-from coterie.solvers import GRIDS, SOLVERS, GuidanceConfig
+from coterie.solvers import GRIDS, SOLVERS, GuidanceConfig, ThresholdConfig
 from coterie.train.config import TrainConfig
 from coterie.train.loop import Trainer
 from coterie.train.objectives import OBJECTIVES, DenoisingConfig
@@ -36,6 +36,7 @@ class SampleConfig(Config):
     grid: Annotated[SerializeAsAny[Part], GRIDS.validator] = "uniform"  # type: ignore[assignment]
     steps: int = Field(20, ge=1)
     guidance: GuidanceConfig = GuidanceConfig()
+    threshold: ThresholdConfig | None = None  # keeps x0 in range, after guidance; pixels only
     batch: int = Field(128, ge=1)
     temperature: float = Field(1.0, gt=0)  # text only
 

@@ -17,7 +17,7 @@ from coterie.core.context import NULL_LABEL
 from coterie.core.errors import ConfigError, describe
 from coterie.core.prediction import Condition
 from coterie.core.rng import SampleNoise, derive
-from coterie.solvers import guide, initial_noise, sample
+from coterie.solvers import Thresholded, guide, initial_noise, sample
 from coterie.solvers.text import generate_text
 from coterie.train.run import LoadedRun
 
@@ -107,6 +107,8 @@ def _batch(
     if conditional(run):
         cond = Condition(label=labels)
         denoiser = guide(run.model, settings.guidance.replace(weight=weight))
+    if settings.threshold is not None:
+        denoiser = Thresholded(denoiser, settings.threshold)
     x = initial_noise(run.model.process, run.source.shape, noise)
     return sample(
         denoiser,
