@@ -23,6 +23,7 @@ DECODE = benchmark.Case("tiny-decode", 2, 16, 8, 8, 2, train=False)
 @pytest.fixture(autouse=True)
 def tiny_cases(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(benchmark, "CASES", {"tiny": TINY, "tiny-decode": DECODE})
+    monkeypatch.setattr(benchmark, "_CHUNK", 1e-3)
 
 
 def test_rows_hold_every_backend_with_finite_figures() -> None:

@@ -10,6 +10,7 @@ from coterie.core.context import Context
 from coterie.core.routing import Routing
 from coterie.experts import ExpertLayerConfig, ExpertPool, dispatch, plan
 from coterie.experts.dispatch import BACKENDS, available, choose
+from coterie.experts.dispatch.backends import SortedExperts
 from coterie.experts.kinds import Affine, SwiGLU
 
 BACKENDS_OF_A_CONFIG = ("dense", "sorted", "grouped", "auto")
@@ -119,8 +120,12 @@ def test_sum_backward_through_the_grouped_product() -> None:
     """Its backward rejects the expanded gradient that a plain sum sends."""
     pool = ExpertPool(SwiGLU(hidden=8), 3, WIDTH)
     x = torch.randn(6, WIDTH, requires_grad=True)
-    dispatch(x, plan(random_routing(6, 3, 2, 0)), pool, "grouped").sum().backward()
+    made = plan(random_routing(6, 3, 2, 0))
+    dispatch(x, made, pool, "grouped").sum().backward()
     assert x.grad is not None and x.grad.abs().min() > 0
+    rows = x.detach()[made.rows]
+    SortedExperts(pool, made, 1).linear(rows, "gate_up").sum().backward()
+    assert pool.gate_up.grad is not None and pool.gate_up.grad.abs().max() > 0
 
 
 def test_grouped_gives_way_where_torch_cannot() -> None:
