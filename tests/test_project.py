@@ -20,7 +20,7 @@ SOURCE = ROOT / "src" / "coterie"
 PROGRAMS = [*sorted((ROOT / "src").rglob("*.py")), *sorted((ROOT / "tests").rglob("*.py"))]
 LIBRARY = sorted(SOURCE.rglob("*.py"))
 RECIPES = sorted((SOURCE / "recipes").glob("*.py"))
-SHARED_BY_RECIPES = {"__init__", "base", "common", "verify"}
+SHARED_BY_RECIPES = {"__init__", "base", "common", "tables", "verify"}
 
 MAX_LINES = 400
 MAX_RECIPE_LINES = 150

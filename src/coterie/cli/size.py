@@ -12,12 +12,9 @@ BYTES_PER_PARAMETER = 20  # float32: weight, gradient, two moments of Adam, one 
 
 def size_of(config: RunConfig) -> dict[str, Any]:
     """Parameters and FLOPs, without allocating a weight: published sizes fit few machines."""
-    import torch
-
     from coterie.train.run import plan
 
-    with torch.device("meta"):
-        size = plan(config, measure=False)
+    size = plan(config, measure=False)
     gib = BYTES_PER_PARAMETER * size["parameters_total"] / 2**30
     return {**size, "training_memory_gib": round(gib, 2)}
 

@@ -134,7 +134,8 @@ def load_run(path: str | Path, which: str = "ema") -> LoadedRun:
 
 def plan(config: RunConfig, measure: bool = True) -> dict[str, Any]:
     """Sizes and cost before any work: parameters, multiply-adds, projected minutes."""
-    counted = count_parameters(build_model(config))
+    with torch.device("meta"):  # shapes are enough, and published sizes fit few machines
+        counted = count_parameters(config.model.build())
     backbone = getattr(config.model, "backbone", None)
     tokens = int(getattr(backbone, "tokens", 1))
     out: dict[str, Any] = {
