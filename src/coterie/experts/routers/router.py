@@ -53,7 +53,7 @@ class Router(nn.Module):
     def _route(self, h: Tensor, ctx: Context) -> Routing:
         shape = (h.shape[0], h.shape[1])
         x, real = self._rows(h, ctx)
-        null = self._null_rows(ctx, x.shape[0], shape)
+        null = null_rows(ctx, x) if self.config.num_reserved else None
         scored_rows = real if null is None else (~null if real is None else real & ~null)
         scored = self.score(x, ctx)
         logits = self._edit(scored.logits, ctx, table=False)
@@ -65,7 +65,9 @@ class Router(nn.Module):
             ids = ids.masked_fill(~scored_rows[:, None], self.num_experts)
         gates = gates.masked_fill(ids == self.num_experts, 0.0)
         if self.config.num_reserved:
-            ids, gates = self._reserve(ids, gates, null, real)
+            assert null is not None
+            taken = null if real is None else null & real
+            ids, gates = send_to_reserved(ids, gates, taken, self.num_experts)
             logits = F.pad(logits, (0, 1), value=float("-inf"))
             probs = F.pad(probs, (0, 1))
         return self._record(ctx, shape, x, scored, ids, gates, probs, logits, scored_rows)
@@ -84,16 +86,6 @@ class Router(nn.Module):
         if mask is None:
             return total / max(1, h.shape[1]), None
         return total / mask.sum(dim=1, keepdim=True).clamp_min(1), _any(mask)
-
-    def _null_rows(self, ctx: Context, rows: int, shape: tuple[int, int]) -> Tensor | None:
-        """bool [R]: rows of unconditional samples; None without a partition."""
-        if not self.config.num_reserved:
-            return None
-        if ctx.label is None:
-            device = None if ctx.noise is None else ctx.noise.device
-            return torch.zeros(rows, dtype=torch.bool, device=device)
-        null = ctx.label == NULL_LABEL
-        return null if self.config.routed_unit == "sample" else null.repeat_interleave(shape[1])
 
     def _edit(self, logits: Tensor, ctx: Context, table: bool) -> Tensor:
         for part, edit in zip(self.config.edits, self.edits):
@@ -128,17 +120,6 @@ class Router(nn.Module):
         if self.config.weight == "renorm":
             gates = gates / (gates.sum(dim=1, keepdim=True) + self.config.renorm_eps)
         return gates * self.config.scale
-
-    def _reserve(
-        self, ids: Tensor, gates: Tensor, null: Tensor | None, real: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """Send unconditional rows to the expert after the candidates, with gate 1."""
-        assert null is not None
-        ids = torch.where(ids == self.num_experts, self.num_experts + 1, ids)
-        taken = null if real is None else null & real
-        first = torch.zeros_like(ids, dtype=torch.bool)
-        first[:, 0] = taken
-        return ids.masked_fill(first, self.num_experts), gates.masked_fill(first, 1.0)
 
     def _record(
         self,
@@ -181,3 +162,21 @@ class Router(nn.Module):
 
 def _any(mask: Tensor | None) -> Tensor | None:
     return None if mask is None else mask.any(dim=1)
+
+
+def null_rows(ctx: Context, x: Tensor) -> Tensor:
+    """bool [R]: rows of x [R, D] that belong to unconditional samples."""
+    if ctx.label is None:
+        return torch.zeros(x.shape[0], dtype=torch.bool, device=x.device)
+    null = ctx.label == NULL_LABEL
+    return null.repeat_interleave(x.shape[0] // max(1, null.shape[0]))
+
+
+def send_to_reserved(
+    ids: Tensor, gates: Tensor, taken: Tensor, num_experts: int
+) -> tuple[Tensor, Tensor]:
+    """Give rows ``taken`` to the expert after the candidates, with gate 1; move the sentinel."""
+    ids = torch.where(ids == num_experts, num_experts + 1, ids)
+    first = torch.zeros_like(ids, dtype=torch.bool)
+    first[:, 0] = taken
+    return ids.masked_fill(first, num_experts), gates.masked_fill(first, 1.0)
