@@ -43,7 +43,12 @@ def make_betas(schedule: str, num_steps: int, start: float, end: float) -> Tenso
 @lru_cache(maxsize=32)
 def _tables(schedule: str, num_steps: int, start: float, end: float) -> tuple[Tensor, Tensor]:
     """lam at every index and the spline's slopes per index, f64 [T] each."""
-    log_bar = torch.log1p(-make_betas(schedule, num_steps, start, end)).cumsum(0)
+    with torch.device("cpu"):  # cached: must not be of the device a model is being built on
+        return _lam_and_slopes(make_betas(schedule, num_steps, start, end))
+
+
+def _lam_and_slopes(betas: Tensor) -> tuple[Tensor, Tensor]:
+    log_bar = torch.log1p(-betas).cumsum(0)
     lam = 0.5 * (log_bar - torch.log(-torch.expm1(log_bar)))
     rise = lam.diff()
     inner = 2.0 * rise[1:] * rise[:-1] / (rise[1:] + rise[:-1])

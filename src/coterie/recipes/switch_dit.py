@@ -56,7 +56,12 @@ def arms() -> dict[str, RunConfig]:
 CLAIMS = (
     Claim("lower loss than a dense DiT at equal steps", "held_out_loss", "switch-dit", "dit"),
     Claim("better samples than a dense DiT at equal steps", "frechet", "switch-dit", "dit"),
-    Claim("lower loss than a dense DiT of equal parameters", "held_out_loss", "switch-dit", "wide"),
+    Claim(
+        "lower loss than a wider dense DiT of at least as many parameters",
+        "held_out_loss",
+        "switch-dit",
+        "wide",
+    ),
     Claim(
         "the prior makes one expert per block shared by all noise levels",
         "always_on_per_layer",

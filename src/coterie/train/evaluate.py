@@ -44,9 +44,9 @@ def batches(source: Source, size: int, limit: int) -> list[Batch]:
 def held_out(run: LoadedRun, limit: int = 512, size: int = 128) -> HeldOut:
     """Every held-out sample at every one of ``LEVELS`` noise levels, with fixed noise.
 
-    The noise depends on the sample and the level only: two runs on the same data are compared on
-    the same noisy inputs. The loss is conditional; where the model has a null condition, one batch
-    is also traced without its labels.
+    The noise depends on the batch (always the same ones) and the level only: two runs on the same
+    data are compared on the same noisy inputs. The loss is conditional; where the model has a null
+    condition, one batch is also traced without its labels.
     """
     source = build_source(run.config, "held_out")
     trace = make_trace(run)

@@ -96,8 +96,11 @@ def build_source(config: RunConfig, split: str = "train") -> Source:
     return source
 
 
-def make_trainer(config: RunConfig, run_dir: RunDir | None = None) -> Trainer:
-    source = build_source(config)
+def make_trainer(
+    config: RunConfig, run_dir: RunDir | None = None, source: Source | None = None
+) -> Trainer:
+    """A trainer of the configured model; ``source`` where it is already built."""
+    source = source or build_source(config)
     model = build_model(config)
     objective = config.objective.build(model)
     whole = config.model_dump(mode="json")
@@ -109,7 +112,8 @@ def start(config: RunConfig, out: str | Path, progress: bool = True) -> Path:
     from coterie.hub import save_pretrained
 
     run_dir = RunDir(out)
-    trainer = make_trainer(config, run_dir)
+    source = build_source(config)
+    trainer = make_trainer(config, run_dir, source)
     trainer.fit(progress=progress)
     with trainer.averaged() as model:
         save_pretrained(
@@ -117,7 +121,7 @@ def start(config: RunConfig, out: str | Path, progress: bool = True) -> Path:
             run_dir.path / "model",
             config.model.model_dump(mode="json"),
             overwrite=True,
-            data_licence=build_source(config).licence,
+            data_licence=source.licence,
             extra={"recipe": config.recipe, "preset": config.preset, "data": config.data.kind},
         )
     return run_dir.path

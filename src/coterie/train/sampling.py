@@ -153,9 +153,12 @@ def sample_run(
     out: str | Path | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Path:
-    """Write samples to ``out`` (default: the run's ``samples/``) and return that folder."""
+    """Write samples to ``out`` (default: the run's ``samples/``), in place of those of an earlier
+    draw, and return that folder."""
     folder = Path(out) if out is not None else run.path / "samples"
     folder.mkdir(parents=True, exist_ok=True)
+    for old in folder.glob("[0-9][0-9][0-9][0-9][0-9].png"):  # of an earlier, larger draw
+        old.unlink()
     made = generate(run, num, labels, seed, steps, guidance, progress=progress)
     entries: list[dict[str, Any]] = [
         {"index": index, "label": int(label), "seed": made.seeds[index]}
