@@ -39,7 +39,7 @@ class SharedExperts(nn.Module):
         hidden = config.hidden * (config.count if merged else 1)
         self.pool = ExpertPool(kind.with_hidden(hidden), 1 if merged else config.count, width)
         self.gate = None if merged else nn.Linear(width, config.count, bias=False)
-        self.reset_parameters(Generator().manual_seed(0))
+        self.reset_parameters()
 
     def reset_parameters(self, rng: Generator | None = None) -> None:
         self.pool.reset_parameters(rng)

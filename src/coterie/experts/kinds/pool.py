@@ -35,8 +35,8 @@ class ExpertPool(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self, rng: Generator | None = None) -> None:
-        """The kind's initialisation, expert by expert. ``rng`` None uses a fixed seed."""
-        rng = rng if rng is not None else Generator().manual_seed(0)
+        """The kind's initialisation, expert by expert. ``rng`` None: torch's own generator, as
+        every ``nn.Linear`` does, so that no two layers start alike."""
         for name, stack in self.stacks().items():
             if stack.device.type == "meta":
                 continue

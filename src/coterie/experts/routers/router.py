@@ -33,7 +33,7 @@ class Router(nn.Module):
         self.edits = nn.ModuleList(cast(EditPart, e).build(num_experts) for e in config.edits)
         bias = torch.zeros(num_experts) if config.selection_bias else None
         self.register_buffer("selection_bias", bias)
-        self.reset_parameters(Generator().manual_seed(0))
+        self.reset_parameters()
 
     def reset_parameters(self, rng: Generator | None = None) -> None:
         """The score's own initialisation; edits and the selection bias go back to zero."""
