@@ -88,7 +88,8 @@ def test_data_lists_what_is_built_in_and_what_must_be_fetched(
     assert rows["digits"]["cached"]
     assert not rows["cifar10"]["cached"]
     assert "cifar10" in coterie("data", "list")[1]
-    assert coterie("data", "get", "digits") == (0, "digits: nothing to fetch\n", "")
+    code, out, _ = coterie("data", "get", "digits")
+    assert code == 0 and "licence: BSD-3-Clause" in out and out.endswith("nothing to fetch\n")
     code, _, err = coterie("data", "get", "cifar11")
     assert code == 2
     assert "did you mean 'cifar10'?" in err

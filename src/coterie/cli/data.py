@@ -40,9 +40,13 @@ def list_sources(as_json: bool) -> None:
 @click.argument("kinds", nargs=-1, required=True, metavar="NAME...")
 @click.option("--refresh", is_flag=True, help="Fetch again what is here already.")
 def get(kinds: tuple[str, ...], refresh: bool) -> None:
-    """Fetch data sets once; a second call finds them in the cache."""
+    """Fetch data sets once, and say their licence; a second call finds them in the cache.
+
+    Also `efficientnet-lite0`, the weights behind distances between colour images.
+    """
+    import coterie.encoders.lite0  # noqa: F401 (registers its download)
     from coterie.core.errors import ConfigError, unknown
-    from coterie.data import SOURCES
+    from coterie.data import SOURCES, describe_source
     from coterie.data.fetch import DOWNLOADS, fetch
 
     known = {*SOURCES.kinds(), *DOWNLOADS}
@@ -50,11 +54,9 @@ def get(kinds: tuple[str, ...], refresh: bool) -> None:
         if kind not in known:
             raise ConfigError(unknown("data set", kind, known))
     for kind in kinds:
-        if kind not in DOWNLOADS:
-            say(f"{kind}: nothing to fetch")
-            continue
-        folder = fetch(kind, progress=_tell, refresh=refresh)
-        say(f"{kind}: {folder}")
+        folder = fetch(kind, progress=_tell, refresh=refresh) if kind in DOWNLOADS else None
+        say(describe_source(kind) if kind in SOURCES.kinds() else kind)
+        say(f"  {folder}" if folder else "  nothing to fetch")
 
 
 def _tell(message: str, share: float) -> None:
