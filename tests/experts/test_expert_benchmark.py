@@ -77,18 +77,23 @@ def test_the_published_sizes(monkeypatch) -> None:
     }
 
 
-def test_script_writes_its_rows(tmp_path: Path, monkeypatch, capsys) -> None:
-    path = Path(__file__).parents[2] / "benchmarks" / "experts.py"
-    spec = importlib.util.spec_from_file_location("experts_script", path)
+def test_the_gpu_command_rehearses_two_parts_and_resumes(
+    tmp_path: Path, monkeypatch, capsys
+) -> None:
+    path = Path(__file__).parents[2] / "benchmarks" / "gpu.py"
+    spec = importlib.util.spec_from_file_location("gpu_script", path)
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
-    out = tmp_path / "rows.json"
-    arguments = ["--cases", "tiny", "--rounds", "1", "--json", str(out)]
-    monkeypatch.setattr(sys, "argv", ["experts.py", *arguments])
-    script.main()
-    rows = json.loads(out.read_text())
+    quick = ["--device", "cpu", "--quick", "--out", str(tmp_path)]
+    for _ in range(2):
+        monkeypatch.setattr(sys, "argv", ["gpu.py", "correctness", "speed", *quick])
+        script.main()
+    assert capsys.readouterr().out.count("done at this commit") == 2
+    errors = json.loads((tmp_path / "correctness.json").read_text())["result"]
+    single = [row["relative_error"] for row in errors if row["dtype"] == "torch.float32"]
+    assert len(single) == 4 and max(single) < 1e-5
+    rows = json.loads((tmp_path / "speed.json").read_text())["result"]
     assert {row["backend"] for row in rows} >= {"auto", "loop", "dense_layer"}
-    assert "train_vs_best" in capsys.readouterr().out
 
 
 def choice(rows: int, num_experts: int, k: int, pool: ExpertPool, tokens: int | None = None) -> str:

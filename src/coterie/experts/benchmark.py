@@ -1,8 +1,8 @@
 """Time the dispatch backends against each other and a dense layer of equal active cost.
 
 On one thread the clock is process CPU time, so other jobs on the machine disturb little; with more
-threads it is wall time. Candidates are interleaved and every figure is the median of the ratios
-within a round, so a drift of the machine cancels.
+threads it is wall time, and on a GPU wall time between synchronisations. Candidates are interleaved
+and every figure is the median of the ratios within a round, so a drift of the machine cancels.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -50,14 +50,35 @@ _CHUNK = 0.03  # s, least time measured at once: the clock ticks in microseconds
 _SHORT_ROUND = 1.0  # s
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where and in which type a benchmark runs."""
+
+    device: str = "cpu"
+    dtype: torch.dtype = torch.float32
+    threads: int = 1
+
+    def clock(self) -> float:
+        if self.device != "cpu":
+            torch.cuda.synchronize()
+            return time.perf_counter()
+        return time.process_time() if self.threads == 1 else time.perf_counter()
+
+
 def run_benchmark(
-    cases: Sequence[str] = tuple(CASES), threads: int = 1, rounds: int = 3
+    cases: Sequence[str] = tuple(CASES),
+    threads: int = 1,
+    rounds: int = 3,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    tokens: int | None = None,
 ) -> list[dict]:
     """Rows ``{case, backend, choice, forward_ms, train_ms, vs_dense, ...}``, one per backend.
 
     ``vs_dense``, ``vs_loop``, ``vs_best``: time of the forward over that of the dense layer of
     equal active cost, the plain loop, the fastest other backend; ``train_vs_*``: forward and
     backward; None where not timed. ``auto`` is one of the backends, ``choice`` what it picked.
+    ``tokens`` replaces the number of tokens of every case.
     """
     for name in cases:
         if name not in CASES:
@@ -65,28 +86,35 @@ def run_benchmark(
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        return [row for name in cases for row in _run_case(CASES[name], threads, rounds)]
+        place = Place(device, dtype, threads)
+        chosen = [CASES[name] for name in cases]
+        if tokens is not None:
+            chosen = [replace(case, tokens=tokens) for case in chosen]
+        return [row for case in chosen for row in _run_case(case, place, rounds)]
     finally:
         torch.set_num_threads(before)
 
 
-def make_routing(case: Case) -> Routing:
+def make_routing(case: Case, device: str = "cpu") -> Routing:
     """Random choices with a mildly skewed load, gates that ask for a gradient."""
     rng = torch.Generator().manual_seed(0)
     logits = torch.randn(case.tokens, case.num_experts, generator=rng)
     logits += torch.linspace(0.0, 0.5, case.num_experts)
     probs = logits.softmax(dim=1)
-    gates, ids = probs.topk(case.top_k, dim=1)
+    gates, ids = (value.to(device) for value in probs.topk(case.top_k, dim=1))
     gates.requires_grad_()
+    probs, logits = probs.to(device), logits.to(device)
     return Routing("token", case.num_experts, ids, gates, probs, logits, (1, case.tokens))
 
 
-def _run_case(case: Case, threads: int, rounds: int) -> list[dict]:
+def _run_case(case: Case, place: Place, rounds: int) -> list[dict]:
     pool = ExpertPool(SwiGLU(hidden=case.hidden), case.num_experts, case.width)
-    wide = SwiGLU(hidden=case.hidden * case.top_k).module(case.width)
-    routing = make_routing(case)
+    pool = pool.to(place.device, place.dtype)
+    wide = SwiGLU(hidden=case.hidden * case.top_k).module(case.width).to(place.device, place.dtype)
+    routing = make_routing(case, place.device)
     rng = torch.Generator().manual_seed(1)
-    x = torch.randn(case.tokens, case.width, generator=rng).requires_grad_()
+    x = torch.randn(case.tokens, case.width, generator=rng).to(place.device, place.dtype)
+    x.requires_grad_()
     made = plan(routing)
     names = [name for name in available(x, made, pool) if name != "dense"]
     if case.num_experts <= 2 * case.top_k:
@@ -94,14 +122,14 @@ def _run_case(case: Case, threads: int, rounds: int) -> list[dict]:
     calls: dict[str, Callable[[], Tensor]] = {DENSE_LAYER: lambda: wide(x)}
     for name in [*names, "auto"]:
         calls[name] = lambda name=name: dispatch(x, plan(routing), pool, name)  # type: ignore[misc]
-    forward = _interleaved({n: _forward(f) for n, f in calls.items()}, threads, rounds)
+    forward = _interleaved({n: _forward(f) for n, f in calls.items()}, place, rounds)
     train: dict[str, list[float]] = {}
     if case.train:
-        grad = torch.randn(x.shape, generator=rng)
+        grad = torch.randn(x.shape, generator=rng).to(x)
         sparse = [x, routing.gates, *pool.parameters()]
         steps = {n: _train(f, sparse, grad) for n, f in calls.items() if n != DENSE_LAYER}
         steps[DENSE_LAYER] = _train(calls[DENSE_LAYER], [x, *wide.parameters()], grad)
-        train = _interleaved(steps, threads, rounds)
+        train = _interleaved(steps, place, rounds)
     with torch.no_grad():
         choices = {"forward": choose(x, made, pool)}
     choices["train"] = choose(x, made, pool)
@@ -128,10 +156,10 @@ def _train(
 
 
 def _interleaved(
-    calls: dict[str, Callable[[], None]], threads: int, rounds: int
+    calls: dict[str, Callable[[], None]], place: Place, rounds: int
 ) -> dict[str, list[float]]:
     """Seconds per call in every round. Short calls are repeated, and get three times the rounds."""
-    clock = time.process_time if threads == 1 else time.perf_counter
+    clock = place.clock
     repeats, total = {}, 0.0
     for name, call in calls.items():
         call()  # warm-up
