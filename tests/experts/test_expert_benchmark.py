@@ -84,6 +84,7 @@ def test_the_gpu_command_rehearses_two_parts_and_resumes(
     spec = importlib.util.spec_from_file_location("gpu_script", path)
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
+    monkeypatch.setitem(benchmark.CASES, "small", TINY)
     quick = ["--device", "cpu", "--quick", "--out", str(tmp_path)]
     for _ in range(2):
         monkeypatch.setattr(sys, "argv", ["gpu.py", "correctness", "speed", *quick])
