@@ -25,9 +25,12 @@ def command(run: Path, out: Path | None, as_json: bool, quiet: bool) -> None:
 
     page = report_run(run, out or run / "report", not quiet, citation_of(run))
     numbers = page.with_name("report.json")
+    found = json.loads(numbers.read_text(encoding="utf-8"))
     if as_json:
-        say_json(json.loads(numbers.read_text(encoding="utf-8")))
+        say_json(found)
         return
+    for sentence in found.get("routing", {}).get("summary", ()):
+        say(sentence)
     say(f"report   {page}")
     say(f"numbers  {numbers}")
 
