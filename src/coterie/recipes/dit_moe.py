@@ -45,8 +45,9 @@ def tiny() -> RunConfig:
 
 def demo() -> RunConfig:
     """What ``coterie demo`` trains: minutes from nothing to readable digits on two cores."""
-    config = image_tiny("dit-moe", slot(96, ratio=1.0), steps=1200, trunk={"width": 96})
-    train = config.train.replace(batch=128, ema=(0.99,), schedule="cosine")
+    config = image_tiny("dit-moe", slot(96, ratio=1.0), steps=1800, trunk={"width": 96})
+    drop = {"kind": "steps", "at": (0.85,), "factor": 0.3}
+    train = config.train.replace(batch=128, ema=(0.99,), schedule=drop)
     return config.replace(preset="demo", train=train)
 
 
