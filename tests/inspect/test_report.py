@@ -290,7 +290,7 @@ def test_reserved_experts_of_unconditional_rows_are_not_called_dead():
     label = torch.tensor([0, 1] * 20 + [-1] * 10)
     ids = torch.tensor([0, 1] * 20 + [2] * 10)
     mask = label >= 0
-    record = routing(ids, 3, (50, 1), label=label, mask=mask, extras={"reserved": 1})
+    record = routing(ids, 3, (50, 1), label=label, mask=mask, num_reserved=1)
     out = Trace()
     out.add([record])
     out.add_step(0, [record])

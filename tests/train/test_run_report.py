@@ -30,7 +30,6 @@ def quick(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFact
     monkeypatch.setattr(features, "SETTINGS", QUICK)
     monkeypatch.setattr(report, "SCORED", 60)
     monkeypatch.setattr(report, "SHOWN", 8)
-    monkeypatch.setattr(report, "TRACED", 8)
     monkeypatch.setattr(evaluate, "LEVELS", 3)
     few = partial(evaluate.held_out, limit=64)
     monkeypatch.setattr(report, "held_out", few)

@@ -8,7 +8,7 @@ never a global list, never a side effect of a logging flag.
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal, Self
 
 import torch
@@ -58,7 +58,12 @@ class Routing:
     prototypes: Tensor | None = None  # [E', D], for prototype routers
     table: Tensor | None = None  # f32 [S, E], probs at every step, for noise-level routers
     state: Tensor | None = None  # router state for the next layer
-    extras: dict[str, Any] = field(default_factory=dict)
+    num_reserved: int = 0  # experts at the end of the E that are never scored (ProMoE's partition)
+
+    @property
+    def num_scored(self) -> int:
+        """Experts the router chooses among."""
+        return self.num_experts - self.num_reserved
 
     @property
     def top_k(self) -> int:
@@ -87,12 +92,6 @@ class Routing:
         if self.mask is not None:
             return self.mask
         return torch.ones(self.ids.shape[0], dtype=torch.bool, device=self.ids.device)
-
-    def per_token(self, ids_or_gates: Tensor) -> Tensor:
-        """Expand [R, ...] to [B*N, ...]: a sample's choice holds for all its tokens."""
-        if self.unit == "token":
-            return ids_or_gates
-        return ids_or_gates.repeat_interleave(self.batch[1], dim=0)
 
     def replace(self, **changes: Any) -> Self:
         return dataclasses.replace(self, **changes)

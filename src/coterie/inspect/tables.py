@@ -133,7 +133,7 @@ class RouterTrace:
 
     def __init__(self, routing: Routing, noise_bins: int) -> None:
         # Experts that a rule, not this router, sends unconditional rows to come last.
-        self.reserved = int(routing.extras.get("reserved", 0))
+        self.reserved = routing.num_reserved
         experts = routing.num_experts - self.reserved
         self.place = Place(routing.slot, routing.layer, routing.round)
         self.unit = routing.unit

@@ -123,7 +123,7 @@ class Trace:
             last = self._last.get(place)
             if last is not None and last[0] == step and _same(last[2], routing.sample_ids):
                 continue
-            experts = routing.num_experts - int(routing.extras.get("reserved", 0))
+            experts = routing.num_scored
             trace = self.steps.setdefault(place, StepTrace(experts))
             chosen = routing.one_hot()[:, :experts].bool()
             if chosen.shape[1] != trace.num_experts:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from coterie.backbones import SlotConfig, TrunkConfig
 from coterie.backbones.causal import TEXT_TRUNK, CausalConfig
 from coterie.denoiser import TokenDenoiserConfig
-from coterie.experts import ExpertLayerConfig, RouterConfig, SharedConfig
+from coterie.experts import Segmentation
 from coterie.recipes.base import Claim, Paper
 from coterie.recipes.common import image_tiny, text_tiny
 from coterie.train.run import RunConfig
@@ -33,16 +33,17 @@ def slot(
     statistics: str = "batch",
     layers: str = "all",
 ) -> SlotConfig:
-    """A reference layer of N experts, top-K and inner size ``hidden``, cut m = ``segment`` times:
-    m N - K_s routed experts of inner size hidden / m, top m K - K_s, K_s = ``shared`` always on."""
-    inner = hidden // segment
-    expert = ExpertLayerConfig(
-        num_experts=segment * base_experts - shared,
-        experts={"kind": "swiglu", "hidden": inner},
-        router=RouterConfig(select={"kind": "top_k", "k": segment * base_k - shared}),
-        shared=SharedConfig(hidden=inner, count=shared) if shared else None,
-        balance=({"kind": "switch", "weight": balance, "statistics": statistics},),
+    """A reference layer of N experts, top-K and inner size ``hidden``, cut m = ``segment`` times,
+    ``shared`` of the pieces always on."""
+    rule = Segmentation(
+        base_experts=base_experts,
+        base_k=base_k,
+        base_hidden=hidden,
+        segment=segment,
+        shared=shared,
     )
+    loss = {"kind": "switch", "weight": balance, "statistics": statistics}
+    expert = rule.layer().replace(balance=(loss,))
     return SlotConfig.from_dict({"slot": "ffn", "layers": layers, "expert": expert})
 
 
@@ -53,7 +54,7 @@ def text() -> RunConfig:
 
 def tiny() -> RunConfig:
     """The same layer in a denoiser of digits."""
-    return image_tiny("deepseekmoe", slot(8, 2, 128)).replace(recipe="deepseekmoe")
+    return image_tiny("deepseekmoe", slot(8, 2, 128))
 
 
 def paper(size: str = "16B") -> RunConfig:

@@ -110,8 +110,7 @@ def make_trace(run: LoadedRun) -> Trace:
 def score_images(run: LoadedRun, x: Tensor, limit: int = 1000) -> dict[str, Any]:
     """Distances of generated images ``x`` to training images, each with the floor that held-out
     real images reach; features of the network that suits the source."""
-    train = build_source(run.config)
-    reference = Subset(train, reference_rows(len(train)))
+    reference = Subset(run.source, reference_rows(len(run.source)))
     real, fresh = (
         torch.cat([batch.x for batch in batches(source, 250, limit)])
         for source in (reference, build_source(run.config, "held_out"))

@@ -14,8 +14,7 @@ from coterie.train.run import LoadedRun, load_run
 from coterie.train.rundir import RunDir, read_metrics
 from coterie.train.sampling import conditional, generate, to_pixels
 
-SHOWN = 64  # samples on the page
-TRACED = 64  # samples whose routing is followed step by step
+SHOWN = 64  # samples on the page; the routing of images is followed step by step
 SCORED = 500  # samples behind the distances
 
 
@@ -31,7 +30,7 @@ def report_run(
         bar("held-out data at every noise level")
         trace = found.trace
         followed = make_trace(run)
-        shown = generate(run, SHOWN if run.is_text else TRACED, callback=_recorder(run, followed))
+        shown = generate(run, SHOWN, callback=_recorder(run, followed))
         trace.steps.update(followed.steps)
         bar("samples, step by step")
         metrics = _metrics(run, found.loss)

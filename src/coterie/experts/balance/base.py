@@ -38,14 +38,9 @@ class BalancePart(Part):
         """Raise ConfigError where this part cannot work with that router."""
 
 
-def num_scored(routing: Routing) -> int:
-    """Experts the router chooses among: all but the reserved ones at the end."""
-    return routing.num_experts - int(routing.extras.get("reserved", 0))
-
-
 def scored_columns(routing: Routing, values: Tensor) -> Tensor:
     """[R, num_experts] -> [R, E]."""
-    return values[:, : num_scored(routing)]
+    return values[:, : routing.num_scored]
 
 
 def by_sequence(routing: Routing, values: Tensor, apart: bool) -> Tensor:

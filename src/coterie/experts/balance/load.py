@@ -16,7 +16,6 @@ from coterie.experts.balance.base import (
     BalancePart,
     by_sequence,
     mean_rows,
-    num_scored,
     scored_columns,
     term,
 )
@@ -144,7 +143,7 @@ class SelectionBiasUpdate(BalancePart):
         owners: dict[int, Router] = {}
         for router, place in zip(routers, places):
             same = [r for r in routings if (r.layer, r.round) == place]
-            load = torch.stack([r.counts()[: num_scored(r)] for r in same]).sum(dim=0)
+            load = torch.stack([r.counts()[: r.num_scored] for r in same]).sum(dim=0)
             owners[id(router)] = router
             counts[id(router)] = counts.get(id(router), torch.zeros_like(load)) + load
         for key, router in owners.items():

@@ -18,7 +18,7 @@ class Router(nn.Module):
     """``router(h [B, N, D], ctx) -> Routing``. Float32 throughout, also under autocast.
 
     With a partition, ``Routing.num_experts`` is the candidates plus the reserved expert, whose
-    columns hold probability 0 and logit -inf; ``Routing.extras["reserved"]`` says how many.
+    columns hold probability 0 and logit -inf; ``Routing.num_reserved`` says how many.
     """
 
     selection_bias: Tensor | None
@@ -156,7 +156,7 @@ class Router(nn.Module):
             prototypes=scored.prototypes,
             table=table,
             state=scored.state,
-            extras={"reserved": self.config.num_reserved} if self.config.num_reserved else {},
+            num_reserved=self.config.num_reserved,
         )
 
 
