@@ -188,3 +188,125 @@ def test_errors_name_the_whole_path() -> None:
         DiTConfig.from_dict({"patch": 5})
     with pytest.raises(ConfigError, match=r"^trunk\.modulation: 'adaln_zero'"):
         CausalConfig(trunk=TEXT_TRUNK).replace(trunk=TrunkConfig())
+
+
+def pooled(reuse: int, depth: int = 5, layers: Any = "all", **expert: Any) -> Trunk:
+    torch.manual_seed(0)
+    slot = {"layers": layers, "reuse": reuse, "expert": {**EXPERT, **expert}}
+    made = Trunk(trunk_config(depth=depth, slots=[slot]), TOKENS)
+    made.reset_parameters()
+    for parameter in made.parameters():  # open the gates, so that every layer speaks
+        parameter.data.add_(0.02 * torch.randn(parameter.shape))
+    return made.double()
+
+
+def test_a_pool_is_owned_once_by_the_layers_of_its_group() -> None:
+    trunk, plain = pooled(2), pooled(1)
+    first, second, last = (layer.pool for layer in trunk.expert_layers()[::2])
+    assert list(trunk.pools) == [first, second, last]
+    assert [pool.num_experts for pool in trunk.pools] == [4, 4, 2]
+    layers = trunk.expert_layers()
+    assert layers[0].pool is layers[1].pool and layers[1].pool is not layers[2].pool
+    assert [layer.pool_layers for layer in layers] == [(0, 1), (0, 1), (2, 3), (2, 3), (4,)]
+    extra = 4 * (2 - 1) * 2 * WIDTH  # four layers see as many candidates again
+    assert sum(p.numel() for p in trunk.parameters()) == extra + sum(
+        p.numel() for p in plain.parameters()
+    )
+    names = [name for name in trunk.state_dict() if "gate_up" in name]
+    assert names == ["pools.0.gate_up", "pools.1.gate_up", "pools.2.gate_up"]
+
+
+def test_layers_say_whose_experts_they_choose_among() -> None:
+    routings = pooled(2, layers=(1, 2, 4))(*inputs())[1]
+    assert [(r.layer, r.num_experts, r.pool_layers) for r in routings] == [
+        (1, 4, (1, 2)), (2, 4, (1, 2)), (4, 2, (4,)),
+    ]  # fmt: skip
+    own = {
+        "router": {
+            "select": {"kind": "top_k", "k": 1},
+            "edits": [{"kind": "candidates", "own": True}],
+        }
+    }
+    kept = pooled(2, layers=(1, 2), **own)(*inputs())[1]
+    assert kept[0].ids.max() <= 1 and kept[1].ids.min() >= 2
+
+
+def test_own_candidates_alone_are_a_plain_layer() -> None:
+    own = {"router": {"edits": [{"kind": "candidates", "own": True}]}}
+    plain, shared = pooled(1, depth=4), pooled(2, depth=4, **own)
+    state = {n: v for n, v in plain.state_dict().items() if "routers" not in n and "pool" not in n}
+    shared.load_state_dict(state, strict=False)
+    with torch.no_grad():
+        for place, (a, b) in enumerate(zip(plain.expert_layers(), shared.expert_layers())):
+            rows = slice(2 * (place % 2), 2 * (place % 2) + 2)
+            b.router(0).score.proj.weight[rows] = a.router(0).score.proj.weight
+            for name, stack in b.pool.stacks().items():
+                stack[rows] = a.pool.stacks()[name]
+    z, ctx = inputs()
+    torch.testing.assert_close(shared(z, ctx)[0], plain(z, ctx)[0], atol=1e-7, rtol=0)
+
+
+def test_a_pooled_balance_counts_the_layers_of_a_pool_together() -> None:
+    trunk = pooled(2, depth=3, balance=[{"kind": "switch", "pooled": True}, {"kind": "switch"}])
+    routings = trunk(*inputs())[1]
+    found = {aux.key: float(aux.value.detach()) for aux in trunk.aux_losses(routings)}
+    assert list(found) == [
+        "switch_pooled/layer0", "switch/layer0", "switch/layer1", "switch_pooled/layer2",
+        "switch/layer2",
+    ]  # fmt: skip
+    rows = [routings[0], routings[1]]
+    f = sum(r.counts() for r in rows) / sum(r.counts().sum() for r in rows)
+    p = torch.cat([r.probs for r in rows]).mean(0)
+    assert found["switch_pooled/layer0"] == pytest.approx(4 * (f * p).sum().item(), rel=1e-5)
+
+
+RECURRENT = {"router": {"score": {"kind": "recurrent", "state": 3}}}
+
+
+def test_one_memory_serves_the_layers_of_a_slot_and_skips_dense_blocks() -> None:
+    trunk = pooled(1, layers="even", **RECURRENT)
+    memories = {id(layer.router(0).score.memory) for layer in trunk.expert_layers()}
+    assert len(memories) == 1
+    z, ctx = inputs()
+    routings = trunk(z, ctx)[1]
+    assert [r.layer for r in routings] == [0, 2, 4]
+    loss = routings[-1].logits.square().sum()
+    loss.backward()
+    assert trunk.expert_layers()[0].router(0).score.inner.weight.grad.abs().max() > 0
+
+
+def test_router_states_of_two_slots_do_not_mix() -> None:
+    small = {"slot": "pre_block", "layers": (0, 1)}
+    small["expert"] = {**EXPERT, "router": {"score": {"kind": "recurrent", "state": 2}}}
+    large = {"slot": "ffn", "layers": (0, 1), "expert": {**EXPERT, **RECURRENT}}
+    routings = Trunk(trunk_config(slots=[small, large]), TOKENS).double()(*inputs())[1]
+    assert [(r.slot, r.state.shape[1]) for r in routings] == [("pre_block", 2), ("ffn", 3)] * 2
+
+
+def test_an_answer_may_replace_the_stream() -> None:
+    """CoE's released block: what comes out is the last round, RMSNorm(s) + its experts."""
+    expert = {**EXPERT, "answer": "output"}
+    slot = {"expert": expert, "residual": False}
+    plain = trunk_config(depth=1, modulation="none", norm="rms", slots=[slot])
+    block = Trunk(plain, TOKENS).double().blocks[0]
+    z, ctx = inputs()
+    middle = block.norm2(z + block.attention(block.norm1(z), None))
+    want = middle + block.ffn.combine(middle, block.ffn.router(0)(middle, ctx))
+    torch.testing.assert_close(block(z, ctx)[0], want)
+
+
+@pytest.mark.parametrize(
+    ("slot", "message"),
+    [
+        ({"reuse": 4}, r"slots\.0\.reuse: 4 .*1\.\.3"),
+        ({"reuse": 0}, r"slots\.0\.reuse"),
+        ({"reuse": 2, "expert": {"slot_map": [0, 0]}}, "reuse: 2 .*merged"),
+        ({"residual": False}, r"slots\.0\.residual.*gate starts at zero"),
+        ({"residual": False, "slot": "pre_block"}, r"residual.*only ffn"),
+        ({"expert": {"rounds": 0}}, r"rounds"),
+    ],
+)
+def test_pools_and_residuals_that_cannot_be(slot: dict[str, Any], message: str) -> None:
+    expert = {**EXPERT, **slot.pop("expert", {})}
+    with pytest.raises(ConfigError, match=message):
+        trunk_config(slots=[{**slot, "expert": expert}])

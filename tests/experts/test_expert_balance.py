@@ -235,7 +235,7 @@ def test_entropy_with_closed_candidates_has_finite_gradient() -> None:
     assert logits.grad.abs().max() > 0
 
 
-def biased_layer(rounds: int = 1, shared_router: bool = False):
+def biased_layer(rounds: int = 1, shared: bool = False):
     return ExpertLayerConfig.from_dict(
         {
             "num_experts": 4,
@@ -243,7 +243,7 @@ def biased_layer(rounds: int = 1, shared_router: bool = False):
             "router": {"selection_bias": True, "probability": "sigmoid"},
             "balance": [{"kind": "selection_bias", "rate": 0.25}],
             "rounds": rounds,
-            "shared_router": shared_router,
+            "round_routing": "shared" if shared else "own",
         }
     ).build(WIDTH)
 

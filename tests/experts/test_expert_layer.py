@@ -266,7 +266,7 @@ def test_one_expert_for_three_rounds_is_a_residual_chain() -> None:
 
 
 def test_shared_router_and_no_inner_residual() -> None:
-    shared = build("chain", shared_router=True)
+    shared = build("chain", round_routing="shared")
     assert len(shared.routers) == 1 and shared.router(1) is shared.routers[0]
     bare = build("chain", inner_residual=False)
     h, ctx = inputs(5), context(5)
@@ -274,6 +274,40 @@ def test_shared_router_and_no_inner_residual() -> None:
     for router in bare.routers:
         x = bare.combine(x, router(x, ctx))
     torch.testing.assert_close(bare(h, ctx).y, x, atol=1e-5, rtol=1e-5)
+    output = build("chain", inner_residual=False, answer="output")
+    assert torch.equal(output(h, ctx).y, bare(h, ctx).y)
+
+
+def test_a_frozen_decision_holds_for_all_rounds() -> None:
+    frozen, shared = (build("chain", round_routing=kind) for kind in ("frozen", "shared"))
+    h, ctx = inputs(5), context(5)
+    first, second = frozen(h, ctx).routings
+    assert (first.round, second.round) == (0, 1)
+    assert torch.equal(first.ids, second.ids) and torch.equal(first.gates, second.gates)
+    x = h
+    for _ in range(2):
+        x = x + frozen.combine(x, first)
+    torch.testing.assert_close(frozen(h, ctx).y, x - h, atol=1e-5, rtol=1e-5)
+    again = shared(h, ctx).routings  # one router asked twice sees another input
+    assert torch.equal(again[0].logits, first.logits)
+    assert not torch.equal(again[1].logits, first.logits)
+
+
+def test_norm_between_rounds_and_the_whole_output() -> None:
+    layer = build("chain", inner_norm=True, answer="output")
+    h, ctx = inputs(5), context(5)
+    x = h + layer.combine(h, layer.router(0)(h, ctx))
+    read = x * (x.square().mean(-1, keepdim=True) + torch.finfo(x.dtype).eps).rsqrt()
+    x = x + layer.combine(read, layer.router(1)(read, ctx))
+    torch.testing.assert_close(layer(h, ctx).y, x, atol=1e-5, rtol=1e-5)
+
+
+def test_shared_experts_may_weigh_half() -> None:
+    layer = build("dit_moe", shared={"hidden": 4, "scale": 0.5})
+    x = inputs(5)
+    whole = build("dit_moe", shared={"hidden": 4})
+    whole.load_state_dict(layer.state_dict())
+    torch.testing.assert_close(2 * layer.shared(x), whole.shared(x))
 
 
 def test_router_state_travels_and_passes_through_layers_without_one() -> None:

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from coterie.core.context import NULL_LABEL, Context
+from coterie.core.errors import ConfigError
 from coterie.core.routing import Routing
 from coterie.experts import Router, RouterConfig
 from coterie.experts.routers import (
@@ -230,7 +231,7 @@ def test_jitter_needs_training_and_a_generator() -> None:
 def test_progressive_candidates_follow_their_schedule() -> None:
     """ReXMoE: N = 64, four pools, steps 10k..30k: 73 at 11k, 160 at 20k, all 256 at 30k."""
     part = ProgressiveCandidates(start=64, begin=0.1, end=0.3)
-    assert [part.count(p, 256) for p in (0.0, 0.1, 0.11, 0.2, 0.3, 1.0)] == [
+    assert [part.count(p, 256, 64) for p in (0.0, 0.1, 0.11, 0.2, 0.3, 1.0)] == [
         64, 64, 73, 160, 256, 256,
     ]  # fmt: skip
     made = router(12, edits=[{"kind": "progressive", "start": 3, "begin": 0.0, "end": 0.5}])
@@ -238,6 +239,53 @@ def test_progressive_candidates_follow_their_schedule() -> None:
     logits = made(inputs(7), ctx).logits
     assert ((logits > float("-inf")).sum(1) == 7).all()
     assert (made(inputs(7), ctx.replace(training=False)).logits > float("-inf")).all()
+
+
+def test_progressive_steps_open_one_layer_after_the_other() -> None:
+    part = ProgressiveCandidates(begin=0.0, end=0.6, mode="steps")
+    shares = (0.0, 0.19, 0.21, 0.41, 0.59, 0.6)
+    assert [part.count(p, 32, 8) for p in shares] == [8, 8, 16, 24, 24, 32]
+
+
+def test_closed_probabilities_are_zero_and_the_rest_is_not_normalised() -> None:
+    """ReXMoE closes candidates after the softmax: their scores are set to zero."""
+    edit = {"kind": "progressive", "start": 3, "begin": 0.5, "end": 1.0, "masks": "probs"}
+    made, plain = router(6, edits=[edit]), router(6)
+    plain.load_state_dict(made.state_dict())
+    ctx = context(7).replace(progress=0.0, rng=torch.Generator().manual_seed(0))
+    closed, whole = made(inputs(7), ctx), plain(inputs(7), ctx)
+    shut = closed.probs == 0
+    assert (shut.sum(1) == 3).all() and (shut == shut[0]).all()
+    assert torch.equal(closed.probs, whole.probs.masked_fill(shut, 0.0))
+    assert not shut.gather(1, closed.ids).any()
+    assert torch.equal(made(inputs(7), ctx.replace(training=False)).probs, whole.probs)
+
+
+def test_own_candidates_come_first_in_a_shared_pool() -> None:
+    ctx = context(7).replace(pool_layers=(1, 3, 4), layer=3, progress=0.5)
+    ctx = ctx.replace(rng=torch.Generator().manual_seed(0))
+    edit = {"kind": "progressive", "begin": 0.0, "end": 1.0, "order": "own_first"}
+    open_ = made_open(router(6, edits=[edit]), ctx)
+    assert len(open_) == 4 and {2, 3} <= open_  # own two, and half of the other four
+    assert made_open(router(6, edits=[{"kind": "candidates", "own": True}]), ctx) == {2, 3}
+
+
+def made_open(made: Router, ctx: Context) -> set[int]:
+    logits = made(inputs(7), ctx).logits
+    return set((logits > float("-inf")).all(0).nonzero()[:, 0].tolist())
+
+
+def test_a_recurrent_router_may_start_from_the_noise_level() -> None:
+    score = {"kind": "recurrent", "state": 5, "start": "time", "head": "cosine"}
+    made = router(4, score=score)
+    ctx = context(7)
+    time = torch.randn(BATCH, TIME_WIDTH, requires_grad=True)
+    routing = made(inputs(7), ctx.replace(time_embedding=time))
+    assert routing.logits.abs().max() <= 1 + 1e-6 and routing.prototypes.shape == (4, 5)
+    routing.logits.square().sum().backward()
+    assert (time.grad.abs().sum(1) > 0).all()
+    with pytest.raises(ConfigError, match=r"score\.start: 'time' .*noise level"):
+        made(inputs(7), ctx.replace(time_embedding=None))
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -83,13 +83,13 @@ def test_recurrent_router_equals_torch_cells_across_layers(cell: str) -> None:
     config = {"kind": "recurrent", "state": 5, "cell": cell, "init_std": 0.5}
     layers = [router(score=config, seed=seed) for seed in (1, 2)]
     share_cells(layers)
-    assert layers[0].score.cell is layers[1].score.cell
+    assert layers[0].score.memory.cell is layers[1].score.memory.cell
     h, ctx = inputs(3), context(3)
     first = layers[0](h, ctx)
     second = layers[1](h, ctx.replace(state=first.state))
     x = h.flatten(0, 1)
-    state = layers[0].score.cell(layers[0].score.inner(x), torch.zeros(x.shape[0], 5))
-    state = layers[1].score.cell(layers[1].score.inner(x), state)
+    state = layers[0].score.memory.cell(layers[0].score.inner(x), torch.zeros(x.shape[0], 5))
+    state = layers[1].score.memory.cell(layers[1].score.inner(x), state)
     torch.testing.assert_close(second.state, state)
     torch.testing.assert_close(second.logits, layers[1].score.proj(state))
 

@@ -7,7 +7,9 @@ where an expert layer is put by configuration:
 * ``pre_block``: the layer answers y and the block reads ``m * z`` with ``m = 1 + y``. Writes are
   not masked: ``z_out = z + dAttn(m z) + dMLP(m z + dAttn)`` (DTR, Switch-DiT).
 
-Every slot receives the same :class:`Context`. Shapes: B batch, N tokens, D width.
+Every slot receives the same :class:`Context`. What layers of a slot have in common is here too: the
+pools of experts that several of them use (ReXMoE) and the memory of recurrent routers (RMoE).
+Shapes: B batch, N tokens, D width.
 """
 
 from __future__ import annotations
@@ -16,14 +18,21 @@ from collections.abc import Sequence
 from typing import Literal
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field, PositiveInt, model_validator
 from torch import Generator, Tensor, nn
 
 from coterie.core.config import Config
 from coterie.core.context import Context
 from coterie.core.errors import ConfigError, describe
 from coterie.core.routing import Aux, Routing
-from coterie.experts import ExpertLayer, ExpertLayerConfig, routers_of
+from coterie.experts import (
+    ExpertLayer,
+    ExpertLayerConfig,
+    ExpertOutput,
+    ExpertPool,
+    routers_of,
+    share_cells,
+)
 from coterie.nn.attention import SelfAttention
 from coterie.nn.init import normal_linear, xavier_linear, zero_linear
 from coterie.nn.mlp import FEED_FORWARD
@@ -33,11 +42,31 @@ Layers = Literal["all", "odd", "even", "except_first"] | tuple[int, ...]
 
 
 class SlotConfig(Config):
-    """One expert system: which slot, in which blocks, which layer."""
+    """One expert system: which slot, in which blocks, which layer.
+
+    ``reuse`` r: r consecutive layers of the slot share one pool, in which each owns
+    ``expert.num_experts`` experts; every one of them routes among all r times as many (the last
+    pool may be smaller). ``residual`` False: the answer of an ``ffn`` replaces the stream.
+    """
 
     slot: SlotName = "ffn"
     layers: Layers = "all"  # "odd": blocks 1, 3, 5, ... (every second block)
     expert: ExpertLayerConfig
+    reuse: PositiveInt = 1
+    residual: bool = True
+
+    @model_validator(mode="after")
+    def _check(self) -> SlotConfig:
+        if not self.residual and self.slot != "ffn":
+            raise ConfigError(describe("residual", False, "true", "only ffn adds to the stream"))
+        if self.reuse > 1:
+            if self.expert.num_experts is None:
+                hint = "a layer of a shared pool owns a number of experts"
+                raise ConfigError(describe("expert.num_experts", None, "a number", hint))
+            if self.expert.slot_map is not None or self.expert.router.num_reserved:
+                hint = "merged and reserved experts belong to one layer"
+                raise ConfigError(describe("reuse", self.reuse, "1", hint))
+        return self
 
     def sites(self, depth: int) -> list[int]:
         named = {
@@ -47,6 +76,11 @@ class SlotConfig(Config):
             "except_first": range(1, depth),
         }
         return sorted(self.layers) if isinstance(self.layers, tuple) else list(named[self.layers])
+
+    def pools(self, depth: int) -> list[tuple[int, ...]]:
+        """Layers that share a pool of experts, from the first to the last."""
+        sites = self.sites(depth)
+        return [tuple(sites[i : i + self.reuse]) for i in range(0, len(sites), self.reuse)]
 
 
 class TrunkConfig(Config):
@@ -94,6 +128,12 @@ class TrunkConfig(Config):
                     allowed = f"one expert system per slot and block (slots.{first} has it)"
                     raise ConfigError(describe(f"slots.{index}.layers", layer, allowed))
                 taken[slot.slot, layer] = index
+            if slot.reuse > max(1, len(slot.sites(self.depth))):
+                allowed = f"1..{len(slot.sites(self.depth))}, the layers of this slot"
+                raise ConfigError(describe(f"slots.{index}.reuse", slot.reuse, allowed))
+            if not slot.residual and self.modulation == "adaln_zero":
+                hint = "the gate starts at zero, and nothing would pass"
+                raise ConfigError(describe(f"slots.{index}.residual", False, "true", hint))
 
     @property
     def hidden(self) -> int:
@@ -111,12 +151,25 @@ def modulate(x_BND: Tensor, shift_BD: Tensor, scale_BD: Tensor) -> Tensor:
     return x_BND * (1 + scale_BD[:, None]) + shift_BD[:, None]
 
 
+def _ask(
+    layer: ExpertLayer, h_BND: Tensor, ctx: Context, states: dict[str, Tensor]
+) -> ExpertOutput:
+    """The layer's answer; a recurrent router of the same slot sees the state of the one before."""
+    answer: ExpertOutput = layer(h_BND, ctx.replace(state=states.get(ctx.slot)))
+    if answer.state is not None:
+        states[ctx.slot] = answer.state
+    return answer
+
+
 class Block(nn.Module):
     """Attention and feed-forward network with optional experts in its slots."""
 
-    def __init__(self, config: TrunkConfig, length: int, experts: dict[str, ExpertLayer]) -> None:
+    def __init__(
+        self, config: TrunkConfig, length: int, experts: dict[str, ExpertLayer], residual: bool
+    ) -> None:
         super().__init__()
         width = config.width
+        self.residual = residual
         self.norm1, self.norm2 = _norm(config), _norm(config)
         self.attention = SelfAttention(
             width,
@@ -133,11 +186,15 @@ class Block(nn.Module):
         adaptive = config.modulation == "adaln_zero"
         self.modulation = nn.Linear(width, 6 * width) if adaptive else None
 
-    def forward(self, z_BND: Tensor, ctx: Context) -> tuple[Tensor, list[Routing]]:
+    def forward(
+        self, z_BND: Tensor, ctx: Context, states: dict[str, Tensor] | None = None
+    ) -> tuple[Tensor, list[Routing]]:
+        """``states``: router state by slot, from the layer before; updated for the one after."""
+        states = {} if states is None else states
         routings: list[Routing] = []
         u_BND = z_BND
         if self.pre_block is not None:
-            answer = self.pre_block(z_BND, ctx.replace(slot="pre_block"))
+            answer = _ask(self.pre_block, z_BND, ctx.replace(slot="pre_block"), states)
             routings.extend(answer.routings)
             u_BND = (1 + answer.y) * z_BND
         shift1, scale1, gate1, shift2, scale2, gate2 = self._modulation(ctx)
@@ -145,11 +202,13 @@ class Block(nn.Module):
         attended_BND = self._gate(self.attention(h_BND, ctx.token_mask), gate1)
         h_BND = self._modulate(self.norm2(u_BND + attended_BND), shift2, scale2)
         if isinstance(self.ffn, ExpertLayer):
-            answer = self.ffn(h_BND, ctx.replace(slot="ffn"))
+            answer = _ask(self.ffn, h_BND, ctx.replace(slot="ffn"), states)
             routings.extend(answer.routings)
             y_BND = answer.y
         else:
             y_BND = self.ffn(h_BND)
+        if not self.residual:
+            return y_BND, routings
         return z_BND + attended_BND + self._gate(y_BND, gate2), routings
 
     def _modulation(self, ctx: Context) -> Sequence[Tensor | None]:
@@ -176,14 +235,35 @@ class Trunk(nn.Module):
         super().__init__()
         self.config = config
         by_block: list[dict[str, ExpertLayer]] = [{} for _ in range(config.depth)]
+        self.pools = nn.ModuleList()  # experts that several layers use; others own theirs
         for slot in config.slots:
-            for layer in slot.sites(config.depth):
-                by_block[layer][slot.slot] = slot.expert.build(config.width, config.width)
-        self.blocks = nn.ModuleList(Block(config, length, experts) for experts in by_block)
+            for group in slot.pools(config.depth):
+                for layer, made in zip(group, self._build_group(slot, group)):
+                    by_block[layer][slot.slot] = made
+            share_cells(by_block[layer][slot.slot] for layer in slot.sites(config.depth))
+        replaced = {i for s in config.slots if not s.residual for i in s.sites(config.depth)}
+        self.blocks = nn.ModuleList(
+            Block(config, length, experts, index not in replaced)
+            for index, experts in enumerate(by_block)
+        )
         self._systems = [
-            (slot.slot, slot.sites(config.depth), [part.build() for part in slot.expert.balance])
+            (slot.slot, group, [part.build() for part in slot.expert.balance])
             for slot in config.slots
+            for group in (
+                slot.pools(config.depth) if slot.reuse > 1 else [tuple(slot.sites(config.depth))]
+            )
         ]
+
+    def _build_group(self, slot: SlotConfig, group: tuple[int, ...]) -> list[ExpertLayer]:
+        """The expert layers of one pool: an ordinary layer, or several that refer to one pool."""
+        width = self.config.width
+        if slot.reuse == 1:
+            return [slot.expert.build(width, width) for _ in group]
+        assert slot.expert.num_experts is not None
+        wide = slot.expert.replace(num_experts=len(group) * slot.expert.num_experts)
+        pool = wide.build_pool(width)
+        self.pools.append(pool)
+        return [wide.build(width, width, pool, group) for _ in group]
 
     def reset_parameters(self) -> None:
         """Generic initialisation, adaLN-zero, then every expert layer by its own card.
@@ -200,6 +280,9 @@ class Trunk(nn.Module):
             if block.modulation is not None:
                 zero_linear(block.modulation)
         rng = Generator().manual_seed(int(torch.randint(2**62, (), device="cpu")))
+        for pool in self.pools:
+            assert isinstance(pool, ExpertPool)
+            pool.reset_parameters(rng)
         for layer in self.expert_layers():
             layer.reset_parameters(rng)
 
@@ -208,11 +291,10 @@ class Trunk(nn.Module):
 
     def forward(self, z_BND: Tensor, ctx: Context) -> tuple[Tensor, tuple[Routing, ...]]:
         routings: list[Routing] = []
+        states: dict[str, Tensor] = {}
         for layer, block in enumerate(self.blocks):
-            z_BND, made = block(z_BND, ctx.replace(layer=layer))
+            z_BND, made = block(z_BND, ctx.replace(layer=layer), states)
             routings.extend(made)
-            if made and made[-1].state is not None:  # recurrent routers see the layer before
-                ctx = ctx.replace(state=made[-1].state)
         return z_BND, tuple(routings)
 
     def aux_losses(

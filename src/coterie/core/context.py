@@ -39,6 +39,7 @@ class Context:
     slot: str = "ffn"
     layer: int = 0
     round: int = 0
+    pool_layers: tuple[int, ...] = ()  # layers whose experts this one may use, in pool order
     progress: float = 1.0  # share of training done, for schedules
     training: bool = False
     rng: Generator | None = None  # for jitter and sampling routers; None = no noise

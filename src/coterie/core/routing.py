@@ -58,6 +58,7 @@ class Routing:
     prototypes: Tensor | None = None  # [E', D], for prototype routers
     table: Tensor | None = None  # f32 [S, E], probs at every step, for noise-level routers
     state: Tensor | None = None  # router state for the next layer
+    pool_layers: tuple[int, ...] = ()  # owners of the E experts, in equal parts; () = own layer
     num_reserved: int = 0  # experts at the end of the E that are never scored (ProMoE's partition)
 
     @property

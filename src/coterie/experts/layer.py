@@ -3,6 +3,7 @@
     x_0 = h;  x_{c+1} = x_c + routed_c(x_c) + shared(x_c);  the layer answers x_C - x_0
 
 The block that owns the slot adds the answer (``ffn``), or reads ``m = 1 + answer`` (``pre_block``).
+Several rounds over one pool: Chain-of-Experts (arXiv:2506.18945).
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 from typing import Annotated, Literal, Self, cast
 
 import torch
+import torch.nn.functional as F
 from pydantic import NonNegativeInt, PositiveInt, SerializeAsAny, model_validator
 from torch import Generator, Tensor, nn
 
@@ -42,9 +44,14 @@ class ExpertLayerConfig(Config):
 
     ``num_experts``: candidates of the router; None where the experts' kind fixes the number
     (``channel_window``). ``slot_map``: candidate -> tensor of the pool, many to one (merged
-    experts); None = one tensor each. ``rounds``: times the pool is passed (Chain-of-Experts),
-    with a router per round unless ``shared_router``. ``inner_residual`` False drops x_c from
-    x_{c+1}. ``accumulate_float32``: sum expert answers in float32 under lower precision.
+    experts); None = one tensor each.
+
+    ``rounds`` C: times the pool is passed. ``round_routing``: each round has its ``own`` router,
+    all use a ``shared`` one (its choice may still change with x_c), or the decision of the first
+    is ``frozen``. ``inner_residual`` False drops x_c from x_{c+1}. ``inner_norm``: RMS norm without
+    weights before router and experts from the second round on. ``answer`` ``output`` gives x_C
+    instead of x_C - x_0. ``accumulate_float32``: sum expert answers in float32 under lower
+    precision.
     """
 
     num_experts: PositiveInt | None = 8
@@ -53,8 +60,10 @@ class ExpertLayerConfig(Config):
     shared: SharedConfig | None = None
     slot_map: tuple[NonNegativeInt, ...] | None = None
     rounds: PositiveInt = 1
-    shared_router: bool = False
+    round_routing: Literal["own", "shared", "frozen"] = "own"
     inner_residual: bool = True
+    inner_norm: bool = False
+    answer: Literal["delta", "output"] = "delta"
     balance: tuple[Annotated[SerializeAsAny[Part], BALANCES.validator], ...] = ()
     dispatch: Literal["auto", "loop", "dense", "sorted", "grouped"] = "auto"
     accumulate_float32: bool = False
@@ -104,10 +113,15 @@ class ExpertLayerConfig(Config):
         return ExpertPool(self.kind, self.tensors(width), width)
 
     def build(
-        self, width: int, time_width: int | None = None, pool: ExpertPool | None = None
+        self,
+        width: int,
+        time_width: int | None = None,
+        pool: ExpertPool | None = None,
+        pool_layers: tuple[int, ...] = (),
     ) -> ExpertLayer:
-        """``time_width``: size of ctx.time_embedding where it is not ``width``."""
-        return ExpertLayer(self, width, time_width, pool)
+        """``time_width``: size of ctx.time_embedding where it is not ``width``. ``pool_layers``:
+        the layers that own equal parts of a shared ``pool``, in its order."""
+        return ExpertLayer(self, width, time_width, pool, pool_layers)
 
 
 class ExpertLayer(nn.Module):
@@ -125,12 +139,13 @@ class ExpertLayer(nn.Module):
         width: int,
         time_width: int | None = None,
         pool: ExpertPool | None = None,
+        pool_layers: tuple[int, ...] = (),
     ) -> None:
         super().__init__()
         self.config = config
         self.width = width
         candidates = config.candidates(width)
-        num_routers = 1 if config.shared_router else config.rounds
+        num_routers = config.rounds if config.round_routing == "own" else 1
         self.routers = nn.ModuleList(
             config.router.build(width, candidates, time_width) for _ in range(num_routers)
         )
@@ -142,6 +157,7 @@ class ExpertLayer(nn.Module):
             self.__dict__["pool"] = pool  # not a submodule here: its owner registers it once
         self._check_pool(config.tensors(width))
         self.shared = None if config.shared is None else config.shared.build(config.kind, width)
+        self.pool_layers = pool_layers
         self._slots = self._slot_table(candidates)
         used = config.router.select_part.expected(candidates) * config.rounds
         self.pool.register_use(used)
@@ -174,21 +190,32 @@ class ExpertLayer(nn.Module):
 
     def router(self, round: int) -> Router:
         """The router of one round."""
-        return cast(Router, self.routers[0 if self.config.shared_router else round])
+        return cast(Router, self.routers[round if self.config.round_routing == "own" else 0])
 
     def forward(self, h: Tensor, ctx: Context) -> ExpertOutput:
-        x, total, state = h, torch.zeros_like(h), ctx.state
+        ctx = ctx.replace(pool_layers=self.pool_layers)
+        x, state = h, ctx.state
+        total = torch.zeros_like(h)
         routings: list[Routing] = []
         for round in range(self.config.rounds):
-            routing = self.router(round)(x, ctx.replace(round=round, state=state))
+            read = F.rms_norm(x, x.shape[-1:]) if self.config.inner_norm and round else x
+            routing = self._route(read, ctx.replace(round=round, state=state), routings)
             routings.append(routing)
             state = state if routing.state is None else routing.state
-            delta = self.combine(x, routing)
-            last = round == self.config.rounds - 1
+            delta = self.combine(read, routing)
+            # Summed apart from h, so that one round answers exactly what the experts said.
             total = total + delta if self.config.inner_residual and round else delta
-            if not last:
+            if round < self.config.rounds - 1:
                 x = x + delta if self.config.inner_residual else delta
+        if self.config.answer == "output" and self.config.inner_residual:
+            total = h + total
         return ExpertOutput(total, tuple(routings), state)
+
+    def _route(self, x: Tensor, ctx: Context, before: list[Routing]) -> Routing:
+        if before and self.config.round_routing == "frozen":
+            return before[0].replace(round=ctx.round)
+        routing: Routing = self.router(ctx.round)(x, ctx)
+        return routing
 
     def combine(self, x: Tensor, routing: Routing) -> Tensor:
         """Routed answer plus shared answer for x [B, N, D] under a given routing.

@@ -19,12 +19,14 @@ class SharedConfig(Config):
 
     ``gate`` ``one``: weight exactly 1, merged into one expert of inner size count * hidden (the
     same function). ``self``: each times its own gate read from the input, a sigmoid for one
-    expert and a softmax over several (Qwen2-MoE's shared gate, HoME's self gate).
+    expert and a softmax over several (Qwen2-MoE's shared gate, HoME's self gate). All of it times
+    ``scale`` (0.5 in RMoE's released code).
     """
 
     hidden: PositiveInt
     count: PositiveInt = 1
     gate: Literal["one", "self"] = "one"
+    scale: float = 1.0
 
     def build(self, kind: ExpertKind, width: int) -> SharedExperts:
         return SharedExperts(self, kind, width)
@@ -36,6 +38,7 @@ class SharedExperts(nn.Module):
     def __init__(self, config: SharedConfig, kind: ExpertKind, width: int) -> None:
         super().__init__()
         merged = config.gate == "one"
+        self.scale = config.scale
         hidden = config.hidden * (config.count if merged else 1)
         self.pool = ExpertPool(kind.with_hidden(hidden), 1 if merged else config.count, width)
         self.gate = None if merged else nn.Linear(width, config.count, bias=False)
@@ -49,11 +52,11 @@ class SharedExperts(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         answers = [self.pool.kind.forward(x, weights) for weights in experts_of(self.pool)]
         if self.gate is None:
-            return answers[0]
+            return answers[0] if self.scale == 1.0 else self.scale * answers[0]
         with torch.autocast(device_type=x.device.type, enabled=False):
             logits = linear_f32(self.gate, x.float())
         gates = logits.sigmoid() if len(answers) == 1 else logits.softmax(dim=-1)
         total = torch.zeros_like(x)
         for gate, answer in zip(gates.to(x.dtype).unbind(-1), answers):
             total = total + gate[..., None] * answer
-        return total
+        return total if self.scale == 1.0 else self.scale * total

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Generator, Tensor
 
 from coterie.core.registry import Part, Registry
@@ -56,6 +57,21 @@ def mean_rows(routing: Routing, values: Tensor) -> Tensor:
     zeros = torch.zeros_like(values)
     kept = torch.where(shaped > 0, values, zeros)  # NaN in a masked row must not spread
     return kept.sum(dim=0) / keep.sum().clamp_min(1.0)
+
+
+def stack(routings: Sequence[Routing]) -> Routing:
+    """The rows of several routings over the same experts, as one."""
+    first, most = routings[0], max(r.top_k for r in routings)
+    ids = [F.pad(r.ids, (0, most - r.top_k), value=r.num_experts) for r in routings]
+    return first.replace(
+        ids=torch.cat(ids),
+        gates=torch.cat([F.pad(r.gates, (0, most - r.top_k)) for r in routings]),
+        probs=torch.cat([r.probs for r in routings]),
+        logits=torch.cat([r.logits for r in routings]),
+        mask=torch.cat([r.rows_mask() for r in routings]),
+        batch=(len(routings) * first.batch[0], first.batch[1]),
+        inputs=None,
+    )
 
 
 def term(name: str, routing: Routing, value: Tensor, weight: float) -> Aux:

@@ -17,6 +17,7 @@ from coterie.experts.balance.base import (
     by_sequence,
     mean_rows,
     scored_columns,
+    stack,
     term,
 )
 from coterie.experts.routers import Router, RouterConfig
@@ -38,6 +39,8 @@ class SwitchBalance(BalancePart):
     (DeepSeekMoE's released form, CoE). ``groups`` > 0: the device form of DeepSeekMoE, mean f and
     summed P over equal consecutive groups. ``per_choice`` False: f_e per row, not divided by the
     mean number of choices (dynamic routing). ``importance`` ``gates``: P from gates (MoDE).
+    ``pooled``: one term from the rows of all layers and rounds together (Mixtral, RMoE), or of all
+    layers that share a pool of experts (ReXMoE).
     """
 
     kind: Literal["switch"] = "switch"
@@ -46,9 +49,14 @@ class SwitchBalance(BalancePart):
     groups: PositiveInt | None = None
     per_choice: bool = True
     importance: Literal["probs", "gates"] = "probs"
+    pooled: bool = False
 
     def losses(self, routings: Sequence[Routing], rng: Generator | None = None) -> tuple[Aux, ...]:
-        return tuple(term("switch", r, self.value(r), self.weight) for r in routings)
+        if not self.pooled:
+            return tuple(term("switch", r, self.value(r), self.weight) for r in routings)
+        if not routings:
+            return ()
+        return (term("switch_pooled", routings[0], self.value(stack(routings)), self.weight),)
 
     def value(self, routing: Routing) -> Tensor:
         """Scalar, float32."""
@@ -77,6 +85,8 @@ class SwitchBalance(BalancePart):
         return full.scatter_add(1, routing.ids, routing.gates)[:, :-1]
 
     def check(self, router: RouterConfig) -> None:
+        if self.pooled and self.statistics == "sequence":
+            raise ConfigError(describe("statistics", self.statistics, "batch, with pooled=true"))
         if router.probability == "identity":
             hint = "raw scores are no shares; use contrastive, or softmax"
             raise ConfigError(describe("kind", self.kind, "a softmax or sigmoid router", hint))

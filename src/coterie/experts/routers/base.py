@@ -59,9 +59,15 @@ class EditPart(Part):
     kind: str
     for_table: ClassVar[bool] = False
     """Whether the edit also applies to the table of all steps (it must not depend on rows)."""
+    masks: Literal["logits", "probs"] = "logits"
+    """``probs``: what the edit closes (-inf) gets probability 0 after the softmax."""
 
     def build(self, num_experts: int) -> nn.Module:
         raise NotImplementedError
+
+    def fewest(self, num_experts: int) -> int:
+        """How many candidates a row can choose among at the least while training."""
+        return num_experts
 
     def check(self, num_experts: int) -> None:
         """Raise ConfigError where the edit does not fit the number of candidates."""
@@ -87,6 +93,15 @@ class SelectPart(Part):
 
     def check(self, num_experts: int) -> None:
         """Raise ConfigError where the selection does not fit the number of candidates."""
+
+
+def own_candidates(ctx: Context, num_experts: int) -> slice:
+    """Which candidates belong to this layer; all of them where no pool is shared."""
+    if not ctx.pool_layers:
+        return slice(0, num_experts)
+    each = num_experts // len(ctx.pool_layers)
+    first = each * ctx.pool_layers.index(ctx.layer)
+    return slice(first, first + each)
 
 
 def per_row(value: Tensor, shape: tuple[int, int], rows: int) -> Tensor:

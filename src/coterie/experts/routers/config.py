@@ -110,6 +110,10 @@ class RouterConfig(Config):
         for place, edit in enumerate(self.edits):
             part = cast(EditPart, edit)
             within(f"edits.{place}", lambda part=part: part.check(num_experts))  # type: ignore[misc]
+            k, left = getattr(self.select, "k", 1), part.fewest(num_experts)
+            if k > left:
+                hint = f"edits.{place} ({part.kind}) leaves {left} candidates open"
+                raise ConfigError(describe("select.k", k, f"1..{left}", hint))
 
     def build(self, width: int, num_experts: int, time_width: int | None = None) -> Router:
         """A router over ``num_experts`` candidates (the reserved expert not counted)."""

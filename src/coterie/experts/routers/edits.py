@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from coterie.core.context import Context
 from coterie.core.errors import ConfigError, describe
-from coterie.experts.routers.base import EDITS, EditPart, draw, per_row
+from coterie.experts.routers.base import EDITS, EditPart, draw, own_candidates, per_row
 
 
 @EDITS.register
@@ -39,27 +39,30 @@ class CandidateMask(EditPart):
     """Only these candidates may be chosen; their complement gets logit -inf.
 
     ``allowed``: one list for all rows. ``by_task``: one list per task, picked by ``ctx.task``.
+    ``own``: the layer's own experts where several layers share a pool (then it is a plain layer).
     """
 
     kind: Literal["candidates"] = "candidates"
     allowed: tuple[NonNegativeInt, ...] = ()
     by_task: tuple[tuple[NonNegativeInt, ...], ...] = ()
+    own: bool = False
 
     @model_validator(mode="after")
     def _one_form(self) -> Self:
-        if bool(self.allowed) == bool(self.by_task):
-            raise ConfigError(
-                describe("allowed", self.allowed, "a non-empty list, or by_task instead of it")
-            )
+        if bool(self.allowed) + bool(self.by_task) + self.own != 1:
+            hint = "or by_task, or own instead of it"
+            raise ConfigError(describe("allowed", self.allowed, "a non-empty list", hint))
         if self.by_task and not all(self.by_task):
             raise ConfigError(describe("by_task", self.by_task, "no empty list"))
         return self
 
     def build(self, num_experts: int) -> nn.Module:
+        if self.own:
+            return _Own()
         return _Candidates(self.by_task or (self.allowed,), num_experts)
 
     def check(self, num_experts: int) -> None:
-        for choice in self.by_task or (self.allowed,):
+        for choice in () if self.own else self.by_task or (self.allowed,):
             if max(choice) >= num_experts:
                 raise ConfigError(describe("allowed", choice, f"each in 0..{num_experts - 1}"))
 
@@ -83,33 +86,58 @@ class _Candidates(nn.Module):
         return logits.masked_fill(~self.open[task], -math.inf)
 
 
+class _Own(nn.Module):
+    def forward(self, logits: Tensor, ctx: Context) -> Tensor:
+        own = own_candidates(ctx, logits.shape[1])
+        return keep_only(logits, torch.arange(own.start, own.stop, device=logits.device))
+
+
 @EDITS.register
 class ProgressiveCandidates(EditPart):
-    """Training starts with ``start`` random candidates and ends with all (ReXMoE's PSR).
+    """Progressive scaling routing (ReXMoE, arXiv:2510.17483): few candidates first, all at the end.
 
-    The count grows linearly while ``ctx.progress`` goes from ``begin`` to ``end``; which ones are
-    closed is drawn anew in each call from ``ctx.rng``. Evaluation always sees all.
+    The number of open candidates grows from ``start`` (None: as many as the layer owns) to all
+    while ``ctx.progress`` goes from ``begin`` to ``end``: ``linear``, or in ``steps`` of ``start``
+    at equal distances. Which ones are open is drawn anew in each call from ``ctx.rng``;
+    ``own_first`` never closes the layer's own. ``masks`` ``probs`` is the paper's order: closed
+    candidates get probability 0 after the softmax. Evaluation always sees all.
     """
 
     kind: Literal["progressive"] = "progressive"
-    start: PositiveInt
+    start: PositiveInt | None = None
     begin: float = Field(default=0.1, ge=0.0, le=1.0)
     end: float = Field(default=0.3, ge=0.0, le=1.0)
+    mode: Literal["linear", "steps"] = "linear"
+    order: Literal["random", "own_first"] = "random"
+    masks: Literal["logits", "probs"] = "logits"
 
-    def count(self, progress: float, num_experts: int) -> int:
-        """How many candidates are open."""
+    @model_validator(mode="after")
+    def _interval(self) -> Self:
+        if self.end < self.begin:
+            raise ConfigError(describe("end", self.end, f"{self.begin} (begin) or more"))
+        return self
+
+    def count(self, progress: float, num_experts: int, start: int) -> int:
+        """How many of ``num_experts`` candidates are open."""
         if progress <= self.begin:
-            return self.start
+            return start
         if progress >= self.end:
             return num_experts
         share = (progress - self.begin) / (self.end - self.begin)
-        return math.floor(self.start + share * (num_experts - self.start))
+        if self.mode == "steps":
+            # Groups of ``start`` open at begin, ..., end: the last one when progress reaches it.
+            groups = math.ceil(num_experts / start)
+            return min(num_experts, start * (1 + math.floor(share * (groups - 1))))
+        return math.floor(start + share * (num_experts - start))
 
     def build(self, num_experts: int) -> nn.Module:
         return _Progressive(self)
 
+    def fewest(self, num_experts: int) -> int:
+        return self.start or num_experts
+
     def check(self, num_experts: int) -> None:
-        if self.start > num_experts:
+        if self.start is not None and self.start > num_experts:
             raise ConfigError(describe("start", self.start, f"1..{num_experts}"))
 
 
@@ -122,9 +150,19 @@ class _Progressive(nn.Module):
         if not ctx.training or ctx.rng is None:
             return logits
         num_experts = logits.shape[1]
-        keep = self.config.count(ctx.progress, num_experts)
-        order = draw(torch.Size([num_experts]), ctx.rng, logits).argsort()
-        return logits.index_fill(1, order[keep:], -math.inf)
+        own = own_candidates(ctx, num_experts)
+        start = self.config.start or own.stop - own.start
+        keep = self.config.count(ctx.progress, num_experts, start)
+        keys = draw(torch.Size([num_experts]), ctx.rng, logits)
+        if self.config.order == "own_first":
+            keys[own] -= 1.0
+        return keep_only(logits, keys.argsort()[:keep])
+
+
+def keep_only(logits: Tensor, candidates: Tensor) -> Tensor:
+    """-inf everywhere but in the columns ``candidates`` i64 [K]."""
+    closed = torch.ones(logits.shape[1], dtype=torch.bool, device=logits.device)
+    return logits.masked_fill(closed.index_fill(0, candidates, False), -math.inf)
 
 
 @EDITS.register

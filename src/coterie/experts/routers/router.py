@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import cast
+from typing import Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -56,8 +56,12 @@ class Router(nn.Module):
         null = null_rows(ctx, x) if self.config.num_reserved else None
         scored_rows = real if null is None else (~null if real is None else real & ~null)
         scored = self.score(x, ctx)
-        logits = self._edit(scored.logits, ctx, table=False)
+        logits = self._edit(scored.logits, ctx, masks="logits")
         probs = self._probabilities(logits)
+        if any(cast(EditPart, part).masks == "probs" for part in self.config.edits):
+            # The other probabilities stay as they are: nothing is normalised again.
+            logits = self._edit(logits, ctx, masks="probs")
+            probs = probs.masked_fill(logits == float("-inf"), 0.0)
         keys = self._keys(logits, probs)
         ids = self.config.select_part.select(keys, ctx, shape, scored_rows)
         gates = self._gates(ids, probs, logits)
@@ -87,9 +91,13 @@ class Router(nn.Module):
             return total / max(1, h.shape[1]), None
         return total / mask.sum(dim=1, keepdim=True).clamp_min(1), _any(mask)
 
-    def _edit(self, logits: Tensor, ctx: Context, table: bool) -> Tensor:
-        for part, edit in zip(self.config.edits, self.edits):
-            if not table or cast(EditPart, part).for_table:
+    def _edit(
+        self, logits: Tensor, ctx: Context, masks: Literal["logits", "probs"], table: bool = False
+    ) -> Tensor:
+        """Edits that act before (``logits``) or after (``probs``) the probabilities are made."""
+        for config, edit in zip(self.config.edits, self.edits):
+            part = cast(EditPart, config)
+            if part.masks == masks and (part.for_table or not table):
                 logits = edit(logits, ctx)
         return logits
 
@@ -135,7 +143,7 @@ class Router(nn.Module):
     ) -> Routing:
         table = scored.table
         if table is not None:
-            table = self._probabilities(self._edit(table, ctx, table=True))
+            table = self._probabilities(self._edit(table, ctx, "logits", table=True))
         return Routing(
             unit=self.config.routed_unit,
             num_experts=self.num_experts + self.config.num_reserved,
@@ -148,6 +156,7 @@ class Router(nn.Module):
             slot=ctx.slot,
             layer=ctx.layer,
             round=ctx.round,
+            pool_layers=ctx.pool_layers,
             noise=ctx.noise,
             step_index=ctx.step_index,
             label=ctx.label,
