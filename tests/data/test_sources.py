@@ -12,7 +12,7 @@ from coterie.data.source import is_held_out, split_rows
 
 TOYS = ["gaussian", "gaussian-mixture", "two-moons", "checkerboard", "swiss-roll"]
 IMAGES = ["digits", "mnist-5k"]
-TEXTS = ["stdlib", "pydoc-topics"]
+TEXTS = ["stdlib", "pydoc-topics", "arithmetic", "mixed-difficulty"]
 
 
 @pytest.mark.parametrize("kind", TOYS + IMAGES + TEXTS)

@@ -172,10 +172,15 @@ class PydocTopicsConfig(TextConfig):
     )
 
     def build(self, split: Split = "train") -> TextSource:
-        from pydoc_data.topics import topics
+        return self._source(pydoc_corpus(split))
 
-        documents = [Document(key, 0, topics[key].encode()) for key in sorted(topics)]
-        return self._source(pack(documents, 1, split))
+
+def pydoc_corpus(split: Split) -> Corpus:
+    """One split of Python's help topics, as one region."""
+    from pydoc_data.topics import topics
+
+    documents = [Document(key, 0, topics[key].encode()) for key in sorted(topics)]
+    return pack(documents, 1, split)
 
 
 @SOURCES.register
