@@ -36,6 +36,11 @@ CASES: dict[str, dict] = {
             },
         },
     },
+    "diffusion_gemma": {
+        "num_experts": 5,
+        "experts": {"kind": "swiglu", "hidden": 8, "activation": "gelu_tanh"},
+        "router": {"weight": "renorm", "expert_scale": True},
+    },
     "promoe": {
         "num_experts": 6,
         "experts": GELU,

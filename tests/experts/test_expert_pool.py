@@ -12,7 +12,12 @@ from coterie.core.errors import CheckpointError, ConfigError
 from coterie.experts import EXPERTS, ExpertPool
 from coterie.experts.kinds import Affine, ChannelWindow, GeluMLP, SwiGLU
 
-KINDS = [SwiGLU(hidden=24), GeluMLP(hidden=24), Affine()]
+KINDS = [
+    SwiGLU(hidden=24),
+    SwiGLU(hidden=24, activation="gelu"),
+    GeluMLP(hidden=24),
+    Affine(),
+]
 
 
 def filled(kind, num_experts: int = 3, width: int = 16) -> ExpertPool:
@@ -129,3 +134,13 @@ def test_backward_does_not_build_a_full_stack_per_expert() -> None:
             todo.extend(parent for parent, _ in node.next_functions)
         assert not any("Select" in name and "IndexSelect" not in name for name in names)
         assert sum("Unbind" in name for name in names) <= 2 + (backend == "dense")
+
+
+@pytest.mark.parametrize("approximate", ["none", "tanh"])
+def test_a_gated_expert_may_use_gelu(approximate: str) -> None:
+    name = {"none": "gelu", "tanh": "gelu_tanh"}[approximate]
+    pool = filled(SwiGLU(hidden=24, activation=name))
+    x = torch.randn(5, pool.width)
+    gate, up = (x @ pool.gate_up[1].T).chunk(2, dim=1)
+    expected = (nn.functional.gelu(gate, approximate=approximate) * up) @ pool.down[1].T
+    torch.testing.assert_close(pool.unpack()[1](x), expected)

@@ -160,6 +160,37 @@ def test_selection_bias_moves_choices_and_never_gates() -> None:
     torch.testing.assert_close(after.gates, after.logits.sigmoid().gather(1, after.ids))
 
 
+def test_an_experts_scale_multiplies_its_gates_and_moves_no_choice() -> None:
+    h, ctx = inputs(5), context(5)
+    made = router(expert_scale=True, weight="renorm", scale=2.0)
+    before = made(h, ctx)
+    scale = torch.tensor([1.0, 2.0, 3.0, 0.5, -1.0, 0.25])
+    with torch.no_grad():
+        made.expert_scale.copy_(scale)
+    after = made(h, ctx)
+    assert torch.equal(before.ids, after.ids)
+    torch.testing.assert_close(after.gates, before.gates * scale[before.ids])
+    torch.testing.assert_close(before.gates.sum(1), torch.full((len(before.ids),), 2.0))
+    constant = router(expert_scale=True, weight="one")
+    with torch.no_grad():
+        constant.expert_scale.copy_(scale)
+    routing = constant(h, ctx)
+    assert torch.equal(routing.gates, scale[routing.ids])
+
+
+def test_given_logits_go_through_the_same_rule() -> None:
+    h, ctx = inputs(5), context(5)
+    fields = {"weight": "renorm", "select": {"kind": "top_k", "k": 3}, "scale": 1.5}
+    scored = router(**fields)
+    expected = scored(h, ctx)
+    given_logits = RouterConfig.from_dict({**fields, "score": "given"}).build(6, 6)
+    found = given_logits(expected.logits.view(BATCH, -1, 6), ctx)
+    for name in ("ids", "gates", "probs", "logits"):
+        assert torch.equal(getattr(found, name), getattr(expected, name)), name
+    with pytest.raises(ConfigError, match="width: 4 is not allowed"):
+        RouterConfig.from_dict({"score": "given"}).build(4, 6)
+
+
 def test_softmax_is_applied_once() -> None:
     # transformers PR #45111: a second softmax pulled the balance loss to its uniform value.
     made = router()

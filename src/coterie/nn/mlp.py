@@ -2,8 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+
+def gelu_tanh(x: Tensor) -> Tensor:
+    """GELU in its tanh approximation."""
+    return F.gelu(x, approximate="tanh")
+
+
+GLU_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": gelu_tanh,
+}
+"""What the gate half of a gated linear unit may pass through (arXiv:2002.05202)."""
 
 
 class GeluMLP(nn.Module):
@@ -15,20 +30,24 @@ class GeluMLP(nn.Module):
         self.down = nn.Linear(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down(F.gelu(self.up(x), approximate="tanh"))
+        return self.down(gelu_tanh(self.up(x)))
 
 
 class SwiGLU(nn.Module):
-    """down(SiLU(gate(x)) * up(x)), bias-free; gate rows come first in ``gate_up``."""
+    """down(SiLU(gate(x)) * up(x)), bias-free; gate rows come first in ``gate_up``.
 
-    def __init__(self, width: int, hidden: int) -> None:
+    ``activation``: another name of :data:`GLU_ACTIVATIONS` in the place of SiLU.
+    """
+
+    def __init__(self, width: int, hidden: int, activation: str = "silu") -> None:
         super().__init__()
+        self.activation = activation
         self.gate_up = nn.Linear(width, 2 * hidden, bias=False)
         self.down = nn.Linear(hidden, width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.gate_up(x).chunk(2, dim=-1)
-        return self.down(F.silu(gate) * up)
+        return self.down(GLU_ACTIVATIONS[self.activation](gate) * up)
 
 
 FEED_FORWARD: dict[str, type[GeluMLP] | type[SwiGLU]] = {"gelu": GeluMLP, "swiglu": SwiGLU}

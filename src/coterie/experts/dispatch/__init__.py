@@ -2,6 +2,6 @@
 
 from coterie.experts.dispatch.auto import choose, dispatch
 from coterie.experts.dispatch.backends import BACKENDS, available
-from coterie.experts.dispatch.plan import DispatchPlan, plan
+from coterie.experts.dispatch.plan import DispatchPlan, plan, plan_choices
 
-__all__ = ["BACKENDS", "DispatchPlan", "available", "choose", "dispatch", "plan"]
+__all__ = ["BACKENDS", "DispatchPlan", "available", "choose", "dispatch", "plan", "plan_choices"]

@@ -72,17 +72,27 @@ class DispatchPlan:
 def plan(
     routing: Routing, slot_map: Sequence[int] | None = None, num_experts: int | None = None
 ) -> DispatchPlan:
-    """Plan one routing over a pool of ``num_experts`` tensors (default: the routing's own).
+    """Plan one routing over a pool of ``num_experts`` tensors (default: the routing's own)."""
+    tensors = routing.num_experts if num_experts is None else num_experts
+    return plan_choices(routing.ids, routing.gates, tensors, slot_map, routing.unit)
+
+
+def plan_choices(
+    ids: Tensor,
+    gates: Tensor,
+    num_experts: int,
+    slot_map: Sequence[int] | None = None,
+    unit: Unit = "token",
+) -> DispatchPlan:
+    """Plan choices ids i64 [R, K] with gates [R, K] over ``num_experts`` tensors.
 
     ``slot_map[c]`` is the tensor of candidate c; several candidates may share one. A row that
     chose the same tensor twice computes it once with the gates added.
     """
-    ids, gates = routing.ids, routing.gates
-    tensors = routing.num_experts if num_experts is None else num_experts
     if slot_map is not None:
-        table = torch.tensor([*slot_map, tensors], dtype=torch.int64, device=ids.device)
-        ids, gates = _merge(table[ids], gates, tensors)
-    return DispatchPlan(routing.unit, ids, gates, tensors)
+        table = torch.tensor([*slot_map, num_experts], dtype=torch.int64, device=ids.device)
+        ids, gates = _merge(table[ids], gates, num_experts)
+    return DispatchPlan(unit, ids, gates, num_experts)
 
 
 def _merge(ids: Tensor, gates: Tensor, nobody: int) -> tuple[Tensor, Tensor]:

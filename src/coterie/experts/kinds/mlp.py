@@ -9,7 +9,6 @@ from __future__ import annotations
 from typing import Literal, Self
 
 import torch
-import torch.nn.functional as F
 from pydantic import PositiveInt
 from torch import Generator, Tensor, nn
 
@@ -42,9 +41,13 @@ class _HiddenKind(ExpertKind):
 
 @EXPERTS.register
 class SwiGLU(_HiddenKind):
-    """``down(SiLU(gate(x)) * up(x))``, no biases; three matrices D x F."""
+    """``down(SiLU(gate(x)) * up(x))``, no biases; three matrices D x F.
+
+    ``activation``: GELU in the place of SiLU (GEGLU), exact or in its tanh approximation.
+    """
 
     kind: Literal["swiglu"] = "swiglu"
+    activation: Literal["silu", "gelu", "gelu_tanh"] = "silu"
 
     def shapes(self, width: int) -> dict[str, tuple[int, ...]]:
         inner = self.size(width)
@@ -52,10 +55,10 @@ class SwiGLU(_HiddenKind):
 
     def forward(self, x: Tensor, weights: Weights) -> Tensor:
         gate, up = weights.linear(x, "gate_up").chunk(2, dim=-1)
-        return weights.linear(F.silu(gate) * up, "down")
+        return weights.linear(mlp.GLU_ACTIVATIONS[self.activation](gate) * up, "down")
 
     def module(self, width: int) -> nn.Module:
-        return mlp.SwiGLU(width, self.size(width))
+        return mlp.SwiGLU(width, self.size(width), self.activation)
 
     def plain_names(self) -> dict[str, str]:
         return {"gate_up": "gate_up.weight", "down": "down.weight"}
@@ -77,7 +80,7 @@ class GeluMLP(_HiddenKind):
         }
 
     def forward(self, x: Tensor, weights: Weights) -> Tensor:
-        inner = F.gelu(weights.linear(x, "up", "up_bias"), approximate="tanh")
+        inner = mlp.gelu_tanh(weights.linear(x, "up", "up_bias"))
         return weights.linear(inner, "down", "down_bias")
 
     def module(self, width: int) -> nn.Module:

@@ -35,8 +35,10 @@ class RouterConfig(Config):
     logits, then the softmax over the selected ones only. ``weight``: gates are the selected
     probabilities (``raw``), these divided by their sum + ``renorm_eps`` (``renorm``), or 1
     (``one``); always times ``scale``. ``selection_bias`` adds a buffer [E] to what is selected
-    by, never to the gates (DeepSeek-V3). ``partition`` ``null_label``: unconditional samples go
-    with gate 1 to one more expert at the end of the pool and are masked in the Routing (ProMoE).
+    by, never to the gates (DeepSeek-V3); ``expert_scale`` multiplies each gate by a learned number
+    of its expert, 1 at the start (DiffusionGemma). ``partition`` ``null_label``: unconditional
+    samples go with gate 1 to one more expert at the end of the pool and are masked in the Routing
+    (ProMoE).
     """
 
     score: Annotated[SerializeAsAny[Part], SCORES.validator] = LinearScore()
@@ -48,6 +50,7 @@ class RouterConfig(Config):
     renorm_eps: NonNegativeFloat = 1e-20
     scale: float = 1.0
     selection_bias: bool = False
+    expert_scale: bool = False
     partition: Literal["none", "null_label"] = "none"
     unit: Literal["token", "sample"] = "token"
 

@@ -22,6 +22,7 @@ class Router(nn.Module):
     """
 
     selection_bias: Tensor | None
+    expert_scale: Tensor | None
 
     def __init__(
         self, config: RouterConfig, width: int, num_experts: int, time_width: int | None = None
@@ -33,10 +34,13 @@ class Router(nn.Module):
         self.edits = nn.ModuleList(cast(EditPart, e).build(num_experts) for e in config.edits)
         bias = torch.zeros(num_experts) if config.selection_bias else None
         self.register_buffer("selection_bias", bias)
+        scale = nn.Parameter(torch.ones(num_experts)) if config.expert_scale else None
+        self.register_parameter("expert_scale", scale)
         self.reset_parameters()
 
     def reset_parameters(self, rng: Generator | None = None) -> None:
-        """The score's own initialisation; edits and the selection bias go back to zero."""
+        """The score's own initialisation; edits and the selection bias go back to zero, the
+        experts' scales to one."""
         if any(parameter.device.type == "meta" for parameter in self.parameters()):
             return
         self.score.reset_parameters(rng)
@@ -45,6 +49,8 @@ class Router(nn.Module):
                 parameter.zero_()
             if self.selection_bias is not None:
                 self.selection_bias.zero_()
+            if self.expert_scale is not None:
+                self.expert_scale.fill_(1.0)
 
     def forward(self, h: Tensor, ctx: Context) -> Routing:
         with torch.autocast(device_type=h.device.type, enabled=False):
@@ -116,9 +122,15 @@ class Router(nn.Module):
         return keys.masked_fill(logits.detach() == float("-inf"), float("-inf"))
 
     def _gates(self, ids: Tensor, probs: Tensor, logits: Tensor) -> Tensor:
-        """f32 [R, K]; the sentinel's gate is 0."""
+        """f32 [R, K]; gates of the sentinel are dropped by the caller."""
+        gates = self._weights(ids, probs, logits) * self.config.scale
+        if self.expert_scale is None:
+            return gates
+        return gates * F.pad(self.expert_scale.float(), (0, 1))[ids]
+
+    def _weights(self, ids: Tensor, probs: Tensor, logits: Tensor) -> Tensor:
         if self.config.weight == "one":
-            return torch.full(ids.shape, self.config.scale, device=ids.device)
+            return torch.ones(ids.shape, device=ids.device)
         if self.config.when == "after":
             # A row of nobody would be a softmax over nothing; its gates are dropped below.
             chosen = F.pad(logits, (0, 1), value=-1e30).gather(1, ids)
@@ -127,7 +139,7 @@ class Router(nn.Module):
             gates = F.pad(probs, (0, 1)).gather(1, ids)
         if self.config.weight == "renorm":
             gates = gates / (gates.sum(dim=1, keepdim=True) + self.config.renorm_eps)
-        return gates * self.config.scale
+        return gates
 
     def _record(
         self,

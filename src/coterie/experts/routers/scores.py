@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +11,7 @@ from pydantic import PositiveInt
 from torch import Generator, Tensor, nn
 
 from coterie.core.context import Context
-from coterie.core.errors import ConfigError
+from coterie.core.errors import ConfigError, describe
 from coterie.experts.routers.base import SCORES, Scored, ScoreModule, ScorePart, per_row
 
 
@@ -56,6 +56,25 @@ class _Linear(ScoreModule):
 
     def reset_parameters(self, rng: Generator | None) -> None:
         init_linear(self.proj, self.std, rng)
+
+
+@SCORES.register
+class GivenScore(ScorePart):
+    """The rows are the logits: for scores made elsewhere (recorded, edited, of another library's
+    router). The router's width is then the number of candidates."""
+
+    kind: Literal["given"] = "given"
+    learned: ClassVar[bool] = False
+
+    def build(self, width: int, num_experts: int, time_width: int | None) -> ScoreModule:
+        if width != num_experts:
+            raise ConfigError(describe("width", width, f"{num_experts}, one column per candidate"))
+        return _Given()
+
+
+class _Given(ScoreModule):
+    def forward(self, x: Tensor, ctx: Context) -> Scored:
+        return Scored(x)
 
 
 @SCORES.register
