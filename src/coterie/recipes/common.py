@@ -103,14 +103,22 @@ def image_tiny(
     )
 
 
-def text_tiny(recipe: str, *slots: SlotConfig, steps: int = 400, **changes: Any) -> RunConfig:
-    """Python's own help topics as bytes: 3 blocks of width 96, 128 bytes of context."""
-    trunk = TEXT_TRUNK.replace(slots=slots)
+def text_tiny(
+    recipe: str,
+    *slots: SlotConfig,
+    steps: int = 400,
+    context: int = 128,
+    trunk: dict[str, Any] | None = None,
+    **changes: Any,
+) -> RunConfig:
+    """Python's own help topics as bytes: 3 blocks of width 96 (``trunk`` says otherwise), windows
+    of ``context`` bytes."""
+    sizes = TEXT_TRUNK.replace(**(trunk or {}), slots=slots)
     return RunConfig(
         recipe=recipe,
         preset="text",
-        data={"kind": "pydoc-topics", "context": 128},
-        model=TokenDenoiserConfig(backbone=CausalConfig(trunk=trunk)),
+        data={"kind": "pydoc-topics", "context": context},
+        model=TokenDenoiserConfig(backbone=CausalConfig(context=context, trunk=sizes)),
         objective=NextTokenConfig(),
         train=TrainConfig.from_dict(
             {
