@@ -95,6 +95,11 @@ CASES: dict[str, dict] = {
             "score": {"kind": "mlp", "init_std": 0.7},
         },
     },
+    "straight_through": {
+        "num_experts": 4,
+        "experts": SWIGLU,
+        "router": {"select": {"kind": "top_k", "k": 1}, "weight": "straight_through"},
+    },
     "dense": {"num_experts": 4, "experts": SWIGLU, "router": {"select": "dense"}},
     "rank": {
         "num_experts": 5,

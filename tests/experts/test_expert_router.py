@@ -149,6 +149,20 @@ def test_raw_renormalised_and_constant_gates() -> None:
     assert (one.gates == 1).all() and torch.equal(one.ids, raw.ids)
 
 
+def test_straight_through_gates_are_one_with_the_gradient_of_the_probability() -> None:
+    h, ctx = inputs(7), context(7)
+    fields = {"select": {"kind": "top_k", "k": 1}, "scale": 0.5}
+    through, raw = (router(weight=weight, **fields) for weight in ("straight_through", "raw"))
+    raw.load_state_dict(through.state_dict())
+    routing = through(h, ctx)
+    assert (routing.gates == 0.5).all()
+    up = torch.randn(routing.gates.shape, generator=torch.Generator().manual_seed(0))
+    (found,) = torch.autograd.grad((up * routing.gates).sum(), list(through.parameters()))
+    (expected,) = torch.autograd.grad((up * raw(h, ctx).gates).sum(), list(raw.parameters()))
+    torch.testing.assert_close(found, expected)
+    assert found.abs().max() > 0
+
+
 def test_selection_bias_moves_choices_and_never_gates() -> None:
     made = router(selection_bias=True, probability="sigmoid")
     h, ctx = inputs(7), context(7)

@@ -33,12 +33,13 @@ class RouterConfig(Config):
     ``probability``: softmax or sigmoid of the logits, or the logits themselves (``identity``).
     ``when``: ``before`` = probabilities of all candidates, then select; ``after`` = select by
     logits, then the softmax over the selected ones only. ``weight``: gates are the selected
-    probabilities (``raw``), these divided by their sum + ``renorm_eps`` (``renorm``), or 1
-    (``one``); always times ``scale``. ``selection_bias`` adds a buffer [E] to what is selected
-    by, never to the gates (DeepSeek-V3); ``expert_scale`` multiplies each gate by a learned number
-    of its expert, 1 at the start (DiffusionGemma). ``partition`` ``null_label``: unconditional
-    samples go with gate 1 to one more expert at the end of the pool and are masked in the Routing
-    (ProMoE).
+    probabilities (``raw``), these divided by their sum + ``renorm_eps`` (``renorm``), 1 (``one``),
+    or 1 with the gradient of the probability (``straight_through``: the router learns, though one
+    expert alone answers in full); always times ``scale``. ``selection_bias`` adds a buffer [E] to
+    what is selected by, never to the gates (DeepSeek-V3); ``expert_scale`` multiplies each gate by
+    a learned number of its expert, 1 at the start (DiffusionGemma). ``partition`` ``null_label``:
+    unconditional samples go with gate 1 to one more expert at the end of the pool and are masked
+    in the Routing (ProMoE).
     """
 
     score: Annotated[SerializeAsAny[Part], SCORES.validator] = LinearScore()
@@ -46,7 +47,7 @@ class RouterConfig(Config):
     probability: Literal["softmax", "sigmoid", "identity"] = "softmax"
     when: Literal["before", "after"] = "before"
     select: Annotated[SerializeAsAny[Part], SELECTS.validator] = TopK()
-    weight: Literal["raw", "renorm", "one"] = "raw"
+    weight: Literal["raw", "renorm", "one", "straight_through"] = "raw"
     renorm_eps: NonNegativeFloat = 1e-20
     scale: float = 1.0
     selection_bias: bool = False

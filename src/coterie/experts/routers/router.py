@@ -139,6 +139,8 @@ class Router(nn.Module):
             gates = F.pad(probs, (0, 1)).gather(1, ids)
         if self.config.weight == "renorm":
             gates = gates / (gates.sum(dim=1, keepdim=True) + self.config.renorm_eps)
+        if self.config.weight == "straight_through":
+            gates = 1.0 + (gates - gates.detach())
         return gates
 
     def _record(
