@@ -68,9 +68,9 @@ class Router(nn.Module):
             # The other probabilities stay as they are: nothing is normalised again.
             logits = self._edit(logits, ctx, masks="probs")
             probs = probs.masked_fill(logits == float("-inf"), 0.0)
-        keys = self._keys(logits, probs)
+        keys = self.keys(logits, probs)
         ids = self.config.select_part.select(keys, ctx, shape, scored_rows)
-        gates = self._gates(ids, probs, logits)
+        gates = self.gates(ids, probs, logits)
         if scored_rows is not None:
             ids = ids.masked_fill(~scored_rows[:, None], self.num_experts)
         gates = gates.masked_fill(ids == self.num_experts, 0.0)
@@ -114,15 +114,15 @@ class Router(nn.Module):
             return logits.sigmoid()
         return logits
 
-    def _keys(self, logits: Tensor, probs: Tensor) -> Tensor:
-        """What is selected by; a masked candidate keeps -inf whatever the bias."""
+    def keys(self, logits: Tensor, probs: Tensor) -> Tensor:
+        """f32 [R, E], what is selected by; a masked candidate keeps -inf whatever the bias."""
         keys = (logits if self.config.when == "after" else probs).detach()
         if self.selection_bias is not None:
             keys = keys + self.selection_bias
         return keys.masked_fill(logits.detach() == float("-inf"), float("-inf"))
 
-    def _gates(self, ids: Tensor, probs: Tensor, logits: Tensor) -> Tensor:
-        """f32 [R, K]; gates of the sentinel are dropped by the caller."""
+    def gates(self, ids: Tensor, probs: Tensor, logits: Tensor) -> Tensor:
+        """f32 [R, K]: the gates of any choice under this rule; the sentinel's mean nothing."""
         gates = self._weights(ids, probs, logits) * self.config.scale
         if self.expert_scale is None:
             return gates
