@@ -9,10 +9,12 @@ from coterie.data import (
     image_downloads,
     images,
     latents,
+    photos,
     problems,
     text,
     text_downloads,
     toys,
+    weather,
 )
 from coterie.data.catalog import SourceStatus, describe_source, status
 from coterie.data.ordering import order
@@ -53,10 +55,12 @@ __all__ = [
     "kmeans_partition",
     "latents",
     "order",
+    "photos",
     "problems",
     "shards_of",
     "status",
     "text",
     "text_downloads",
     "toys",
+    "weather",
 ]
