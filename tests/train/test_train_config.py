@@ -53,6 +53,8 @@ def test_learning_rates():
     assert [constant.lr_at(s) for s in (0, 1, 4, 99)] == pytest.approx([0.4, 0.8, 2.0, 2.0])
     cosine = TrainConfig(steps=100, lr=1.0, schedule={"kind": "cosine", "final": 0.2})
     assert [cosine.lr_at(s) for s in (0, 50, 100)] == pytest.approx([1.0, 0.6, 0.2])
+    linear = TrainConfig(steps=100, lr=1.0, warmup=9, schedule={"kind": "linear", "final": 0.2})
+    assert [linear.lr_at(s) for s in (0, 50, 100)] == pytest.approx([0.1, 0.6, 0.2])
     drops = TrainConfig(steps=100, lr=1.0, schedule={"kind": "steps", "at": [0.5, 0.8]})
     assert [drops.lr_at(s) for s in (49, 50, 79, 80)] == pytest.approx([1.0, 0.1, 0.1, 0.01])
 

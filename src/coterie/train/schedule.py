@@ -26,6 +26,17 @@ class ConstantSchedule(Part):
 
 
 @SCHEDULES.register
+class LinearSchedule(Part):
+    """A straight line from 1 down to ``final``."""
+
+    kind: Literal["linear"] = "linear"
+    final: float = Field(default=0.0, ge=0, le=1)
+
+    def build(self) -> Factor:
+        return lambda progress: 1.0 - (1.0 - self.final) * progress
+
+
+@SCHEDULES.register
 class CosineSchedule(Part):
     """Half a cosine from 1 down to ``final``."""
 
