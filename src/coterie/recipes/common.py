@@ -109,15 +109,18 @@ def text_tiny(
     steps: int = 400,
     context: int = 128,
     trunk: dict[str, Any] | None = None,
+    data: dict[str, Any] | None = None,
     **changes: Any,
 ) -> RunConfig:
-    """Python's own help topics as bytes: 3 blocks of width 96 (``trunk`` says otherwise), windows
-    of ``context`` bytes."""
+    """Python's own help topics as bytes: 3 blocks of width 96, windows of ``context`` bytes.
+
+    ``trunk`` and ``data`` change the sizes and the source.
+    """
     sizes = TEXT_TRUNK.replace(**(trunk or {}), slots=slots)
     return RunConfig(
         recipe=recipe,
         preset="text",
-        data={"kind": "pydoc-topics", "context": context},
+        data={"kind": "pydoc-topics", **(data or {}), "context": context},
         model=TokenDenoiserConfig(backbone=CausalConfig(context=context, trunk=sizes)),
         objective=NextTokenConfig(),
         train=TrainConfig.from_dict(
