@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Any, Self, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -84,11 +84,14 @@ def explain(error: ValidationError, cls: type[BaseModel]) -> str:
 
 
 def _fields_at(cls: type[BaseModel], path: Iterable[Any]) -> list[str]:
-    """Names of the fields of the config class found by walking ``path``; [] if a union hides it."""
+    """Names of the fields of the config class found by walking ``path``; [] if a union of several
+    hides it."""
     current: Any = cls
     for part in path:
         field = getattr(current, "model_fields", {}).get(part)
         current = getattr(field, "annotation", None)
+        classes = [one for one in get_args(current) if hasattr(one, "model_fields")]
+        current = classes[0] if len(classes) == 1 else current
     return list(getattr(current, "model_fields", {}))
 
 
@@ -96,12 +99,17 @@ def override(config: ConfigT, assignments: Mapping[str, Any]) -> ConfigT:
     """Apply ``{"a.b.0.c": value}`` to a configuration and validate the result.
 
     String values are read as JSON where they parse (``3``, ``true``, ``null``, ``[1, 2]``), else
-    kept as strings. An unknown path is an error that lists the fields there.
+    kept as strings. A path into an optional object that is absent makes it. An unknown path is an
+    error that lists the fields there.
     """
     data = config.model_dump(mode="json")
     for path, value in assignments.items():
         _assign(data, path, _literal(value))
     return type(config).from_dict(data)
+
+
+class _Made(dict[str, Any]):
+    """An object that a path has made: which fields it may have, validation says."""
 
 
 def _literal(value: Any) -> Any:
@@ -124,7 +132,7 @@ def _assign(data: Any, path: str, value: Any) -> None:
                 raise ConfigError(describe(path, part, allowed))
             key: Any = int(part)
         elif isinstance(here, dict):
-            if part not in here:
+            if part not in here and not isinstance(here, _Made):
                 raise ConfigError(unknown(path, part, here))
             key = part
         else:
@@ -132,4 +140,6 @@ def _assign(data: Any, path: str, value: Any) -> None:
         if last:
             here[key] = value
         else:
+            if (here[key] if isinstance(here, list) else here.get(key)) is None:
+                here[key] = _Made()
             here = here[key]
