@@ -110,6 +110,16 @@ class Trainer:
             self.save()
         return self.state
 
+    def begin(self) -> None:
+        """Save the weights that training starts from and an empty log, unless it has begun."""
+        if self.run_dir is None:
+            return
+        with self.run_dir.lock():
+            self._resume()
+            if self.state.step == 0:
+                with self.log.open(self.run_dir, 0):
+                    self.save()
+
     def project(self, steps: int = 5) -> float:
         """Seconds the rest of training would take, from timing a few steps and undoing them."""
         before = {

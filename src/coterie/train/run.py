@@ -11,18 +11,23 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import torch
-from pydantic import Field, SerializeAsAny
+from pydantic import Field, SerializeAsAny, model_validator
 
+from coterie.backbones import TrunkConfig
+from coterie.convert import UpcycleConfig, upcycle, upcycled_config, upcycled_slot
 from coterie.core.batch import Source
 from coterie.core.config import Config
 from coterie.core.cost import count_parameters
 from coterie.core.errors import ConfigError, describe
 from coterie.core.registry import Part
-from coterie.core.rng import derive
+from coterie.core.rng import derive, generator
+from coterie.core.tensors import assign, module_tensors
 from coterie.data import SOURCES
 from coterie.denoiser import MODELS, DenoiserConfig
 from coterie.solvers import GRIDS, SOLVERS, GuidanceConfig, ThresholdConfig
+from coterie.train import checkpoint
 from coterie.train.config import TrainConfig
+from coterie.train.initial import InitConfig, calibration, find_origin, load_source
 from coterie.train.loop import Trainer
 from coterie.train.objectives import OBJECTIVES, DenoisingConfig
 from coterie.train.rundir import RunDir
@@ -42,7 +47,8 @@ class SampleConfig(Config):
 
 
 class RunConfig(Config):
-    """Everything a run depends on. ``recipe`` and ``preset`` say where it came from."""
+    """Everything a run depends on. ``recipe`` and ``preset`` say where it came from; ``init``
+    where its first weights do (None: drawn from ``seed``)."""
 
     recipe: str = ""
     preset: str = ""
@@ -52,6 +58,26 @@ class RunConfig(Config):
     objective: Annotated[SerializeAsAny[Part], OBJECTIVES.validator] = DenoisingConfig()
     train: TrainConfig = TrainConfig()
     sample: SampleConfig = SampleConfig()
+    init: InitConfig | None = None
+
+    @model_validator(mode="after")
+    def _experts_are_there(self) -> RunConfig:
+        wanted = self.init.upcycle if self.init is not None else None
+        if wanted is not None and not _has_slot(self.model, wanted):
+            hint = "coterie upcycle writes a run whose model has"
+            allowed = "a model that has the experts which upcycling makes"
+            raise ConfigError(describe("init.upcycle", wanted.mode, allowed, hint))
+        return self
+
+
+def _has_slot(model: Part, config: UpcycleConfig) -> bool:
+    """Whether a model has the experts of an upcycled one (its balance losses may be others)."""
+    trunk = getattr(getattr(model, "backbone", None), "trunk", None)
+    if not isinstance(trunk, TrunkConfig) or trunk.hidden % config.slices:
+        return False
+    made = upcycled_slot(trunk, config)
+    plain = [slot.replace(expert=slot.expert.replace(balance=())) for slot in trunk.slots]
+    return made.replace(expert=made.expert.replace(balance=())) in plain
 
 
 @dataclass(frozen=True)
@@ -96,12 +122,39 @@ def build_source(config: RunConfig, split: str = "train") -> Source:
     return source
 
 
+def initial_model(config: RunConfig, source: Source) -> Any:
+    """The model with the weights that training starts from: those of ``config.init``, or drawn.
+
+    CheckpointError names the first tensor of ``init.path`` that does not fit ``config.model``.
+    """
+    model = build_model(config)
+    init = config.init
+    if init is None:
+        return model
+    found = load_source(init)
+    if init.upcycle is not None:
+        run = calibration(config.objective, source, config.seed, init.upcycle.calibration)
+        rng = generator(config.seed, "upcycle", init.upcycle.seed)
+        _, found = upcycle(found, init.upcycle, run, rng)
+    assign(module_tensors(model), module_tensors(found), f"init.path: {init.path}")
+    return model
+
+
+def upcycled_run(config: RunConfig, path: str | Path, upcycling: UpcycleConfig) -> RunConfig:
+    """``config`` with experts in its model, to be made of the dense weights at ``path``."""
+    return config.replace(
+        model=upcycled_config(config.model, upcycling),
+        init=InitConfig(path=str(path), upcycle=upcycling),
+    )
+
+
 def make_trainer(
     config: RunConfig, run_dir: RunDir | None = None, source: Source | None = None
 ) -> Trainer:
     """A trainer of the configured model; ``source`` where it is already built."""
     source = source or build_source(config)
-    model = build_model(config)
+    resumes = run_dir is not None and bool(checkpoint.steps(run_dir.path))
+    model = build_model(config) if resumes else initial_model(config, source)
     objective = config.objective.build(model)
     whole = config.model_dump(mode="json")
     return Trainer(config.train, model, objective, source, config.seed, run_dir, run_config=whole)
@@ -109,12 +162,46 @@ def make_trainer(
 
 def start(config: RunConfig, out: str | Path, progress: bool = True) -> Path:
     """Train to ``config.train.steps``; the same call again resumes, bit for bit on a CPU."""
-    from coterie.hub import save_pretrained
+    trainer, run_dir, source = _begin(config, out)
+    trainer.fit(progress=progress)
+    _export(trainer, config, run_dir, source)
+    return run_dir.path
 
+
+def prepare(config: RunConfig, out: str | Path) -> Path:
+    """A run directory at step 0: ``start`` with the same configuration trains it, and it can be
+    loaded and sampled as it is."""
+    trainer, run_dir, source = _begin(config, out)
+    trainer.begin()
+    _export(trainer, config, run_dir, source)
+    return run_dir.path
+
+
+def _begin(config: RunConfig, out: str | Path) -> tuple[Trainer, RunDir, Source]:
     run_dir = RunDir(out)
+    config = pinned(config, run_dir)
     source = build_source(config)
     trainer = make_trainer(config, run_dir, source)
-    trainer.fit(progress=progress)
+    if config.init is not None and not checkpoint.steps(run_dir.path):
+        trainer.begin()  # from here on the source is not needed again
+    return trainer, run_dir, source
+
+
+def pinned(config: RunConfig, run_dir: RunDir) -> RunConfig:
+    """``config`` with the origin of its first weights: the one this run began with, or today's."""
+    init = config.init
+    if init is None or init.origin is not None:
+        return config
+    stored = (run_dir.stored_config() or {}).get("init") or {}
+    origin = stored.get("origin") if stored.get("path") == init.path else None
+    return config.replace(init=init.replace(origin=origin or find_origin(init)))
+
+
+def _export(trainer: Trainer, config: RunConfig, run_dir: RunDir, source: Source) -> None:
+    """The averaged weights as a model directory."""
+    from coterie.hub import save_pretrained
+
+    facts = {"recipe": config.recipe, "preset": config.preset, "data": config.data.kind}
     with trainer.averaged() as model:
         save_pretrained(
             model,
@@ -122,9 +209,8 @@ def start(config: RunConfig, out: str | Path, progress: bool = True) -> Path:
             config.model.model_dump(mode="json"),
             overwrite=True,
             data_licence=source.licence,
-            extra={"recipe": config.recipe, "preset": config.preset, "data": config.data.kind},
+            extra=facts,
         )
-    return run_dir.path
 
 
 def load_run(path: str | Path, which: str = "ema") -> LoadedRun:

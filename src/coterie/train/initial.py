@@ -1,0 +1,119 @@
+"""Where the first weights of a run come from, if not from its seed: another run or a model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field, NonNegativeInt
+from torch import nn
+
+from coterie.convert import UpcycleConfig
+from coterie.core.batch import Source
+from coterie.core.config import Config
+from coterie.core.errors import CheckpointError, ConfigError, describe
+from coterie.core.folder import MANIFEST, file_digest
+from coterie.core.machine import commit
+from coterie.core.registry import Part
+from coterie.core.rng import generator
+from coterie.data import order
+from coterie.denoiser import MODELS
+from coterie.hub import load_manifest, load_pretrained
+from coterie.hub.layout import model_config
+from coterie.train import checkpoint
+from coterie.train.state import load_weights
+
+MICRO_BATCH = 64  # samples at a time that calibrate a router
+KINDS = "a run directory or a model directory"
+
+
+class Origin(Config):
+    """Which weights exactly; found when the run begins and kept in its ``config.json``.
+
+    ``digest``: SHA-256 of the manifest that lists the hash of every file; ``step``: of training
+    (None for a model directory); ``commit``: of the code that read them.
+    """
+
+    digest: str
+    step: NonNegativeInt | None = None
+    commit: str = ""
+
+
+class InitConfig(Config):
+    """Start from the weights at ``path``: a run directory (its newest checkpoint; ``weights`` as in
+    ``load_weights``) or a model directory. Optimiser and averages start afresh.
+
+    ``upcycle``: the weights there are dense; make experts of them first. The run's model then has
+    the slots of :func:`coterie.convert.upcycled_config`.
+    """
+
+    path: str = Field(min_length=1)
+    weights: str = "ema"
+    upcycle: UpcycleConfig | None = None
+    origin: Origin | None = None
+
+
+def source_config(path: str | Path) -> Part:
+    """Configuration of the model at ``path``; ConfigError if it is neither a run nor a model."""
+    path = Path(path)
+    if (path / "config.json").is_file():
+        try:
+            data = json.loads((path / "config.json").read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ConfigError(f"{path / 'config.json'}: not valid JSON ({error})") from None
+        found = model_config(data) if isinstance(data, dict) else None
+    elif (path / MANIFEST).is_file():
+        found = model_config(load_manifest(path).config)
+    else:
+        raise ConfigError(describe("init.path", str(path), KINDS))
+    if found is None:
+        raise ConfigError(describe("init.path", str(path), KINDS, "it describes no such model"))
+    return MODELS.parse(found)
+
+
+def find_origin(init: InitConfig) -> Origin:
+    """Which weights ``init`` would read now."""
+    source_config(init.path)
+    path = Path(init.path)
+    if not (path / "config.json").is_file():
+        return Origin(digest=file_digest(path / MANIFEST), commit=commit())
+    newest = checkpoint.latest(path)
+    if newest is None:
+        raise CheckpointError(f"{path}: no checkpoint yet; train the run first")
+    step = next(step for step, folder in checkpoint.steps(path) if folder == newest)
+    return Origin(digest=file_digest(newest / MANIFEST), step=step, commit=commit())
+
+
+def load_source(init: InitConfig) -> Any:
+    """The model at ``init.path`` with its weights, in eval mode.
+
+    CheckpointError if they are not those of ``init.origin``.
+    """
+    if init.origin is not None and find_origin(init).digest != init.origin.digest:
+        raise CheckpointError(
+            f"{init.path}: holds other weights than when this run was configured "
+            f"(step {init.origin.step}); start a new run"
+        )
+    if not (Path(init.path) / "config.json").is_file():
+        return load_pretrained(init.path)
+    model: nn.Module = source_config(init.path).build()
+    load_weights(init.path, model, init.weights)
+    return model.eval()
+
+
+def calibration(
+    objective: Part, source: Source, seed: int, samples: int
+) -> Callable[[nn.Module], None]:
+    """``run(model)``: the objective's forward passes on ``samples`` of the data, for a converter
+    that wants to see what goes through a model."""
+
+    def run(model: nn.Module) -> None:
+        ask = objective.build(model)
+        rows = order(seed, 0, min(samples, len(source)), len(source))
+        for first in range(0, len(rows), MICRO_BATCH):
+            batch = source.get(rows[first : first + MICRO_BATCH])
+            ask(model, batch, generator(seed, "calibration", first), 0.0)
+
+    return run
