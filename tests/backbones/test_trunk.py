@@ -159,6 +159,7 @@ CHOICE = {**EXPERT, "router": {"select": {"kind": "expert_choice"}}}
     ("changes", "message"),
     [
         ({"heads": 3}, r"heads: 3 .*divisor of width = 16"),
+        ({"kv_heads": 4}, r"kv_heads: 4 .*divisor of heads = 2"),
         (
             {"slots": [{"expert": EXPERT}, {"layers": "odd", "expert": EXPERT}]},
             r"slots\.1\.layers: 1 .*slots\.0 has it",

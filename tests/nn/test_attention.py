@@ -11,7 +11,7 @@ from coterie.nn.attention import SelfAttention
 from coterie.nn.embed import rotate
 from coterie.nn.mlp import GeluMLP, SwiGLU
 
-WIDTH, HEADS, TOKENS = 12, 3, 6
+WIDTH, HEADS, TOKENS = 16, 4, 6
 
 
 def attention(**options: object) -> SelfAttention:
@@ -26,18 +26,21 @@ def tokens(seed: int = 0, batch: int = 2) -> Tensor:
 
 def by_hand(layer: SelfAttention, x: Tensor, allowed: Tensor) -> Tensor:
     """Head by head; ``allowed`` bool [B, N, N]."""
-    q, k, v = layer.qkv(x).chunk(3, dim=-1)
     width = WIDTH // HEADS
+    shared = (layer.qkv.out_features - WIDTH) // 2
+    q, k, v = layer.qkv(x).split((WIDTH, shared, shared), dim=-1)
     heads = []
     for head in range(HEADS):
         part = slice(head * width, (head + 1) * width)
-        one_q, one_k = layer.query_norm(q[..., part]), layer.key_norm(k[..., part])
+        first = head * shared // WIDTH * width
+        read = slice(first, first + width)  # what the run of heads shares
+        one_q, one_k = layer.query_norm(q[..., part]), layer.key_norm(k[..., read])
         if layer.rotary_length:
             cos, sin = layer.rotary_cos[: x.shape[1]], layer.rotary_sin[: x.shape[1]]
             one_q, one_k = rotate(one_q, cos, sin), rotate(one_k, cos, sin)
         scores = one_q @ one_k.transpose(1, 2) / width**0.5
         weights = scores.masked_fill(~allowed, float("-inf")).softmax(-1)
-        heads.append(weights @ v[..., part])
+        heads.append(weights @ v[..., read])
     return layer.out(torch.cat(heads, dim=-1))
 
 
@@ -53,6 +56,8 @@ ALL = torch.ones(2, TOKENS, TOKENS, dtype=torch.bool)
         {"causal": True},
         {"rotary_length": 16},
         {"causal": True, "rotary_length": 6, "qk_norm": True},
+        {"kv_heads": 2},
+        {"kv_heads": 1, "causal": True, "rotary_length": 6, "qk_norm": True},
     ],
     ids=str,
 )
