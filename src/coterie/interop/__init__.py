@@ -1,0 +1,1 @@
+"""Bridges to other libraries: their models, seen and changed through the same records."""

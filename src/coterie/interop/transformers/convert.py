@@ -1,0 +1,131 @@
+"""One of their layers as ours, and back: the same tensors, so the same answers.
+
+Ours reads what their experts read: the block's input, or, where a block normalises it for the
+experts alone (DiffusionGemma), that normalised input. There the router's own norm divides by the
+same root mean square, so its weights divided by the norm's give equal logits.
+
+Legend: E experts, D width, F inner size.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from coterie.core.errors import ConfigError, describe
+from coterie.experts import ExpertLayer, ExpertLayerConfig, SharedConfig
+from coterie.experts.kinds import SwiGLU
+from coterie.interop.transformers.experts import PoolExperts
+
+if TYPE_CHECKING:
+    from coterie.interop.transformers.sites import MoESite
+
+ACTIVATIONS = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_new": "gelu_tanh",
+}
+"""Their names of activations -> ours."""
+
+
+def layer_config(site: MoESite) -> ExpertLayerConfig:
+    """What the layer is, as a configuration; ConfigError for what ours cannot state."""
+    if isinstance(site.experts, PoolExperts):
+        raise ConfigError(f"{site.path}: its experts are replaced; undo that first")
+    config: Any = getattr(site.experts, "config", None)
+    named = getattr(config, "hidden_act", None) or getattr(config, "hidden_activation", None)
+    if named not in ACTIVATIONS:
+        raise ConfigError(describe(f"{site.path}: activation", named, ", ".join(ACTIVATIONS)))
+    shared = None
+    if site.shared is not None:
+        biased = [name for name, value in site.shared.named_parameters() if value.dim() == 1]
+        if biased:
+            raise ConfigError(f"{site.path}: shared experts with biases ({', '.join(biased)})")
+        hidden = int(site.shared.gate_proj.weight.shape[0])
+        gate = "one" if site.shared_gate is None else "self"
+        shared = SharedConfig.from_dict({"hidden": hidden, "gate": gate})
+    return ExpertLayerConfig(
+        num_experts=site.num_experts,
+        experts=SwiGLU.from_dict({"hidden": site.hidden, "activation": ACTIVATIONS[named]}),
+        router=site.router_config(),
+        shared=shared,
+        accumulate_float32=True,
+    )
+
+
+def to_expert_layer(site: MoESite) -> ExpertLayer:
+    """A copy of the layer, in its device and type (routers compute in float32 all the same)."""
+    layer = layer_config(site).build(site.width)
+    pairs = _pairs(site, layer)
+    with torch.no_grad():
+        for ours, theirs in pairs:
+            ours.copy_(torch.cat([part.float() for part in theirs]).view(ours.shape))
+        layer.router(0).score.proj.weight.copy_(router_matrix(site))  # type: ignore[operator,union-attr]
+    like = site.expert(0)[0]
+    layer.to(like.device)
+    for part in (layer.pool, layer.shared):
+        if part is not None:
+            part.to(like.dtype)
+    return layer.train(site.block.training)
+
+
+def load_expert_layer(site: MoESite, layer: ExpertLayer) -> None:
+    """Copy the tensors of ``layer`` into the model, in place: tied tensors stay tied."""
+    wanted = layer_config(site)
+    if layer.config.replace(dispatch="auto", accumulate_float32=True, balance=()) != wanted:
+        raise ConfigError(f"{site.path}: the layer's configuration is not the one of this layer")
+    with torch.no_grad():
+        for ours, theirs in _pairs(site, layer):
+            for part, value in zip(theirs, ours.split([len(part) for part in theirs])):
+                part.copy_(value)
+        _set_router_matrix(site, layer.router(0).score.proj.weight)  # type: ignore[arg-type,union-attr]
+
+
+def _pairs(site: MoESite, layer: ExpertLayer) -> list[tuple[Tensor, list[Tensor]]]:
+    """(our tensor, their tensors that it is the concatenation of), all but the router's matrix."""
+    experts, router = site.experts, layer.router(0)
+    stacks = layer.pool.stacks()
+    pairs = [(stacks["gate_up"], [experts.gate_up_proj]), (stacks["down"], [experts.down_proj])]
+    if router.selection_bias is not None:
+        pairs.append((router.selection_bias, [site.router.e_score_correction_bias]))
+    if router.expert_scale is not None:
+        pairs.append((router.expert_scale, [site.router.per_expert_scale]))
+    if layer.shared is not None:
+        own, mlp = layer.shared.pool.stacks(), site.shared
+        pairs.append((own["gate_up"][0], [mlp.gate_proj.weight, mlp.up_proj.weight]))
+        pairs.append((own["down"][0], [mlp.down_proj.weight]))
+        if layer.shared.gate is not None:
+            pairs.append((layer.shared.gate.weight, [site.shared_gate.weight]))
+    return pairs
+
+
+def router_matrix(site: MoESite) -> Tensor:
+    """f32 [E, D]: logits of the layer are this times what its experts read."""
+    if site.family.logits == "output":
+        matrix: Tensor = site.router.weight.detach().float()
+        return matrix
+    router = site.router
+    return router.proj.weight.detach().float() * _fold(site)
+
+
+def _set_router_matrix(site: MoESite, matrix: Tensor) -> None:
+    if site.family.logits == "output":
+        site.router.weight.copy_(matrix)
+    else:
+        site.router.proj.weight.copy_(matrix / _fold(site))
+
+
+def _fold(site: MoESite) -> Tensor:
+    """f32 [D]: the router's scale over that of the norm before the experts."""
+    router, norm = site.router, site.block.pre_feedforward_layernorm_2
+    if router.eps != norm.eps:
+        raise ConfigError(describe(f"{site.path}: eps of the norms", router.eps, str(norm.eps)))
+    weight = norm.weight.detach().float()
+    if bool((weight == 0).any()):
+        hint = "the router reads dimensions that the experts do not"
+        raise ConfigError(describe(f"{site.path}: norm weight", 0.0, "no zeros", hint))
+    return router.scale.detach().float() * router.scalar_root_size / weight
