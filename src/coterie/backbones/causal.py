@@ -17,6 +17,7 @@ from coterie.core.context import Context
 from coterie.core.errors import ConfigError, DataError, describe
 from coterie.core.prediction import Condition
 from coterie.core.registry import Part
+from coterie.experts.routers.config import within
 
 TEXT_TRUNK = TrunkConfig(
     width=96,
@@ -47,6 +48,7 @@ class CausalConfig(Part):
         if self.trunk.modulation != "none":
             hint = "text has no time embedding to modulate by"
             raise ConfigError(describe("trunk.modulation", self.trunk.modulation, "none", hint))
+        within("trunk", lambda: self.trunk.check_grid(None))
         return self
 
     @property

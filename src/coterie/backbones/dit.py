@@ -7,16 +7,17 @@ from __future__ import annotations
 
 from typing import Literal
 
-import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from coterie.backbones.base import BACKBONES, BackboneOutput
+from coterie.backbones.conditioning import embed_condition
 from coterie.backbones.trunk import Trunk, TrunkConfig, modulate
 from coterie.core.context import Context
 from coterie.core.errors import ConfigError, DataError, describe
 from coterie.core.prediction import Condition
 from coterie.core.registry import Part
+from coterie.experts.routers.config import within
 from coterie.nn.embed import LabelEmbedding, TimeEmbedding, sincos_grid
 from coterie.nn.init import zero_linear
 
@@ -38,6 +39,7 @@ class DiTConfig(Part):
         if self.image_size % self.patch:
             allowed = f"a divisor of image_size = {self.image_size}"
             raise ConfigError(describe("patch", self.patch, allowed))
+        within("trunk", lambda: self.trunk.check_grid(self.grid))
         return self
 
     @property
@@ -68,7 +70,7 @@ class DiT(nn.Module):
         self.patch_in = nn.Linear(values, width)
         self.time = TimeEmbedding(width)
         self.label = LabelEmbedding(config.num_classes, width) if config.num_classes else None
-        self.trunk = Trunk(config.trunk, config.tokens)
+        self.trunk = Trunk(config.trunk, config.tokens, config.grid)
         self.head_norm = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
         self.head_modulation = nn.Linear(width, 2 * width)
         self.head = nn.Linear(width, values * (2 if config.learned_variance else 1))
@@ -89,7 +91,7 @@ class DiT(nn.Module):
     def forward(self, x: Tensor, ctx: Context, cond: Condition) -> BackboneOutput:
         if x.shape[1:] != self.config.sample_shape:
             raise DataError(describe("x", tuple(x.shape), f"[B, {self.config.sample_shape}]"))
-        ctx = self._embed(ctx, cond, x.shape[0])
+        ctx = embed_condition(ctx, cond, self.time, self.label, self.config.tokens)
         assert ctx.embedding is not None
         z_BND = self.patch_in(self._patchify(x)) + self.get_buffer("positions")
         z_BND, routings = self.trunk(z_BND, ctx)
@@ -97,27 +99,6 @@ class DiT(nn.Module):
         out = self.head(modulate(self.head_norm(z_BND), shift, scale))
         sample, variance = self._unpatchify(out)
         return BackboneOutput(sample, routings, variance)
-
-    def _embed(self, ctx: Context, cond: Condition, batch: int) -> Context:
-        """Fill in what the slots are told. ``label`` is the condition after dropout."""
-        assert ctx.time_input is not None
-        tau = self.time(ctx.time_input)
-        embedding = tau
-        if self.label is not None:
-            shape = None if cond.label is None else tuple(cond.label.shape)
-            if cond.label is None or shape != (batch,):
-                raise DataError(describe("cond.label", shape, f"labels [B], B = {batch}"))
-            embedding = tau + self.label(cond.label)
-        return ctx.replace(
-            batch=batch,
-            tokens=self.config.tokens,
-            time_embedding=tau,
-            embedding=embedding,
-            time_table=_Table(self.time, ctx.time_inputs),
-            label=cond.label,
-            task=cond.task,
-            positions=torch.arange(self.config.tokens, device=tau.device),
-        )
 
     def _patchify(self, x: Tensor) -> Tensor:
         B, C = x.shape[:2]
@@ -133,17 +114,3 @@ class DiT(nn.Module):
         out = out.reshape(B, rows, columns, parts, C, P, P).permute(3, 0, 4, 1, 5, 2, 6)
         out = out.reshape(parts, B, C, rows * P, columns * P)
         return out[0], out[1] if parts == 2 else None
-
-
-class _Table:
-    """tau of every step of the original grid, computed once per forward pass and only if asked."""
-
-    def __init__(self, time: TimeEmbedding, inputs: Tensor | None) -> None:
-        self.time, self.inputs = time, inputs
-        self.value: Tensor | None = None
-
-    def __call__(self) -> Tensor:
-        if self.value is None:
-            assert self.inputs is not None
-            self.value = self.time(self.inputs)
-        return self.value

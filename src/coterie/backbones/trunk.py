@@ -36,9 +36,21 @@ from coterie.experts import (
 from coterie.nn.attention import SelfAttention
 from coterie.nn.init import normal_linear, xavier_linear, zero_linear
 from coterie.nn.mlp import FEED_FORWARD
+from coterie.nn.windows import Windows
 
 SlotName = Literal["pre_block", "ffn"]
 Layers = Literal["all", "odd", "even", "except_first"] | tuple[int, ...]
+
+
+def sites(layers: Layers, depth: int) -> list[int]:
+    """Numbers of the blocks that ``layers`` names."""
+    named = {
+        "all": range(depth),
+        "odd": range(1, depth, 2),
+        "even": range(0, depth, 2),
+        "except_first": range(1, depth),
+    }
+    return sorted(layers) if isinstance(layers, tuple) else list(named[layers])
 
 
 class SlotConfig(Config):
@@ -69,13 +81,7 @@ class SlotConfig(Config):
         return self
 
     def sites(self, depth: int) -> list[int]:
-        named = {
-            "all": range(depth),
-            "odd": range(1, depth, 2),
-            "even": range(0, depth, 2),
-            "except_first": range(1, depth),
-        }
-        return sorted(self.layers) if isinstance(self.layers, tuple) else list(named[self.layers])
+        return sites(self.layers, depth)
 
     def pools(self, depth: int) -> list[tuple[int, ...]]:
         """Layers that share a pool of experts, from the first to the last."""
@@ -84,12 +90,15 @@ class SlotConfig(Config):
 
 
 class TrunkConfig(Config):
-    """Sizes and style of the trunk. ``mlp_hidden`` None: 4 * width."""
+    """Sizes and style of the trunk. ``mlp_hidden`` None: 4 * width.
+
+    ``window`` w: in the blocks ``window_layers`` the tokens of each w x w (x w) window of the grid
+    see each other only.
+    """
 
     width: int = Field(96, ge=1)
     depth: int = Field(4, ge=1)
     heads: int = Field(4, ge=1)
-    kv_heads: int | None = Field(None, ge=1)  # None: as many as heads
     mlp: Literal["gelu", "swiglu"] = "gelu"
     mlp_hidden: int | None = Field(None, ge=1)
     modulation: Literal["adaln_zero", "none"] = "adaln_zero"
@@ -98,6 +107,8 @@ class TrunkConfig(Config):
     rotary: bool = False
     qkv_bias: bool = True
     qk_norm: bool = False
+    window: PositiveInt | None = None
+    window_layers: Layers = "all"
     init_std: float | None = None  # None: Xavier (DiT); a number: N(0, std) everywhere
     slots: tuple[SlotConfig, ...] = ()
 
@@ -106,14 +117,35 @@ class TrunkConfig(Config):
         if self.width % self.heads:
             allowed = f"a divisor of width = {self.width}"
             raise ConfigError(describe("heads", self.heads, allowed))
-        if self.heads % (self.kv_heads or self.heads):
-            allowed = f"a divisor of heads = {self.heads}"
-            raise ConfigError(describe("kv_heads", self.kv_heads, allowed))
         if self.rotary and self.width // self.heads % 2:
             allowed = f"a number that leaves an even head width, width = {self.width}"
             raise ConfigError(describe("heads", self.heads, allowed, "rotary turns channel pairs"))
+        self._check_windows()
         self._check_slots()
         return self
+
+    def _check_windows(self) -> None:
+        if self.window is not None and (self.causal or self.rotary):
+            hint = "causal and rotary attention follow one line of tokens"
+            raise ConfigError(describe("window", self.window, "null", hint))
+        for layer in sites(self.window_layers, self.depth):
+            if not 0 <= layer < self.depth:
+                allowed = f"blocks 0..{self.depth - 1}"
+                raise ConfigError(describe("window_layers", layer, allowed))
+
+    def windows(self, layer: int, grid: tuple[int, ...] | None) -> Windows | None:
+        """How block ``layer`` cuts the grid of tokens; ConfigError where it cannot."""
+        if self.window is None or layer not in sites(self.window_layers, self.depth):
+            return None
+        if grid is None:
+            hint = "the tokens of this backbone lie on no grid"
+            raise ConfigError(describe("window", self.window, "null", hint))
+        return Windows(grid, self.window)
+
+    def check_grid(self, grid: tuple[int, ...] | None) -> None:
+        """ConfigError where the windows do not fit the grid of a backbone's tokens."""
+        for layer in range(self.depth):
+            self.windows(layer, grid)
 
     def _check_slots(self) -> None:
         taken: dict[tuple[str, int], int] = {}
@@ -169,7 +201,13 @@ class Block(nn.Module):
     """Attention and feed-forward network with optional experts in its slots."""
 
     def __init__(
-        self, config: TrunkConfig, length: int, experts: dict[str, ExpertLayer], residual: bool
+        self,
+        config: TrunkConfig,
+        length: int,
+        experts: dict[str, ExpertLayer],
+        residual: bool,
+        windows: Windows | None,
+        condition_width: int,
     ) -> None:
         super().__init__()
         width = config.width
@@ -182,14 +220,14 @@ class Block(nn.Module):
             config.qk_norm,
             config.causal,
             length if config.rotary else 0,
-            kv_heads=config.kv_heads,
+            windows,
         )
         self.pre_block = experts.get("pre_block")
         self.ffn: nn.Module = (
             experts["ffn"] if "ffn" in experts else FEED_FORWARD[config.mlp](width, config.hidden)
         )
         adaptive = config.modulation == "adaln_zero"
-        self.modulation = nn.Linear(width, 6 * width) if adaptive else None
+        self.modulation = nn.Linear(condition_width, 6 * width) if adaptive else None
 
     def forward(
         self, z_BND: Tensor, ctx: Context, states: dict[str, Tensor] | None = None
@@ -234,9 +272,19 @@ class Block(nn.Module):
 
 
 class Trunk(nn.Module):
-    """A stack of blocks. ``forward(z, ctx) -> (z, routings)``, z [B, N, D]."""
+    """A stack of blocks. ``forward(z, ctx) -> (z, routings)``, z [B, N, D].
 
-    def __init__(self, config: TrunkConfig, length: int) -> None:
+    ``grid``: how the ``length`` tokens lie, row-major, where windows are cut from them.
+    ``condition_width``: of ``ctx.embedding``, where it is not D.
+    """
+
+    def __init__(
+        self,
+        config: TrunkConfig,
+        length: int,
+        grid: tuple[int, ...] | None = None,
+        condition_width: int | None = None,
+    ) -> None:
         super().__init__()
         self.config = config
         by_block: list[dict[str, ExpertLayer]] = [{} for _ in range(config.depth)]
@@ -247,9 +295,10 @@ class Trunk(nn.Module):
                     by_block[layer][slot.slot] = made
             share_cells(by_block[layer][slot.slot] for layer in slot.sites(config.depth))
         replaced = {i for s in config.slots if not s.residual for i in s.sites(config.depth)}
+        width = condition_width or config.width
         self.blocks = nn.ModuleList(
-            Block(config, length, experts, index not in replaced)
-            for index, experts in enumerate(by_block)
+            Block(config, length, experts, i not in replaced, config.windows(i, grid), width)
+            for i, experts in enumerate(by_block)
         )
         self._systems = [
             (slot.slot, group, [part.build() for part in slot.expert.balance])

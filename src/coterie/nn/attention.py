@@ -1,6 +1,6 @@
 """Multi-head self attention over one set of tokens.
 
-Shapes: B batch, N tokens, D width, H heads, G key and value heads, d head width.
+Shapes: B batch, N tokens, D width, H heads, d head width.
 """
 
 from __future__ import annotations
@@ -10,13 +10,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from coterie.nn.embed import rotary_table, rotate
+from coterie.nn.windows import Windows
 
 
 class SelfAttention(nn.Module):
     """[B, N, D] -> [B, N, D]; optional causal mask, query/key normalisation, rotary positions.
 
-    ``kv_heads`` < ``heads``: equal runs of query heads share a key and value head (grouped-query
-    attention, arXiv:2305.13245).
+    With ``windows`` the tokens of each window see each other and nothing else.
     """
 
     rotary: tuple[Tensor, Tensor] | None
@@ -29,15 +29,15 @@ class SelfAttention(nn.Module):
         qk_norm: bool = False,
         causal: bool = False,
         rotary_length: int = 0,  # longest sequence; 0 = no rotary positions
-        kv_heads: int | None = None,  # None = heads
+        windows: Windows | None = None,
     ) -> None:
         super().__init__()
         self.heads = heads
-        self.kv_heads = kv_heads or heads
         self.causal = causal
-        head_width = width // heads
-        self.qkv = nn.Linear(width, width + 2 * self.kv_heads * head_width, bias=qkv_bias)
+        self.windows = windows
+        self.qkv = nn.Linear(width, 3 * width, bias=qkv_bias)
         self.out = nn.Linear(width, width)
+        head_width = width // heads
         self.query_norm = nn.RMSNorm(head_width, eps=1e-6) if qk_norm else nn.Identity()
         self.key_norm = nn.RMSNorm(head_width, eps=1e-6) if qk_norm else nn.Identity()
         self.rotary_length = rotary_length
@@ -47,19 +47,24 @@ class SelfAttention(nn.Module):
             self.register_buffer("rotary_sin", sin, persistent=False)
 
     def forward(self, x_BND: Tensor, token_mask_BN: Tensor | None = None) -> Tensor:
+        if self.windows is None:
+            return self._attend(x_BND, token_mask_BN)
+        mask = token_mask_BN
+        if mask is not None:
+            mask = self.windows.split(mask[:, :, None])[:, :, 0]
+        return self.windows.join(self._attend(self.windows.split(x_BND), mask))
+
+    def _attend(self, x_BND: Tensor, token_mask_BN: Tensor | None) -> Tensor:
         B, N, D = x_BND.shape
-        qkv = self.qkv(x_BND).unflatten(2, (-1, D // self.heads)).transpose(1, 2)
-        q, k, v = qkv.split((self.heads, self.kv_heads, self.kv_heads), dim=1)
+        qkv = self.qkv(x_BND).reshape(B, N, 3, self.heads, D // self.heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
         q, k = self.query_norm(q), self.key_norm(k)
         if self.rotary_length:
             cos, sin = self.get_buffer("rotary_cos")[:N], self.get_buffer("rotary_sin")[:N]
             q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         mask = None if token_mask_BN is None else self._key_mask(token_mask_BN)
         causal = self.causal and mask is None
-        grouped = self.kv_heads < self.heads
-        y = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=grouped
-        )
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
         return self.out(y.transpose(1, 2).reshape(B, N, D))
 
     def _key_mask(self, token_mask_BN: Tensor) -> Tensor:
