@@ -99,6 +99,7 @@ class TrunkConfig(Config):
     width: int = Field(96, ge=1)
     depth: int = Field(4, ge=1)
     heads: int = Field(4, ge=1)
+    kv_heads: int | None = Field(None, ge=1)  # None: as many as heads
     mlp: Literal["gelu", "swiglu"] = "gelu"
     mlp_hidden: int | None = Field(None, ge=1)
     modulation: Literal["adaln_zero", "none"] = "adaln_zero"
@@ -117,6 +118,9 @@ class TrunkConfig(Config):
         if self.width % self.heads:
             allowed = f"a divisor of width = {self.width}"
             raise ConfigError(describe("heads", self.heads, allowed))
+        if self.heads % (self.kv_heads or self.heads):
+            allowed = f"a divisor of heads = {self.heads}"
+            raise ConfigError(describe("kv_heads", self.kv_heads, allowed))
         if self.rotary and self.width // self.heads % 2:
             allowed = f"a number that leaves an even head width, width = {self.width}"
             raise ConfigError(describe("heads", self.heads, allowed, "rotary turns channel pairs"))
@@ -221,6 +225,7 @@ class Block(nn.Module):
             config.causal,
             length if config.rotary else 0,
             windows,
+            config.kv_heads,
         )
         self.pre_block = experts.get("pre_block")
         self.ffn: nn.Module = (

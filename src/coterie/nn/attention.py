@@ -1,6 +1,6 @@
 """Multi-head self attention over one set of tokens.
 
-Shapes: B batch, N tokens, D width, H heads, d head width.
+Shapes: B batch, N tokens, D width, H heads, G key and value heads, d head width.
 """
 
 from __future__ import annotations
@@ -16,7 +16,9 @@ from coterie.nn.windows import Windows
 class SelfAttention(nn.Module):
     """[B, N, D] -> [B, N, D]; optional causal mask, query/key normalisation, rotary positions.
 
-    With ``windows`` the tokens of each window see each other and nothing else.
+    With ``windows`` the tokens of each window see each other and nothing else. ``kv_heads`` <
+    ``heads``: equal runs of query heads share a key and value head (grouped-query attention,
+    arXiv:2305.13245).
     """
 
     rotary: tuple[Tensor, Tensor] | None
@@ -30,14 +32,16 @@ class SelfAttention(nn.Module):
         causal: bool = False,
         rotary_length: int = 0,  # longest sequence; 0 = no rotary positions
         windows: Windows | None = None,
+        kv_heads: int | None = None,  # None = heads
     ) -> None:
         super().__init__()
         self.heads = heads
+        self.kv_heads = kv_heads or heads
         self.causal = causal
         self.windows = windows
-        self.qkv = nn.Linear(width, 3 * width, bias=qkv_bias)
-        self.out = nn.Linear(width, width)
         head_width = width // heads
+        self.qkv = nn.Linear(width, width + 2 * self.kv_heads * head_width, bias=qkv_bias)
+        self.out = nn.Linear(width, width)
         self.query_norm = nn.RMSNorm(head_width, eps=1e-6) if qk_norm else nn.Identity()
         self.key_norm = nn.RMSNorm(head_width, eps=1e-6) if qk_norm else nn.Identity()
         self.rotary_length = rotary_length
@@ -56,15 +60,18 @@ class SelfAttention(nn.Module):
 
     def _attend(self, x_BND: Tensor, token_mask_BN: Tensor | None) -> Tensor:
         B, N, D = x_BND.shape
-        qkv = self.qkv(x_BND).reshape(B, N, 3, self.heads, D // self.heads)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        qkv = self.qkv(x_BND).unflatten(2, (-1, D // self.heads)).transpose(1, 2)
+        q, k, v = qkv.split((self.heads, self.kv_heads, self.kv_heads), dim=1)
         q, k = self.query_norm(q), self.key_norm(k)
         if self.rotary_length:
             cos, sin = self.get_buffer("rotary_cos")[:N], self.get_buffer("rotary_sin")[:N]
             q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         mask = None if token_mask_BN is None else self._key_mask(token_mask_BN)
         causal = self.causal and mask is None
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
+        grouped = self.kv_heads < self.heads
+        y = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=grouped
+        )
         return self.out(y.transpose(1, 2).reshape(B, N, D))
 
     def _key_mask(self, token_mask_BN: Tensor) -> Tensor:
