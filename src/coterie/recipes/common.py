@@ -136,3 +136,21 @@ def text_tiny(
             }
         ),
     )
+
+
+def text_paper(
+    recipe: str,
+    *slots: SlotConfig,
+    trunk: dict[str, Any],
+    context: int,
+    vocabulary: int = 260,
+    **train: Any,
+) -> RunConfig:
+    """A language model of published sizes; bytes of a dictionary stand where papers have the web.
+
+    ``vocabulary`` is that of the paper, so that parameters count as printed.
+    """
+    dictionary = {"kind": "gcide"}
+    config = text_tiny(recipe, *slots, context=context, trunk=trunk, data=dictionary, **train)
+    backbone = config.model.backbone.replace(vocabulary=vocabulary)
+    return config.replace(preset="paper", model=config.model.replace(backbone=backbone))
