@@ -49,7 +49,8 @@ class Claim:
     """A sentence of the paper as a measurement: arm ``ours`` against arm ``baseline``.
 
     ``factor`` scales the baseline first: ``ours < 0.5 * baseline`` is ``factor=0.5``. A claim
-    about one arm alone compares with the number ``target`` instead of a baseline arm.
+    about one arm alone compares with the number ``target``, or with another metric of this arm,
+    ``against``.
     """
 
     claim: str
@@ -57,6 +58,7 @@ class Claim:
     ours: str
     baseline: str = ""
     target: float | None = None
+    against: str = ""
     better: Literal["lower", "higher"] = "lower"
     factor: float = 1.0
     tolerance: float = 0.0  # how far behind still counts, relative ("no worse than")

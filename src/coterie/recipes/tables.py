@@ -51,8 +51,11 @@ def _row(recipe: str, claim: dict[str, Any]) -> str:
         baseline = f"{claim['factor']:g} x {baseline}"
     verdict = "yes" if claim["shown"] else "**not shown**"
     arrow = "lower" if claim["better"] == "lower" else "higher"
+    metric, against = claim["metric"], claim.get("against", claim["metric"])
+    if against != metric:
+        metric = f"{metric} against {against}"
     return (
-        f"| {recipe} | {claim['claim']} | {claim['metric']} ({arrow} is better) "
+        f"| {recipe} | {claim['claim']} | {metric} ({arrow} is better) "
         f"| {claim['ours']:.4g} | {baseline} | {claim['spread']:.2g} | {claim['seeds']} "
         f"| {verdict} |"
     )

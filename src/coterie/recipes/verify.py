@@ -66,7 +66,8 @@ def judge(claim: Claim, measured: dict[str, list[dict[str, float]]]) -> dict[str
     if claim.target is not None:
         base = [claim.target] * len(ours)
     else:
-        base = [run[claim.metric] for run in measured[claim.baseline]]
+        runs = measured[claim.baseline or claim.ours]
+        base = [run[claim.against or claim.metric] for run in runs]
     sign = 1 if claim.better == "lower" else -1
     slack = claim.tolerance * abs(statistics.mean(base))
     gains = [sign * (claim.factor * b - o) + slack for o, b in zip(ours, base, strict=True)]
@@ -74,9 +75,13 @@ def judge(claim: Claim, measured: dict[str, list[dict[str, float]]]) -> dict[str
     return {
         "claim": claim.claim,
         "metric": claim.metric,
+        "against": claim.against or claim.metric,
         "ours": _mean(ours),
         "baseline": _mean(base),
-        "arms": [claim.ours, claim.baseline or "target"],
+        "arms": [
+            claim.ours,
+            claim.baseline or ("target" if claim.target is not None else claim.ours),
+        ],
         "spread": spread,
         "better": claim.better,
         "factor": claim.factor,
