@@ -41,6 +41,19 @@ CASES: dict[str, dict] = {
         "experts": {"kind": "swiglu", "hidden": 8, "activation": "gelu_tanh"},
         "router": {"weight": "renorm", "expert_scale": True},
     },
+    "mofme": {
+        "num_experts": 5,
+        "experts": "modulation",
+        "router": {"when": "after", "score": {"kind": "uncertain", "evaluate": "passes"}},
+        "stem": "star",
+        "adaptor": 2.0,
+    },
+    "mofme_vector": {
+        "num_experts": 4,
+        "experts": {"kind": "modulation", "form": "vector"},
+        "router": {"score": {"kind": "uncertain", "whiten": "full"}},
+        "stem": "star",
+    },
     "promoe": {
         "num_experts": 6,
         "experts": GELU,

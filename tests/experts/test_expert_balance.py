@@ -236,6 +236,7 @@ def test_entropy_with_closed_candidates_has_finite_gradient() -> None:
 
 
 def biased_layer(rounds: int = 1, shared: bool = False):
+    torch.manual_seed(0)
     return ExpertLayerConfig.from_dict(
         {
             "num_experts": 4,

@@ -242,7 +242,9 @@ class Block(nn.Module):
         routings: list[Routing] = []
         u_BND = z_BND
         if self.pre_block is not None:
-            answer = _ask(self.pre_block, z_BND, ctx.replace(slot="pre_block"), states)
+            answer = _ask(
+                self.pre_block, z_BND, ctx.replace(slot="pre_block", stream=z_BND), states
+            )
             routings.extend(answer.routings)
             u_BND = (1 + answer.y) * z_BND
         shift1, scale1, gate1, shift2, scale2, gate2 = self._modulation(ctx)
@@ -250,7 +252,8 @@ class Block(nn.Module):
         attended_BND = self._gate(self.attention(h_BND, ctx.token_mask), gate1)
         h_BND = self._modulate(self.norm2(u_BND + attended_BND), shift2, scale2)
         if isinstance(self.ffn, ExpertLayer):
-            answer = _ask(self.ffn, h_BND, ctx.replace(slot="ffn"), states)
+            stream_BND = u_BND + attended_BND
+            answer = _ask(self.ffn, h_BND, ctx.replace(slot="ffn", stream=stream_BND), states)
             routings.extend(answer.routings)
             y_BND = answer.y
         else:

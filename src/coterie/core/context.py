@@ -43,6 +43,7 @@ class Context:
     progress: float = 1.0  # share of training done, for schedules
     training: bool = False
     rng: Generator | None = None  # for jitter and sampling routers; None = no noise
+    stream: Tensor | None = None  # [B, N, D], the residual stream before its norm
     state: Tensor | None = None  # router state carried from the layer before
 
     def replace(self, **changes: Any) -> Self:

@@ -14,7 +14,7 @@ from typing import Annotated, Literal, Self, cast
 
 import torch
 import torch.nn.functional as F
-from pydantic import NonNegativeInt, PositiveInt, SerializeAsAny, model_validator
+from pydantic import NonNegativeInt, PositiveFloat, PositiveInt, SerializeAsAny, model_validator
 from torch import Generator, Tensor, nn
 
 from coterie.core.config import Config
@@ -25,9 +25,11 @@ from coterie.core.routing import Routing
 from coterie.experts.balance import BALANCES, BalancePart
 from coterie.experts.dispatch import dispatch, plan
 from coterie.experts.kinds import EXPERTS, ExpertKind, ExpertPool, SwiGLU
+from coterie.experts.kinds.base import xavier_uniform
 from coterie.experts.routers import Router, RouterConfig, share_cells
 from coterie.experts.routers.config import within
 from coterie.experts.shared import SharedConfig
+from coterie.nn.mlp import GeluMLP, Star
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,6 +48,11 @@ class ExpertLayerConfig(Config):
     (``channel_window``). ``slot_map``: candidate -> tensor of the pool, many to one (merged
     experts); None = one tensor each.
 
+    ``router_reads`` ``stream``: the residual stream before its norm instead of what the experts
+    read. ``stem``: a block that all experts share, before them (``star``: GELU(A x) * (C x)).
+    ``adaptor``: inner size, as a multiple of the width, of a GELU network they share behind them
+    (MoFME). ``shared`` experts read and add beside both.
+
     ``rounds`` C: times the pool is passed. ``round_routing``: each round has its ``own`` router,
     all use a ``shared`` one (its choice may still change with x_c), or the decision of the first
     is ``frozen``. ``inner_residual`` False drops x_c from x_{c+1}. ``inner_norm``: RMS norm without
@@ -57,6 +64,9 @@ class ExpertLayerConfig(Config):
     num_experts: PositiveInt | None = 8
     experts: Annotated[SerializeAsAny[Part], EXPERTS.validator] = SwiGLU()
     router: RouterConfig = RouterConfig()
+    router_reads: Literal["input", "stream"] = "input"
+    stem: Literal["none", "star"] = "none"
+    adaptor: PositiveFloat | None = None
     shared: SharedConfig | None = None
     slot_map: tuple[NonNegativeInt, ...] | None = None
     rounds: PositiveInt = 1
@@ -80,6 +90,9 @@ class ExpertLayerConfig(Config):
             raise ConfigError(
                 describe("slot_map", self.slot_map, "every tensor 0..max used at least once")
             )
+        if self.router_reads == "stream" and self.rounds > 1:
+            hint = "later rounds read what the one before wrote"
+            raise ConfigError(describe("router_reads", self.router_reads, "input", hint))
         for place, part in enumerate(self.balance):
             balance = cast(BalancePart, part)
             within(f"balance.{place}", lambda b=balance: b.check(self.router))  # type: ignore[misc]
@@ -157,6 +170,9 @@ class ExpertLayer(nn.Module):
             self.__dict__["pool"] = pool  # not a submodule here: its owner registers it once
         self._check_pool(config.tensors(width))
         self.shared = None if config.shared is None else config.shared.build(config.kind, width)
+        self.stem = Star(width) if config.stem == "star" else None
+        inner = None if config.adaptor is None else round(config.adaptor * width)
+        self.adaptor = None if inner is None else GeluMLP(width, inner)
         self.pool_layers = pool_layers
         self._slots = self._slot_table(candidates)
         used = config.router.select_part.expected(candidates) * config.rounds
@@ -187,6 +203,11 @@ class ExpertLayer(nn.Module):
             self.pool.reset_parameters(rng)
         if self.shared is not None:
             self.shared.reset_parameters(rng)
+        for part in (self.stem, self.adaptor):
+            for linear in [] if part is None else part.children():
+                if isinstance(linear, nn.Linear) and linear.weight.device.type != "meta":
+                    xavier_uniform(linear.weight, rng)
+                    nn.init.zeros_(linear.bias)
 
     def router(self, round: int) -> Router:
         """The router of one round."""
@@ -214,7 +235,11 @@ class ExpertLayer(nn.Module):
     def _route(self, x: Tensor, ctx: Context, before: list[Routing]) -> Routing:
         if before and self.config.round_routing == "frozen":
             return before[0].replace(round=ctx.round)
-        routing: Routing = self.router(ctx.round)(x, ctx)
+        read = ctx.stream if self.config.router_reads == "stream" else x
+        if read is None:
+            hint = "only slots of a trunk have a stream"
+            raise ConfigError(describe("router_reads", "stream", "input", hint))
+        routing: Routing = self.router(ctx.round)(read, ctx)
         return routing
 
     def combine(self, x: Tensor, routing: Routing) -> Tensor:
@@ -223,10 +248,14 @@ class ExpertLayer(nn.Module):
         Takes any routing of the right shape: a recorded, edited or cached one works too.
         """
         made = plan(routing, self._slots, self.pool.num_experts)
-        rows = x.flatten(0, 1) if routing.unit == "token" else x
+        u = x if self.stem is None else self.stem(x)
+        rows = u.flatten(0, 1) if routing.unit == "token" else u
         config = self.config
         y = dispatch(rows, made, self.pool, config.dispatch, config.accumulate_float32)
         y = y.view(x.shape)
+        if self.adaptor is not None:
+            y = self.adaptor(y)
+        y = y.to(x.dtype)  # autocast works in between
         return y if self.shared is None else y + self.shared(x)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -48,6 +49,34 @@ class SwiGLU(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.gate_up(x).chunk(2, dim=-1)
         return self.down(GLU_ACTIVATIONS[self.activation](gate) * up)
+
+
+class Star(nn.Module):
+    """GELU(A x) * (C x): two linear maps, multiplied. [..., D] -> [..., D]."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.gate = nn.Linear(width, width)
+        self.value = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.gelu(self.gate(x)) * self.value(x)
+
+
+class Modulation(nn.Module):
+    """gamma(x) * x + beta(x): affine ``maps`` of x, or vectors. [..., D] -> [..., D]."""
+
+    def __init__(self, width: int, maps: bool) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.zeros(width, width)) if maps else None
+        self.beta = nn.Parameter(torch.zeros(width, width)) if maps else None
+        self.gamma_bias = nn.Parameter(torch.ones(width))
+        self.beta_bias = nn.Parameter(torch.zeros(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.gamma is None or self.beta is None:
+            return self.gamma_bias * x + self.beta_bias
+        return F.linear(x, self.gamma, self.gamma_bias) * x + F.linear(x, self.beta, self.beta_bias)
 
 
 FEED_FORWARD: dict[str, type[GeluMLP] | type[SwiGLU]] = {"gelu": GeluMLP, "swiglu": SwiGLU}

@@ -36,6 +36,9 @@ class OneExpert:
             None if bias is None else self.parameters[bias].to(x.dtype),
         )
 
+    def vector(self, name: str, x: Tensor) -> Tensor:
+        return self.parameters[name].to(x.dtype)
+
     def constant(self, name: str) -> Tensor:
         return self.buffers[name]
 
@@ -113,6 +116,9 @@ class SortedExperts:
         if bias is not None:
             out = out + self.stacks[bias].to(x.dtype).index_select(0, self.ids)
         return out
+
+    def vector(self, name: str, x: Tensor) -> Tensor:
+        return self.stacks[name].to(x.dtype).index_select(0, self.ids)
 
     def constant(self, name: str) -> Tensor:
         table: Tensor = getattr(self.pool, name)

@@ -3,6 +3,7 @@
 from coterie.experts.kinds.base import EXPERTS, ExpertKind, Weights
 from coterie.experts.kinds.masks import Affine, ChannelWindow
 from coterie.experts.kinds.mlp import GeluMLP, SwiGLU
+from coterie.experts.kinds.modulation import Modulation
 from coterie.experts.kinds.pool import ExpertPool
 
 __all__ = [
@@ -12,6 +13,7 @@ __all__ = [
     "ExpertKind",
     "ExpertPool",
     "GeluMLP",
+    "Modulation",
     "SwiGLU",
     "Weights",
 ]

@@ -25,6 +25,10 @@ class Weights(Protocol):
         """x [..., in] -> [..., out] by ``weight`` [out, in] and ``bias`` [out] of each row."""
         ...
 
+    def vector(self, name: str, x: Tensor) -> Tensor:
+        """The parameter ``name`` [D] of each row's expert, in the type of x [..., D]."""
+        ...
+
     def constant(self, name: str) -> Tensor:
         """The buffer ``name`` of each row's expert, broadcastable against x [..., D]."""
         ...

@@ -18,6 +18,7 @@ from coterie.experts.routers.selections import (
     TopP,
     top_ids,
 )
+from coterie.experts.routers.uncertain import UncertainScore
 
 __all__ = [
     "EDITS",
@@ -47,6 +48,7 @@ __all__ = [
     "TaskLinearScore",
     "TopK",
     "TopP",
+    "UncertainScore",
     "share_cells",
     "top_ids",
 ]

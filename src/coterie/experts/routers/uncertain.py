@@ -1,0 +1,115 @@
+"""A score that knows how sure it is: the uncertainty-aware router of MoFME (AAAI 2024).
+
+The rows are scored M times under dropout; logits whose value changes from pass to pass count less:
+
+    mu = mean_m z_m,  S = cov_m z_m,  z~ = c * S^(-1/2) mu,  c = running mean of sqrt(diag S)
+
+``diagonal`` uses variances only; ``full`` the covariance, shrunk towards its diagonal because M
+passes know at most M - 1 directions. With dropout 0 the score is the plain one. The released code
+averages deviations, whose mean is 0, over passes without any dropout; this is what it was for.
+Legend: M passes, R rows, E candidates, D width.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, Self, cast
+
+import torch
+from pydantic import Field, SerializeAsAny, model_validator
+from torch import Generator, Tensor
+
+from coterie.core.context import Context
+from coterie.core.errors import ConfigError, describe
+from coterie.core.registry import Part
+from coterie.core.rng import generator
+from coterie.experts.routers.base import SCORES, Scored, ScoreModule, ScorePart, draw
+from coterie.experts.routers.scores import LinearScore
+
+EPS = 1e-5
+MOMENTUM = 0.99
+SHRINKAGE = 0.5  # weight of the diagonal in the full covariance
+
+
+@SCORES.register
+class UncertainScore(ScorePart):
+    """``of``: any score that reads rows. ``evaluate``: what happens outside training: the plain
+    score (``off``, as published), one pass divided by the running deviations (``running``), or
+    ``passes`` passes with fixed masks, the same for every row (``passes``)."""
+
+    kind: Literal["uncertain"] = "uncertain"
+    of: Annotated[SerializeAsAny[Part], SCORES.validator] = LinearScore()
+    passes: int = Field(5, ge=2)
+    dropout: float = Field(0.1, ge=0.0, lt=1.0)
+    whiten: Literal["diagonal", "full"] = "diagonal"
+    evaluate: Literal["off", "running", "passes"] = "running"
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        inner = cast(ScorePart, self.of)
+        if not inner.reads_rows or inner.kind in (self.kind, "recurrent", "fixed"):
+            allowed = "a score that reads rows and nothing else"
+            raise ConfigError(describe("of", inner.kind, allowed, "dropout falls on the rows"))
+        return self
+
+    def build(self, width: int, num_experts: int, time_width: int | None) -> ScoreModule:
+        return _Uncertain(self, width, num_experts, time_width)
+
+
+class _Uncertain(ScoreModule):
+    deviation: Tensor
+
+    def __init__(
+        self, config: UncertainScore, width: int, num_experts: int, time_width: int | None
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.inner = cast(ScorePart, config.of).build(width, num_experts, time_width)
+        self.register_buffer("deviation", torch.ones(num_experts))  # running sqrt(diag S), [E]
+
+    def forward(self, x: Tensor, ctx: Context) -> Scored:
+        config = self.config
+        sampling = ctx.training and ctx.rng is not None
+        if config.dropout == 0 or (not sampling and config.evaluate == "off"):
+            return self.inner(x, ctx)
+        if not sampling and config.evaluate == "running":
+            plain = self.inner(x, ctx)
+            logits = plain.logits * (self.deviation.mean() / self.deviation)
+            return Scored(logits, plain.prototypes)
+        rng = ctx.rng if sampling else generator(0, "uncertain")
+        assert rng is not None
+        # Outside training all rows share the masks, so that no row depends on its batch.
+        rows = x.shape[0] if sampling else 1
+        passes = [self.inner(x * self._mask(rows, x, rng), ctx) for _ in range(config.passes)]
+        logits_MRE = torch.stack([scored.logits for scored in passes])
+        away_MRE = logits_MRE - logits_MRE.mean(0)
+        spread_RE = (away_MRE.square().sum(0) / (config.passes - 1) + EPS).sqrt()
+        if sampling and spread_RE.numel():
+            self._remember(spread_RE.detach())
+        whitened = logits_MRE.mean(0) / spread_RE
+        if config.whiten == "full":
+            whitened = whiten(logits_MRE)
+        return Scored(whitened * self.deviation.mean(), passes[0].prototypes)
+
+    def _mask(self, rows: int, x: Tensor, rng: Generator) -> Tensor:
+        keep = 1 - self.config.dropout
+        return (draw(torch.Size([rows, x.shape[1]]), rng, x) < keep).to(x.dtype) / keep
+
+    @torch.no_grad()
+    def _remember(self, spread_RE: Tensor) -> None:
+        # A new tensor: an earlier pass of the same step may still need the old one's value.
+        self.deviation = MOMENTUM * self.deviation + (1 - MOMENTUM) * spread_RE.mean(0)
+
+    def reset_parameters(self, rng: Generator | None) -> None:
+        self.inner.reset_parameters(rng)
+        self.deviation.fill_(1.0)
+
+
+def whiten(logits_MRE: Tensor) -> Tensor:
+    """``S^(-1/2) mu`` per row, [R, E]; S is shrunk towards its diagonal."""
+    mean_RE = logits_MRE.mean(0)
+    away_MRE = logits_MRE - mean_RE
+    cov_REE = torch.einsum("mre,mrf->ref", away_MRE, away_MRE) / (len(logits_MRE) - 1)
+    diagonal_REE = torch.diag_embed(cov_REE.diagonal(dim1=1, dim2=2) + EPS)
+    values_RE, vectors_REE = torch.linalg.eigh((1 - SHRINKAGE) * cov_REE + SHRINKAGE * diagonal_REE)
+    inner_RE = torch.einsum("ref,re->rf", vectors_REE, mean_RE) * values_RE.rsqrt()
+    return torch.einsum("ref,rf->re", vectors_REE, inner_RE)
