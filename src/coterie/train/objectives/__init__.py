@@ -3,6 +3,7 @@
 from coterie.train.objectives.base import OBJECTIVES
 from coterie.train.objectives.classification import ClassificationConfig
 from coterie.train.objectives.denoising import DenoisingConfig
+from coterie.train.objectives.restoration import RestorationConfig
 from coterie.train.objectives.text import MaskedTokenConfig, NextTokenConfig
 
 __all__ = [
@@ -11,4 +12,5 @@ __all__ = [
     "DenoisingConfig",
     "MaskedTokenConfig",
     "NextTokenConfig",
+    "RestorationConfig",
 ]

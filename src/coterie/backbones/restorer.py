@@ -1,0 +1,120 @@
+"""A restoration transformer: convolutions around a few blocks of the trunk (MoFME, AAAI 2024).
+
+Reads a picture and answers a picture in one pass; noise level and condition are not looked at.
+Convolutional head, patches, blocks without position or modulation, patches back to pixels,
+convolutional tail. The picture is not added to the answer.
+Shapes: B batch, C channels, H x W pixels, P patch, N = HW / P^2 tokens, D width.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from coterie.backbones.base import BACKBONES, BackboneOutput
+from coterie.backbones.trunk import Trunk, TrunkConfig
+from coterie.core.context import Context
+from coterie.core.errors import ConfigError, DataError, describe
+from coterie.core.prediction import Condition
+from coterie.core.registry import Part
+
+RESTORER_TRUNK = TrunkConfig(modulation="none", width=384, depth=2, heads=8, norm="layer")
+
+
+@BACKBONES.register
+class RestorerConfig(Part):
+    """``stem`` channels before the patches, ``tail`` after them, halved once (published: 32, 128)."""
+
+    kind: Literal["restorer"] = "restorer"
+    image_size: int = Field(64, ge=1)
+    channels: int = Field(3, ge=1)
+    patch: int = Field(8, ge=1)
+    stem: int = Field(32, ge=1)
+    tail: int = Field(128, ge=2)
+    trunk: TrunkConfig = RESTORER_TRUNK
+
+    @model_validator(mode="after")
+    def _check(self) -> RestorerConfig:
+        if self.image_size % self.patch:
+            allowed = f"a divisor of image_size = {self.image_size}"
+            raise ConfigError(describe("patch", self.patch, allowed))
+        if self.trunk.modulation != "none":
+            hint = "nothing modulates a picture's restoration"
+            raise ConfigError(describe("trunk.modulation", self.trunk.modulation, "none", hint))
+        return self
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        side = self.image_size // self.patch
+        return side, side
+
+    @property
+    def tokens(self) -> int:
+        return self.grid[0] * self.grid[1]
+
+    @property
+    def sample_shape(self) -> tuple[int, ...]:
+        return self.channels, self.image_size, self.image_size
+
+    def build(self) -> Restorer:
+        return Restorer(self)
+
+
+def convolution(inputs: int, outputs: int) -> nn.Conv2d:
+    return nn.Conv2d(inputs, outputs, 3, padding=1, padding_mode="reflect")
+
+
+class ResidualConvolution(nn.Module):
+    """``x + conv(ReLU(conv(x)))``, 3 x 3."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.first, self.second = convolution(channels, channels), convolution(channels, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.second(F.relu(self.first(x)))
+
+
+class Restorer(nn.Module):
+    """``forward(x [B, C, H, W] in [-1, 1], ctx, cond) -> BackboneOutput``, the same range."""
+
+    def __init__(self, config: RestorerConfig) -> None:
+        super().__init__()
+        self.config = config
+        width, patch, half = config.trunk.width, config.patch, config.tail // 2
+        self.head = nn.Sequential(
+            convolution(config.channels, config.stem),
+            ResidualConvolution(config.stem),
+            ResidualConvolution(config.stem),
+        )
+        self.patch_in = nn.Conv2d(config.stem, width, patch, stride=patch)
+        self.patch_norm = nn.LayerNorm(width)
+        self.trunk = Trunk(config.trunk, config.tokens)
+        self.patch_out = nn.Linear(width, patch * patch * config.tail)
+        self.tail = nn.Sequential(
+            ResidualConvolution(config.tail),
+            convolution(config.tail, half),
+            ResidualConvolution(half),
+            convolution(half, config.channels),
+        )
+        self.trunk.reset_parameters()
+
+    def forward(self, x: Tensor, ctx: Context, cond: Condition) -> BackboneOutput:
+        if x.shape[1:] != self.config.sample_shape:
+            raise DataError(describe("x", tuple(x.shape), f"[B, {self.config.sample_shape}]"))
+        ctx = ctx.replace(
+            batch=x.shape[0],
+            tokens=self.config.tokens,
+            label=cond.label,
+            task=cond.task,
+            positions=torch.arange(self.config.tokens, device=x.device),
+        )
+        z_BND = self.patch_norm(self.patch_in(self.head(x)).flatten(2).transpose(1, 2))
+        z_BND, routings = self.trunk(z_BND, ctx)
+        patches = self.patch_out(z_BND).transpose(1, 2).unflatten(2, self.config.grid)
+        pixels = F.pixel_shuffle(patches, self.config.patch)
+        return BackboneOutput(torch.tanh(self.tail(pixels)), routings)
