@@ -27,7 +27,7 @@ RESTORER_TRUNK = TrunkConfig(modulation="none", width=384, depth=2, heads=8, nor
 
 @BACKBONES.register
 class RestorerConfig(Part):
-    """``stem`` channels before the patches, ``tail`` after them, halved once (published: 32, 128)."""
+    """``stem`` channels before the patches, ``tail`` after them, halved once (paper: 32, 128)."""
 
     kind: Literal["restorer"] = "restorer"
     image_size: int = Field(64, ge=1)
