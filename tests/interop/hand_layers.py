@@ -47,6 +47,12 @@ def gates_of(kind: str, router: Any, logits: Tensor, k: int = 3) -> Gates:
 
 
 def row_gates(kind: str, router: Any, logits: list[float], k: int) -> dict[int, float]:
+    """Experts with a logit of -inf are closed: where too few are left, a row has fewer."""
+    gates = full_row_gates(kind, router, logits, k)
+    return {e: gate for e, gate in gates.items() if logits[e] > -math.inf}
+
+
+def full_row_gates(kind: str, router: Any, logits: list[float], k: int) -> dict[int, float]:
     probs = softmax(logits)
     if kind in ("mixtral", "qwen2_moe", "qwen3_moe"):
         return renormalised(probs, best(probs, k))
@@ -60,7 +66,7 @@ def row_gates(kind: str, router: Any, logits: list[float], k: int) -> dict[int, 
         open_ = [e for g in groups for e in (2 * g, 2 * g + 1)]
         return {e: 1.5 * probs[e] for e in best(probs, k, open_)}
     assert kind == "deepseek_v3"
-    scores = [1 / (1 + math.exp(-v)) for v in logits]
+    scores = [1 / (1 + math.exp(-v)) if v > -math.inf else -math.inf for v in logits]
     keys = [s + b for s, b in zip(scores, router.e_score_correction_bias.tolist())]
     groups = best([sum(keys[2 * g : 2 * g + 2]) for g in range(4)], 2)
     open_ = [e for g in groups for e in (2 * g, 2 * g + 1)]
