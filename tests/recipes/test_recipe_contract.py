@@ -27,11 +27,14 @@ ROUTING_METRICS = {
     "position_bits_fade",
     "separation",
     "first_choice_cost",
+    "adjacent_bits",
+    "expert_similarity",
+    "lbv_max",
 }
 
 
 def test_all_recipes_are_there() -> None:
-    assert RECIPES == ("deepseekmoe", "dit", "dit-moe", "dtr", "promoe", "switch-dit")
+    assert RECIPES == ("deepseekmoe", "dit", "dit-moe", "dtr", "promoe", "rexmoe", "rmoe", "switch-dit")
     with pytest.raises(ConfigError, match=r"recipe: 'dit-mo' .*did you mean 'dit-moe'"):
         get_recipe("dit-mo")
     with pytest.raises(ConfigError, match=r"preset: 'papr' .*did you mean 'paper'"):
