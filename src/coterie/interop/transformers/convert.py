@@ -17,7 +17,6 @@ from torch import Tensor
 from coterie.core.errors import ConfigError, describe
 from coterie.experts import ExpertLayer, ExpertLayerConfig, SharedConfig
 from coterie.experts.kinds import SwiGLU
-from coterie.interop.transformers.experts import PoolExperts
 
 if TYPE_CHECKING:
     from coterie.interop.transformers.sites import MoESite
@@ -34,7 +33,7 @@ ACTIVATIONS = {
 
 def layer_config(site: MoESite) -> ExpertLayerConfig:
     """What the layer is, as a configuration; ConfigError for what ours cannot state."""
-    if isinstance(site.experts, PoolExperts):
+    if not hasattr(site.experts, "gate_up_proj"):
         raise ConfigError(f"{site.path}: its experts are replaced; undo that first")
     config: Any = getattr(site.experts, "config", None)
     named = getattr(config, "hidden_act", None) or getattr(config, "hidden_activation", None)
@@ -60,11 +59,10 @@ def layer_config(site: MoESite) -> ExpertLayerConfig:
 def to_expert_layer(site: MoESite) -> ExpertLayer:
     """A copy of the layer, in its device and type (routers compute in float32 all the same)."""
     layer = layer_config(site).build(site.width)
-    pairs = _pairs(site, layer)
     with torch.no_grad():
-        for ours, theirs in pairs:
+        for ours, theirs in _pairs(site, layer):
             ours.copy_(torch.cat([part.float() for part in theirs]).view(ours.shape))
-        layer.router(0).score.proj.weight.copy_(router_matrix(site))  # type: ignore[operator,union-attr]
+        _matrix(layer).copy_(router_matrix(site))
     like = site.expert(0)[0]
     layer.to(like.device)
     for part in (layer.pool, layer.shared):
@@ -82,7 +80,8 @@ def load_expert_layer(site: MoESite, layer: ExpertLayer) -> None:
         for ours, theirs in _pairs(site, layer):
             for part, value in zip(theirs, ours.split([len(part) for part in theirs])):
                 part.copy_(value)
-        _set_router_matrix(site, layer.router(0).score.proj.weight)  # type: ignore[arg-type,union-attr]
+        own = site.family.logits == "output"
+        site.router_weight.copy_(_matrix(layer) if own else _matrix(layer) / _fold(site))
 
 
 def _pairs(site: MoESite, layer: ExpertLayer) -> list[tuple[Tensor, list[Tensor]]]:
@@ -94,29 +93,26 @@ def _pairs(site: MoESite, layer: ExpertLayer) -> list[tuple[Tensor, list[Tensor]
         pairs.append((router.selection_bias, [site.router.e_score_correction_bias]))
     if router.expert_scale is not None:
         pairs.append((router.expert_scale, [site.router.per_expert_scale]))
-    if layer.shared is not None:
-        own, mlp = layer.shared.pool.stacks(), site.shared
+    shared: Any = layer.shared
+    if shared is not None:
+        own, mlp = shared.pool.stacks(), site.shared
         pairs.append((own["gate_up"][0], [mlp.gate_proj.weight, mlp.up_proj.weight]))
         pairs.append((own["down"][0], [mlp.down_proj.weight]))
-        if layer.shared.gate is not None:
-            pairs.append((layer.shared.gate.weight, [site.shared_gate.weight]))
+        if shared.gate is not None:
+            pairs.append((shared.gate.weight, [site.shared_gate.weight]))
     return pairs
+
+
+def _matrix(layer: ExpertLayer) -> Tensor:
+    score: Any = layer.router(0).score
+    matrix: Tensor = score.proj.weight
+    return matrix
 
 
 def router_matrix(site: MoESite) -> Tensor:
     """f32 [E, D]: logits of the layer are this times what its experts read."""
-    if site.family.logits == "output":
-        matrix: Tensor = site.router.weight.detach().float()
-        return matrix
-    router = site.router
-    return router.proj.weight.detach().float() * _fold(site)
-
-
-def _set_router_matrix(site: MoESite, matrix: Tensor) -> None:
-    if site.family.logits == "output":
-        site.router.weight.copy_(matrix)
-    else:
-        site.router.proj.weight.copy_(matrix / _fold(site))
+    weight = site.router_weight.detach().float()
+    return weight if site.family.logits == "output" else weight * _fold(site)
 
 
 def _fold(site: MoESite) -> Tensor:

@@ -83,12 +83,19 @@ class MoESite:
     @property
     def width(self) -> int:
         """D."""
-        return int(self.expert(0)[0].shape[1])
+        return int(self.router_weight.shape[1])
 
     @property
     def hidden(self) -> int:
         """F, the inner size of one routed expert."""
         return int(self.expert(0)[0].shape[0])
+
+    @property
+    def router_weight(self) -> Tensor:
+        """[E, D], the matrix that makes the logits."""
+        named = self.family.logits
+        weight: Tensor = (self.router if named == "output" else getattr(self.router, named)).weight
+        return weight
 
     @property
     def shared(self) -> Any:
@@ -113,6 +120,8 @@ class MoESite:
         if isinstance(held, PoolExperts):
             place = held.tensor_of(expert)
             gate_up, down = held.pool.gate_up[place], held.pool.down[place]  # type: ignore[index]
+        elif not hasattr(held, "gate_up_proj"):
+            raise ConfigError(f"{self.path}: its experts are replaced by {type(held).__name__}")
         else:
             gate_up, down = held.gate_up_proj[expert], held.down_proj[expert]
         gate, up = gate_up.chunk(2, dim=0)
@@ -235,11 +244,12 @@ def tap(model: nn.Module | Sequence[MoESite], collector: Collector) -> Iterator[
 
 
 def _holds_experts(block: nn.Module) -> bool:
-    """A child named ``experts`` that stacks several: fused tensors, modules, or a pool of ours."""
-    held = dict(block.named_children()).get("experts")
+    """A child named ``experts`` that stacks several, or anything in its place in a known block."""
+    children = dict(block.named_children())
+    held = children.get("experts")
     if held is None:
         return False
-    if isinstance(held, PoolExperts):
+    if any(family_of(children.get(name), block) for name in ROUTER_NAMES):
         return True
     if any(parameter.dim() == 3 for parameter in held.parameters(recurse=False)):
         return True
@@ -266,13 +276,11 @@ def _site(model: nn.Module, path: str, block: nn.Module) -> MoESite:
 
 def _fused(experts: Any) -> bool:
     """``gate_up_proj`` [E, 2F, D], gate rows first and no biases, as all of the table have it."""
-    if isinstance(experts, PoolExperts):
-        return True
     fused = getattr(experts, "gate_up_proj", None)
-    if not isinstance(fused, Tensor) or fused.dim() != 3:
-        return False
+    if fused is None:  # replaced by something of the same call
+        return True
     plain = not getattr(experts, "is_transposed", False) and not getattr(experts, "has_bias", False)
-    return plain and getattr(experts, "is_concatenated", True)
+    return fused.dim() == 3 and plain and getattr(experts, "is_concatenated", True)
 
 
 def _counts(model: nn.Module) -> dict[str, int]:
