@@ -119,7 +119,9 @@ class TopP(SelectPart):
         limit = num_experts if self.max_k is None else self.max_k
         ranked, ids = scores.detach().sort(dim=1, descending=True, stable=True)
         before = ranked.clamp_min(0.0).double().cumsum(dim=1)
-        needed = (1 + (before <= self.p).sum(dim=1)).clamp(self.min_k, limit)
+        # Rounded probabilities may sum to more than 1: p = 1 means all of them nevertheless.
+        enough = before > self.p if self.p < 1 else torch.zeros_like(before, dtype=torch.bool)
+        needed = (1 + (~enough).sum(dim=1)).clamp(self.min_k, limit)
         widest = int(needed.max()) if needed.numel() else 1
         rank = torch.arange(num_experts, device=scores.device)
         ids = ids.masked_fill(rank >= needed[:, None], num_experts)
