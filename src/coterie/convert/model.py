@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -28,14 +28,24 @@ def upcycled_config(model: Part, config: UpcycleConfig) -> Part:
     ConfigError: no trunk, blocks that do not exist or hold experts already, slices that do not
     divide the inner size.
     """
-    backbone: Any = getattr(model, "backbone", None)
-    trunk = getattr(backbone, "trunk", None)
-    if not isinstance(trunk, TrunkConfig):
-        raise ConfigError(describe("model", model.kind, "a model with a transformer trunk"))
+    trunk = trunk_of(model)
     slot = upcycled_slot(trunk, config)
     _check_blocks(slot, trunk)
-    slots = (*trunk.slots, slot)
-    changed: Part = model.replace(backbone=backbone.replace(trunk=trunk.replace(slots=slots)))
+    return with_slots(model, [*trunk.slots, slot])
+
+
+def trunk_of(model: Part) -> TrunkConfig:
+    """The trunk of a model's configuration; ConfigError where there is none."""
+    trunk = getattr(getattr(model, "backbone", None), "trunk", None)
+    if not isinstance(trunk, TrunkConfig):
+        raise ConfigError(describe("model", model.kind, "a model with a transformer trunk"))
+    return trunk
+
+
+def with_slots(model: Part, slots: Sequence[SlotConfig]) -> Part:
+    """The model's configuration with other expert slots."""
+    trunk = trunk_of(model).replace(slots=tuple(slots))
+    changed: Part = model.replace(backbone=model.backbone.replace(trunk=trunk))
     return changed
 
 
@@ -74,14 +84,14 @@ def upcycle(
     """
     rng = rng or generator(config.seed, "upcycle")
     changed = upcycled_config(model.config, config)
-    built = _like(changed, model)
+    built = built_like(changed, model)
     trunk = model.config.backbone.trunk
     sites = upcycled_slot(trunk, config).sites(trunk.depth)
     dense = {place: model.backbone.trunk.blocks[place].ffn for place in sites}
     inputs: Mapping[int, Tensor] = {}
     if run is not None and config.calibration:
         inputs = feed_forward_inputs(dense, lambda: run(model))
-    _carry(model, built, [f"backbone.trunk.blocks.{place}.ffn." for place in sites])
+    carry(model, built, [f"backbone.trunk.blocks.{place}.ffn." for place in sites])
     for place, network in dense.items():
         layer = built.backbone.trunk.blocks[place].ffn
         names = layer.pool.kind.plain_names()
@@ -90,7 +100,7 @@ def upcycle(
     return changed, built.train(model.training)
 
 
-def _like(config: Part, model: nn.Module) -> Any:
+def built_like(config: Part, model: nn.Module) -> Any:
     """A new model on the device and in the type of ``model``; its weights are of no use yet."""
     with torch.random.fork_rng(devices=[]):
         built: nn.Module = config.build()
@@ -98,7 +108,7 @@ def _like(config: Part, model: nn.Module) -> Any:
     return built.to(device=parameter.device, dtype=parameter.dtype)
 
 
-def _carry(model: nn.Module, built: nn.Module, replaced: list[str]) -> None:
+def carry(model: nn.Module, built: nn.Module, replaced: list[str]) -> None:
     """Copy every tensor outside the replaced networks."""
 
     def others(module: nn.Module) -> dict[str, Tensor]:
