@@ -309,6 +309,40 @@ def test_closed_probabilities_are_zero_and_the_rest_is_not_normalised() -> None:
     assert torch.equal(made(inputs(7), ctx.replace(training=False)).probs, whole.probs)
 
 
+def test_layers_of_a_pool_may_draw_apart_or_together() -> None:
+    first = context(7).replace(pool_layers=(1, 3), layer=1, progress=0.0)
+    edit = {"kind": "progressive", "begin": 0.0, "end": 1.0}
+    for drawn, together in (("layer", False), ("pool", True)):
+        made = router(40, edits=[{**edit, "drawn": drawn}])
+        first = first.replace(rng=torch.Generator().manual_seed(0))
+        second = first.replace(layer=3)  # of the same pass: the same generator, moved on
+        assert (made_open(made, first) == made_open(made, second)) is together
+        later = second.replace(rng=torch.Generator().manual_seed(1))
+        assert made_open(made, first) != made_open(made, later)
+        other = first.replace(pool_layers=(4, 6), layer=4)
+        assert made_open(made, first) != made_open(made, other)
+
+
+def test_candidates_open_by_their_share_after_each_step() -> None:
+    made, plain = router(6, edits=[{"kind": "opening", "steps": 4}]), router(6)
+    plain.load_state_dict(made.state_dict(), strict=False)
+    h, ctx = inputs(7), context(7)
+    whole = plain(h, ctx)
+    assert torch.equal(made(h, ctx).probs, whole.probs)  # a new router is open
+    made.edits[0].share[:4] = torch.tensor([0.0, 0.0, -0.5, 0.5])
+    odds = whole.probs * torch.tensor([0.0, 0.0, 0.0, 0.5, 1.0, 1.0])
+    closed = made(h, ctx.replace(training=False))
+    torch.testing.assert_close(closed.probs, odds / odds.sum(1, keepdim=True))
+    assert torch.equal(closed.probs, made(h, ctx).probs)
+    assert not closed.probs[:, :3].any() and closed.ids.min() >= 3
+    for _ in range(4):
+        made.after_step()
+    assert made.edits[0].share.tolist() == [1.0, 1.0, 0.5, 1.0, 1.0, 1.0]
+    again = router(6, edits=[{"kind": "opening", "steps": 4}])
+    again.load_state_dict(made.state_dict())
+    assert torch.equal(again(h, ctx).probs, made(h, ctx).probs)
+
+
 def test_own_candidates_come_first_in_a_shared_pool() -> None:
     ctx = context(7).replace(pool_layers=(1, 3, 4), layer=3, progress=0.5)
     ctx = ctx.replace(rng=torch.Generator().manual_seed(0))

@@ -372,9 +372,12 @@ class Trunk(nn.Module):
 
     @torch.no_grad()
     def after_step(self, routings: Sequence[Routing]) -> None:
-        """Balance by selection bias: reads all routings of one optimiser step, outside forward."""
+        """Balance by selection bias: reads all routings of one optimiser step, outside forward. Then
+        what routers themselves change from step to step."""
         for slot, sites, balances in self._systems:
             own = [r for r in routings if r.slot == slot and r.layer in sites]
             routers = routers_of(getattr(self.blocks[layer], slot) for layer in sites)
             for balance in balances:
                 balance.after_step(routers, own)
+            for router in dict.fromkeys(routers):
+                router.after_step()

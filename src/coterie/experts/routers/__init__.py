@@ -2,7 +2,13 @@
 
 from coterie.experts.routers.base import EDITS, SCORES, SELECTS, ScorePart, SelectPart
 from coterie.experts.routers.config import RouterConfig
-from coterie.experts.routers.edits import BiasDelta, CandidateMask, Jitter, ProgressiveCandidates
+from coterie.experts.routers.edits import (
+    BiasDelta,
+    CandidateMask,
+    Jitter,
+    OpeningCandidates,
+    ProgressiveCandidates,
+)
 from coterie.experts.routers.noise import FixedScore, NoiseLevelScore, NoiseWindowScore
 from coterie.experts.routers.recurrent import RecurrentScore, share_cells
 from coterie.experts.routers.router import Router
@@ -37,6 +43,7 @@ __all__ = [
     "MLPScore",
     "NoiseLevelScore",
     "NoiseWindowScore",
+    "OpeningCandidates",
     "ProgressiveCandidates",
     "RandomK",
     "Rank",

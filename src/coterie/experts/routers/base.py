@@ -63,6 +63,8 @@ class EditPart(Part):
     """``probs``: what the edit closes (-inf) gets probability 0 after the softmax."""
 
     def build(self, num_experts: int) -> nn.Module:
+        """``module(logits, ctx) -> logits``; an ``after_step()`` of it runs after each optimiser
+        step."""
         raise NotImplementedError
 
     def fewest(self, num_experts: int) -> int:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from coterie.core.context import Context
 from coterie.core.errors import ConfigError, describe
+from coterie.core.rng import generator
 from coterie.experts.routers.base import EDITS, EditPart, draw, own_candidates, per_row
 
 
@@ -98,9 +99,10 @@ class ProgressiveCandidates(EditPart):
 
     The number of open candidates grows from ``start`` (None: as many as the layer owns) to all
     while ``ctx.progress`` goes from ``begin`` to ``end``: ``linear``, or in ``steps`` of ``start``
-    at equal distances. Which ones are open is drawn anew in each call from ``ctx.rng``;
-    ``own_first`` never closes the layer's own. ``masks`` ``probs`` is the paper's order: closed
-    candidates get probability 0 after the softmax. Evaluation always sees all.
+    at equal distances. Which ones are open is drawn anew in each pass, for each ``layer`` or once
+    for all layers of a ``pool`` (``drawn``); ``own_first`` never closes the layer's own. ``masks``
+    ``probs`` is the paper's order: closed candidates get probability 0 after the softmax.
+    Evaluation always sees all.
     """
 
     kind: Literal["progressive"] = "progressive"
@@ -109,6 +111,7 @@ class ProgressiveCandidates(EditPart):
     end: float = Field(default=0.3, ge=0.0, le=1.0)
     mode: Literal["linear", "steps"] = "linear"
     order: Literal["random", "own_first"] = "random"
+    drawn: Literal["layer", "pool"] = "layer"
     masks: Literal["logits", "probs"] = "logits"
 
     @model_validator(mode="after")
@@ -153,10 +156,49 @@ class _Progressive(nn.Module):
         own = own_candidates(ctx, num_experts)
         start = self.config.start or own.stop - own.start
         keep = self.config.count(ctx.progress, num_experts, start)
-        keys = draw(torch.Size([num_experts]), ctx.rng, logits)
+        rng = ctx.rng
+        if self.config.drawn == "pool":
+            # From the seed of this pass: its stream has moved on when the next layer asks.
+            rng = generator(rng.initial_seed(), "progressive", ctx.slot, *ctx.pool_layers)
+        keys = draw(torch.Size([num_experts]), rng, logits)
         if self.config.order == "own_first":
             keys[own] -= 1.0
         return keep_only(logits, keys.argsort()[:keep])
+
+
+@EDITS.register
+class OpeningCandidates(EditPart):
+    """Closed candidates that open as training goes on; evaluation sees what training sees.
+
+    A buffer ``share`` [E] multiplies the odds of each candidate: at 1 it is open, at 0 or less
+    closed, with probability 0. It grows by 1 / ``steps`` after each optimiser step. A new router
+    is open; what adds candidates to a trained one closes those (``convert.extend_reuse``).
+    """
+
+    kind: Literal["opening"] = "opening"
+    for_table: ClassVar[bool] = True
+    steps: PositiveInt = 1000
+
+    def build(self, num_experts: int) -> nn.Module:
+        return Opening(self, num_experts)
+
+
+class Opening(nn.Module):
+    """A candidate with a ``share`` of -x waits for x times ``steps`` optimiser steps."""
+
+    share: Tensor
+
+    def __init__(self, config: OpeningCandidates, num_experts: int) -> None:
+        super().__init__()
+        self.config = config
+        self.register_buffer("share", torch.ones(num_experts))
+
+    def forward(self, logits: Tensor, ctx: Context) -> Tensor:
+        return logits + self.share.clamp(0.0, 1.0).log()  # + 0 where open: not a bit changes
+
+    def after_step(self) -> None:
+        """Once per optimiser step."""
+        self.share.add_(1.0 / self.config.steps).clamp_(max=1.0)
 
 
 def keep_only(logits: Tensor, candidates: Tensor) -> Tensor:

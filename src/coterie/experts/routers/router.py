@@ -52,6 +52,13 @@ class Router(nn.Module):
             if self.expert_scale is not None:
                 self.expert_scale.fill_(1.0)
 
+    def after_step(self) -> None:
+        """Once per optimiser step: edits with a state that moves, move on."""
+        for edit in self.edits:
+            move = getattr(edit, "after_step", None)
+            if move is not None:
+                move()
+
     def forward(self, h: Tensor, ctx: Context) -> Routing:
         with torch.autocast(device_type=h.device.type, enabled=False):
             return self._route(h, ctx)
