@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from coterie.backbones import SlotConfig
 from coterie.core.batch import Batch
 from coterie.core.config import override
 from coterie.core.context import NULL_LABEL
@@ -61,6 +62,13 @@ def small(name: str) -> RunConfig:
 RECIPES = tuple(list_recipes())
 IMAGES = (*RECIPES, "promoe:expert-choice", "promoe:token-choice", "dtr:random")
 TEXTS = ("deepseekmoe/text", "text:top-2-of-8")
+
+
+def with_slots(config: RunConfig, *slots: SlotConfig) -> RunConfig:
+    """The same run with other expert slots in its trunk."""
+    model = config.model
+    trunk = model.backbone.trunk.replace(slots=slots)
+    return config.replace(model=model.replace(backbone=model.backbone.replace(trunk=trunk)))
 
 
 def woken(config: RunConfig, seed: int = 0, std: float = 0.05) -> Any:

@@ -17,7 +17,8 @@ from small_models import RECIPES
 PRESETS = [(name, preset) for name in RECIPES for preset in get_recipe(name).presets()]
 ARMS = [(name, arm) for name in RECIPES for arm in get_recipe(name).arms()]
 
-METRICS = {"held_out_loss", "frechet", "kid", "precision", "recall"}
+METRICS = {"held_out_loss", "frechet", "kid", "precision", "recall", "active_parameters"}
+ANSWER_METRICS = {"answer_loss", "answer_accuracy"}
 ROUTING_METRICS = {
     "load_cv",
     "load_entropy",
@@ -30,11 +31,25 @@ ROUTING_METRICS = {
     "adjacent_bits",
     "expert_similarity",
     "lbv_max",
+    "experts_per_row",
+    "experts_per_row_first",
+    "experts_per_row_last",
 }
 
 
 def test_all_recipes_are_there() -> None:
-    assert RECIPES == ("deepseekmoe", "dit", "dit-moe", "dtr", "promoe", "rexmoe", "rmoe", "switch-dit")
+    assert RECIPES == (
+        "chain-of-experts",
+        "deepseekmoe",
+        "dit",
+        "dit-moe",
+        "dtr",
+        "dynamic-routing",
+        "promoe",
+        "rexmoe",
+        "rmoe",
+        "switch-dit",
+    )
     with pytest.raises(ConfigError, match=r"recipe: 'dit-mo' .*did you mean 'dit-moe'"):
         get_recipe("dit-mo")
     with pytest.raises(ConfigError, match=r"preset: 'papr' .*did you mean 'paper'"):
@@ -64,13 +79,27 @@ def test_every_claim_can_be_judged(name: str) -> None:
     assert recipe.claims and recipe.departures
     for claim in recipe.claims:
         assert claim.ours in arms
-        assert (claim.baseline in arms) != (claim.target is not None), claim.claim
-        assert claim.metric in METRICS | ROUTING_METRICS
-        for arm in (claim.ours, claim.baseline):
-            if claim.metric in ROUTING_METRICS and arm:
-                model = build_model(arms[arm])
-                assert any(isinstance(module, Router) for module in model.modules()), claim.claim
+        alone = bool(claim.against) and not claim.baseline
+        others = (claim.baseline in arms, claim.target is not None, alone)
+        assert sum(others) == 1, claim.claim
+        assert can_be_measured(claim.metric, arms[claim.ours]), claim.claim
+        if claim.target is None:
+            other = arms[claim.baseline or claim.ours]
+            assert can_be_measured(claim.against or claim.metric, other), claim.claim
     assert len({(c.metric, c.ours, c.baseline) for c in recipe.claims}) == len(recipe.claims)
+
+
+def can_be_measured(metric: str, config: RunConfig) -> bool:
+    """Whether runs of this configuration have the number; ``metric/class`` is that of a class."""
+    name, _, label = metric.partition("/")
+    if label or name in ANSWER_METRICS:
+        source = config.data.replace(count=64).build("held_out")
+        if label:
+            return name in METRICS | ROUTING_METRICS and label in source.class_names
+        return hasattr(source, "answer_mask")
+    if name in ROUTING_METRICS:
+        return any(isinstance(module, Router) for module in build_model(config).modules())
+    return name in METRICS
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -148,7 +177,7 @@ def test_cite_prints_an_entry_that_bibtex_can_read(name: str) -> None:
     fields = dict(re.findall(r"^  (\w+) = \{(.*)\},$", entry, flags=re.MULTILINE))
     assert fields["title"] == paper.title and fields["author"] == paper.authors
     assert fields["eprint"] == paper.arxiv and re.fullmatch(r"\d{4}\.\d{4,5}", paper.arxiv)
-    assert fields["year"] == str(paper.year) and paper.key.endswith(("moe", "dtr", "dit"))
+    assert fields["year"] == str(paper.year) and paper.key.endswith(("moe", "dtr", "dit", "coe"))
     names = [author.split(", ") for author in paper.authors.split(" and ") if author != "others"]
     assert all(len(parts) == 2 for parts in names)
 
