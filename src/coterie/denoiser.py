@@ -14,6 +14,7 @@ from torch import Generator, Tensor, nn
 
 from coterie.backbones import BACKBONES, DiTConfig
 from coterie.backbones.causal import CausalConfig
+from coterie.backbones.slots import hosts
 from coterie.core.context import Context
 from coterie.core.errors import ConfigError, DataError, describe
 from coterie.core.prediction import Condition, Prediction
@@ -32,11 +33,12 @@ class _Model(nn.Module):
     def aux_losses(
         self, routings: Sequence[Routing], rng: Generator | None = None
     ) -> tuple[Aux, ...]:
-        return self.backbone.get_submodule("trunk").aux_losses(routings, rng)  # type: ignore[operator]
+        return tuple(aux for host in hosts(self.backbone) for aux in host.aux_losses(routings, rng))
 
     def after_step(self, routings: Sequence[Routing]) -> None:
         """Called by training after each optimiser step with the routings of all its batches."""
-        self.backbone.get_submodule("trunk").after_step(routings)  # type: ignore[operator]
+        for host in hosts(self.backbone):
+            host.after_step(routings)
 
 
 @MODELS.register

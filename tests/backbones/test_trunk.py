@@ -152,6 +152,7 @@ def test_both_slots_of_a_block_may_be_taken_and_keep_their_losses_apart() -> Non
     assert found == expected
 
 
+KERNELS = {"experts": "conv", "router": {"unit": "sample"}}
 CHOICE = {**EXPERT, "router": {"select": {"kind": "expert_choice"}}}
 
 
@@ -167,7 +168,10 @@ CHOICE = {**EXPERT, "router": {"select": {"kind": "expert_choice"}}}
         ({"slots": [{"layers": [1, 1], "expert": EXPERT}]}, r"slots\.0\.layers: 1 .*slots\.0"),
         ({"slots": [{"layers": [3], "expert": EXPERT}]}, r"slots\.0\.layers: 3 .*blocks 0\.\.2"),
         ({"slots": [{"layers": [-1], "expert": EXPERT}]}, r"slots\.0\.layers: -1"),
-        ({"slots": [{"slot": "conv", "expert": EXPERT}]}, r"slots\.0\.slot: 'conv'"),
+        ({"slots": [{"slot": "conv", "expert": EXPERT}]}, r"slots\.0\.expert.*grids"),
+        ({"slots": [{"slot": "conv", "expert": KERNELS}]}, r"slots\.0\.slot: 'conv'.*unet"),
+        ({"slots": [{"expert": KERNELS}]}, r"slots\.0\.expert.*'conv'.*'ffn' reads tokens"),
+        ({"slots": [{"names": ["*"], "expert": EXPERT}]}, r"slots\.0\.names: .*use layers"),
         ({"rotary": True, "width": 6}, r"heads: 2 .*even head width"),
         ({"causal": True, "slots": [{"expert": CHOICE}]}, r"router\.select.*see the future"),
         ({"slotz": []}, r"slotz.*did you mean 'slots'"),

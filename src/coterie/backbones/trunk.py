@@ -7,9 +7,9 @@ where an expert layer is put by configuration:
 * ``pre_block``: the layer answers y and the block reads ``m * z`` with ``m = 1 + y``. Writes are
   not masked: ``z_out = z + dAttn(m z) + dMLP(m z + dAttn)`` (DTR, Switch-DiT).
 
-Every slot receives the same :class:`Context`. What layers of a slot have in common is here too: the
-pools of experts that several of them use (ReXMoE) and the memory of recurrent routers (RMoE).
-Shapes: B batch, N tokens, D width.
+Every slot receives the same :class:`Context`. What layers of a slot have in common is the host's
+(:mod:`.slots`): pools of experts that several of them use (ReXMoE), the memory of recurrent routers
+(RMoE). Shapes: B batch, N tokens, D width.
 """
 
 from __future__ import annotations
@@ -17,76 +17,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
-import torch
 from pydantic import Field, PositiveInt, model_validator
-from torch import Generator, Tensor, nn
+from torch import Tensor, nn
 
+from coterie.backbones.slots import ExpertHost, Layers, Site, SlotConfig, sites
 from coterie.core.config import Config
 from coterie.core.context import Context
 from coterie.core.errors import ConfigError, describe
-from coterie.core.routing import Aux, Routing
-from coterie.experts import (
-    ExpertLayer,
-    ExpertLayerConfig,
-    ExpertOutput,
-    ExpertPool,
-    routers_of,
-    share_cells,
-)
+from coterie.core.routing import Routing
+from coterie.experts import ExpertLayer, ExpertOutput
 from coterie.nn.attention import SelfAttention
 from coterie.nn.init import normal_linear, xavier_linear, zero_linear
 from coterie.nn.mlp import FEED_FORWARD
 from coterie.nn.windows import Windows
-
-SlotName = Literal["pre_block", "ffn"]
-Layers = Literal["all", "odd", "even", "except_first"] | tuple[int, ...]
-
-
-def sites(layers: Layers, depth: int) -> list[int]:
-    """Numbers of the blocks that ``layers`` names."""
-    named = {
-        "all": range(depth),
-        "odd": range(1, depth, 2),
-        "even": range(0, depth, 2),
-        "except_first": range(1, depth),
-    }
-    return sorted(layers) if isinstance(layers, tuple) else list(named[layers])
-
-
-class SlotConfig(Config):
-    """One expert system: which slot, in which blocks, which layer.
-
-    ``reuse`` r: r consecutive layers of the slot share one pool, in which each owns
-    ``expert.num_experts`` experts; every one of them routes among all r times as many (the last
-    pool may be smaller). ``residual`` False: the answer of an ``ffn`` replaces the stream.
-    """
-
-    slot: SlotName = "ffn"
-    layers: Layers = "all"  # "odd": blocks 1, 3, 5, ... (every second block)
-    expert: ExpertLayerConfig
-    reuse: PositiveInt = 1
-    residual: bool = True
-
-    @model_validator(mode="after")
-    def _check(self) -> SlotConfig:
-        if not self.residual and self.slot != "ffn":
-            raise ConfigError(describe("residual", False, "true", "only ffn adds to the stream"))
-        if self.reuse > 1:
-            if self.expert.num_experts is None:
-                hint = "a layer of a shared pool owns a number of experts"
-                raise ConfigError(describe("expert.num_experts", None, "a number", hint))
-            if self.expert.slot_map is not None or self.expert.router.num_reserved:
-                hint = "merged and reserved experts belong to one layer"
-                raise ConfigError(describe("reuse", self.reuse, "1", hint))
-        return self
-
-    def sites(self, depth: int) -> list[int]:
-        return sites(self.layers, depth)
-
-    def pools(self, depth: int) -> list[tuple[int, ...]]:
-        """Layers that share a pool of experts, from the first to the last."""
-        sites = self.sites(depth)
-        return [tuple(sites[i : i + self.reuse]) for i in range(0, len(sites), self.reuse)]
 
 
 class TrunkConfig(Config):
@@ -154,6 +97,11 @@ class TrunkConfig(Config):
     def _check_slots(self) -> None:
         taken: dict[tuple[str, int], int] = {}
         for index, slot in enumerate(self.slots):
+            if slot.slot == "conv" or slot.names:
+                field, value = ("slot", "conv") if slot.slot == "conv" else ("names", slot.names)
+                hint = "a trunk has numbered blocks and no convolutions; see the backbone unet"
+                allowed = "pre_block or ffn" if field == "slot" else "none; use layers"
+                raise ConfigError(describe(f"slots.{index}.{field}", value, allowed, hint))
             if self.causal and slot.expert.router.batchwide:
                 where = f"slots.{index}.expert.router.select"
                 hint = "experts that choose among all tokens of a sample see the future"
@@ -279,7 +227,7 @@ class Block(nn.Module):
         return y_BND if gate_BD is None else gate_BD[:, None] * y_BND
 
 
-class Trunk(nn.Module):
+class Trunk(ExpertHost):
     """A stack of blocks. ``forward(z, ctx) -> (z, routings)``, z [B, N, D].
 
     ``grid``: how the ``length`` tokens lie, row-major, where windows are cut from them.
@@ -296,43 +244,26 @@ class Trunk(nn.Module):
         super().__init__()
         self.config = config
         by_block: list[dict[str, ExpertLayer]] = [{} for _ in range(config.depth)]
-        self.pools = nn.ModuleList()  # experts that several layers use; others own theirs
         for slot in config.slots:
-            for group in slot.pools(config.depth):
-                for layer, made in zip(group, self._build_group(slot, group)):
-                    by_block[layer][slot.slot] = made
-            share_cells(by_block[layer][slot.slot] for layer in slot.sites(config.depth))
+            places = [
+                Site(layer, slot.expert, config.width, config.width)
+                for layer in slot.sites(config.depth)
+            ]
+            for layer, made in self.build_system(slot, places).items():
+                by_block[layer][slot.slot] = made
         replaced = {i for s in config.slots if not s.residual for i in s.sites(config.depth)}
         width = condition_width or config.width
         self.blocks = nn.ModuleList(
             Block(config, length, experts, i not in replaced, config.windows(i, grid), width)
             for i, experts in enumerate(by_block)
         )
-        self._systems = [
-            (slot.slot, group, [part.build() for part in slot.expert.balance])
-            for slot in config.slots
-            for group in (
-                slot.pools(config.depth) if slot.reuse > 1 else [tuple(slot.sites(config.depth))]
-            )
-        ]
 
-    def _build_group(self, slot: SlotConfig, group: tuple[int, ...]) -> list[ExpertLayer]:
-        """The expert layers of one pool: an ordinary layer, or several that refer to one pool."""
-        width = self.config.width
-        if slot.reuse == 1:
-            return [slot.expert.build(width, width) for _ in group]
-        assert slot.expert.num_experts is not None
-        wide = slot.expert.replace(num_experts=len(group) * slot.expert.num_experts)
-        pool = wide.build_pool(width)
-        self.pools.append(pool)
-        return [wide.build(width, width, pool, group) for _ in group]
+    def expert_layer(self, slot: str, layer: int) -> ExpertLayer:
+        found: ExpertLayer = getattr(self.blocks[layer], slot)
+        return found
 
     def reset_parameters(self) -> None:
-        """Generic initialisation, adaLN-zero, then every expert layer by its own card.
-
-        Experts draw from torch's global generator like all else here: other weights in every
-        layer, and under every seed.
-        """
+        """Generic initialisation, adaLN-zero, then every expert layer by its own card."""
         if self.config.init_std is None:
             xavier_linear(self)
         else:
@@ -341,15 +272,7 @@ class Trunk(nn.Module):
             assert isinstance(block, Block)
             if block.modulation is not None:
                 zero_linear(block.modulation)
-        rng = Generator().manual_seed(int(torch.randint(2**62, (), device="cpu")))
-        for pool in self.pools:
-            assert isinstance(pool, ExpertPool)
-            pool.reset_parameters(rng)
-        for layer in self.expert_layers():
-            layer.reset_parameters(rng)
-
-    def expert_layers(self) -> list[ExpertLayer]:
-        return [module for module in self.modules() if isinstance(module, ExpertLayer)]
+        self.reset_experts()
 
     def forward(self, z_BND: Tensor, ctx: Context) -> tuple[Tensor, tuple[Routing, ...]]:
         routings: list[Routing] = []
@@ -358,26 +281,3 @@ class Trunk(nn.Module):
             z_BND, made = block(z_BND, ctx.replace(layer=layer), states)
             routings.extend(made)
         return z_BND, tuple(routings)
-
-    def aux_losses(
-        self, routings: Sequence[Routing], rng: Generator | None = None
-    ) -> tuple[Aux, ...]:
-        """Every configured balance loss of the routings of one forward pass."""
-        out: list[Aux] = []
-        for slot, sites, balances in self._systems:
-            own = [r for r in routings if r.slot == slot and r.layer in sites]
-            for balance in balances:
-                out.extend(balance.losses(own, rng))
-        return tuple(out)
-
-    @torch.no_grad()
-    def after_step(self, routings: Sequence[Routing]) -> None:
-        """Balance by selection bias: reads all routings of one optimiser step, outside forward. Then
-        what routers themselves change from step to step."""
-        for slot, sites, balances in self._systems:
-            own = [r for r in routings if r.slot == slot and r.layer in sites]
-            routers = routers_of(getattr(self.blocks[layer], slot) for layer in sites)
-            for balance in balances:
-                balance.after_step(routers, own)
-            for router in dict.fromkeys(routers):
-                router.after_step()

@@ -38,6 +38,7 @@ class Context:
     token_mask: Tensor | None = None  # bool [B, N], False = padding, never routed or counted
     slot: str = "ffn"
     layer: int = 0
+    name: str = ""  # of the place, where a number says little
     round: int = 0
     pool_layers: tuple[int, ...] = ()  # layers whose experts this one may use, in pool order
     progress: float = 1.0  # share of training done, for schedules

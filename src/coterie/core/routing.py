@@ -49,6 +49,7 @@ class Routing:
     mask: Tensor | None = None  # bool [R], False = row not scored by this router
     slot: str = "ffn"
     layer: int = 0
+    name: str = ""  # of the place, where a number says little
     round: int = 0
     noise: Tensor | None = None  # f32 [B]
     step_index: Tensor | None = None  # i64 [B]

@@ -8,6 +8,7 @@ Several rounds over one pool: Chain-of-Experts (arXiv:2506.18945).
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Annotated, Literal, Self, cast
@@ -28,7 +29,7 @@ from coterie.experts.kinds import EXPERTS, ExpertKind, ExpertPool, SwiGLU
 from coterie.experts.kinds.base import xavier_uniform
 from coterie.experts.routers import Router, RouterConfig, share_cells
 from coterie.experts.routers.config import within
-from coterie.experts.shared import SharedConfig
+from coterie.experts.shared import SharedConfig, SharedExperts
 from coterie.nn.mlp import GeluMLP, Star
 
 
@@ -39,6 +40,16 @@ class ExpertOutput:
     y: Tensor
     routings: tuple[Routing, ...]
     state: Tensor | None = None
+
+
+GRID_ONLY: dict[str, object] = {
+    "rounds": 1,
+    "router_reads": "input",
+    "stem": "none",
+    "adaptor": None,
+    "answer": "delta",
+}
+"""What a layer whose experts read grids must have: the rest is made for rows of one width."""
 
 
 class ExpertLayerConfig(Config):
@@ -93,10 +104,26 @@ class ExpertLayerConfig(Config):
         if self.router_reads == "stream" and self.rounds > 1:
             hint = "later rounds read what the one before wrote"
             raise ConfigError(describe("router_reads", self.router_reads, "input", hint))
+        self._check_kind()
         for place, part in enumerate(self.balance):
             balance = cast(BalancePart, part)
             within(f"balance.{place}", lambda b=balance: b.check(self.router))  # type: ignore[misc]
         return self
+
+    def _check_kind(self) -> None:
+        """What the kind of expert asks of the rest."""
+        kind, unit = self.kind, self.router.routed_unit
+        if self.shared is not None:
+            kind.with_hidden(self.shared.hidden)
+        if kind.unit not in (None, unit):
+            hint = f"experts of kind {kind.kind!r} serve a whole {kind.unit}"
+            raise ConfigError(describe("router.unit", unit, str(kind.unit), hint))
+        if not kind.grid:
+            return
+        for field, value in GRID_ONLY.items():
+            if getattr(self, field) != value:
+                hint = "the answer of a convolution need not have the shape of what it reads"
+                raise ConfigError(describe(field, getattr(self, field), json.dumps(value), hint))
 
     @property
     def kind(self) -> ExpertKind:
@@ -131,14 +158,16 @@ class ExpertLayerConfig(Config):
         time_width: int | None = None,
         pool: ExpertPool | None = None,
         pool_layers: tuple[int, ...] = (),
+        always: nn.Module | None = None,
     ) -> ExpertLayer:
         """``time_width``: size of ctx.time_embedding where it is not ``width``. ``pool_layers``:
-        the layers that own equal parts of a shared ``pool``, in its order."""
-        return ExpertLayer(self, width, time_width, pool, pool_layers)
+        the layers that own equal parts of a shared ``pool``, in its order. ``always``: a module
+        with the experts' input and output in the place of shared experts."""
+        return ExpertLayer(self, width, time_width, pool, pool_layers, always)
 
 
 class ExpertLayer(nn.Module):
-    """``layer(h [B, N, D], ctx) -> ExpertOutput``.
+    """``layer(h [B, N, D], ctx) -> ExpertOutput``; [B, C, H, W] where the experts read grids.
 
     A ``pool`` that is passed in stays out of this module's parameters and state: whoever owns it
     registers it, once, however many layers use it.
@@ -153,6 +182,7 @@ class ExpertLayer(nn.Module):
         time_width: int | None = None,
         pool: ExpertPool | None = None,
         pool_layers: tuple[int, ...] = (),
+        always: nn.Module | None = None,
     ) -> None:
         super().__init__()
         self.config = config
@@ -169,7 +199,12 @@ class ExpertLayer(nn.Module):
         else:
             self.__dict__["pool"] = pool  # not a submodule here: its owner registers it once
         self._check_pool(config.tensors(width))
-        self.shared = None if config.shared is None else config.shared.build(config.kind, width)
+        self.shared: nn.Module | None = always
+        if config.shared is not None:
+            if always is not None:
+                hint = "here the network's own module is always on"
+                raise ConfigError(describe("shared", config.shared.count, "null", hint))
+            self.shared = config.shared.build(config.kind, width)
         self.stem = Star(width) if config.stem == "star" else None
         inner = None if config.adaptor is None else round(config.adaptor * width)
         self.adaptor = None if inner is None else GeluMLP(width, inner)
@@ -195,13 +230,13 @@ class ExpertLayer(nn.Module):
     def reset_parameters(self, rng: Generator | None = None) -> None:
         """Initialisation of each part's paper; apply after a backbone's generic pass.
 
-        A pool that was passed in is left to its owner.
+        A pool or a module that was passed in is left to its owner.
         """
         for router in self.routers:
             cast(Router, router).reset_parameters(rng)
         if self.owns_pool:
             self.pool.reset_parameters(rng)
-        if self.shared is not None:
+        if isinstance(self.shared, SharedExperts):
             self.shared.reset_parameters(rng)
         for part in (self.stem, self.adaptor):
             for linear in [] if part is None else part.children():
@@ -239,11 +274,14 @@ class ExpertLayer(nn.Module):
         if read is None:
             hint = "only slots of a trunk have a stream"
             raise ConfigError(describe("router_reads", "stream", "input", hint))
+        if self.pool.kind.grid:
+            read = read.flatten(2).transpose(1, 2)
+            ctx = ctx.replace(tokens=read.shape[1])
         routing: Routing = self.router(ctx.round)(read, ctx)
         return routing
 
     def combine(self, x: Tensor, routing: Routing) -> Tensor:
-        """Routed answer plus shared answer for x [B, N, D] under a given routing.
+        """Routed answer plus shared answer for x [B, N, D] or [B, C, H, W] under a given routing.
 
         Takes any routing of the right shape: a recorded, edited or cached one works too.
         """
@@ -251,12 +289,19 @@ class ExpertLayer(nn.Module):
         u = x if self.stem is None else self.stem(x)
         rows = u.flatten(0, 1) if routing.unit == "token" else u
         config = self.config
-        y = dispatch(rows, made, self.pool, config.dispatch, config.accumulate_float32)
-        y = y.view(x.shape)
+        always = self._always()
+        y = dispatch(rows, made, self.pool, config.dispatch, config.accumulate_float32, always)
+        y = y.view(x.shape) if routing.unit == "token" else y
         if self.adaptor is not None:
             y = self.adaptor(y)
         y = y.to(x.dtype)  # autocast works in between
-        return y if self.shared is None else y + self.shared(x)
+        return y if self.shared is None or always is not None else y + self.shared(x)
+
+    def _always(self) -> dict[str, Tensor] | None:
+        """Weights of the module that is always on where it is one more expert of the same kind."""
+        if self.shared is None or self.stem is not None or self.adaptor is not None:
+            return None
+        return self.pool.kind.weights_of(self.shared)
 
 
 def routers_of(layers: Iterable[ExpertLayer]) -> list[Router]:

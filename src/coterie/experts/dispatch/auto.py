@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
-from coterie.experts.dispatch.backends import BACKENDS, available
+from coterie.experts.dispatch.backends import BACKENDS, OneExpert, available, run_fold
 from coterie.experts.dispatch.plan import DispatchPlan
 from coterie.experts.kinds.pool import ExpertPool
 
@@ -26,9 +29,9 @@ def choose(x: Tensor, plan: DispatchPlan, pool: ExpertPool) -> str:
     usable = available(x, plan, pool)
     if "table" in usable:
         return "table"
-    if "fold" in usable and _folding_pays(x):
+    if "fold" in usable and _folding_pays(x, pool):
         return "fold"
-    per_row = 1 if x.dim() == 2 else x.shape[1]
+    per_row = positions(x)
     rows = sum(plan.counts) * per_row / plan.num_experts
     if plan.num_experts == 1 or (min(plan.counts) == plan.num_rows and rows >= 64):
         return "dense"
@@ -43,31 +46,58 @@ def choose(x: Tensor, plan: DispatchPlan, pool: ExpertPool) -> str:
     return "sorted" if long else "grouped"
 
 
-def _folding_pays(x: Tensor) -> bool:
-    batch, tokens, width = x.shape
-    if tokens >= _FOLD_MANY_TOKENS:
+def positions(x: Tensor) -> int:
+    """Tokens, or places of the grid, in one row."""
+    return math.prod(x.shape[2:] if x.dim() == 4 else x.shape[1:-1])
+
+
+def _folding_pays(x: Tensor, pool: ExpertPool) -> bool:
+    here = positions(x)
+    if here >= _FOLD_MANY_TOKENS:
         return True
-    return tokens >= _FOLD_TOKENS and batch * width * width * x.itemsize <= _FOLD_BYTES
+    weights = sum(stack[0].numel() for stack in pool.stacks().values())
+    return here >= _FOLD_TOKENS and x.shape[0] * weights * x.itemsize <= _FOLD_BYTES
 
 
 def dispatch(
-    x: Tensor, plan: DispatchPlan, pool: ExpertPool, backend: str = "auto", float32: bool = False
+    x: Tensor,
+    plan: DispatchPlan,
+    pool: ExpertPool,
+    backend: str = "auto",
+    float32: bool = False,
+    always: Mapping[str, Tensor] | None = None,
 ) -> Tensor:
-    """Combine the chosen experts' answers. x [R, D] or [B, N, D] -> the same shape and type.
+    """Combine the chosen experts' answers. x [R, D], [B, N, D] or [B, C, H, W] -> the kind's shape
+    (that of x for tokens), the type of x.
 
-    Under autocast the products run in its type and their sum in float32. A backend that cannot
-    serve the call (grouped in float64, say) gives way to ``sorted``.
+    ``always``: weights of one more expert that every row uses with gate 1. Under autocast the
+    products run in its type and their sum in float32. A backend that cannot serve the call
+    (grouped in float64, say) gives way to ``sorted``.
     """
-    if sum(plan.counts) == 0 or x.numel() == 0:
-        return attach(torch.zeros_like(x), plan, pool)
     dtype, device = x.dtype, x.device.type
     if torch.is_autocast_enabled(device) and dtype == torch.float32:
         x, float32 = x.to(torch.get_autocast_dtype(device)), True
-    name = choose(x, plan, pool) if backend == "auto" else backend
-    if name not in available(x, plan, pool):
-        name = "sorted"
     with torch.autocast(device, enabled=False):
-        return BACKENDS[name](x, plan, pool, float32).to(dtype)
+        return _run(x, plan, pool, backend, float32, always).to(dtype)
+
+
+def _run(
+    x: Tensor,
+    plan: DispatchPlan,
+    pool: ExpertPool,
+    backend: str,
+    float32: bool,
+    always: Mapping[str, Tensor] | None,
+) -> Tensor:
+    if sum(plan.counts) == 0 or x.numel() == 0:
+        y = attach(x.new_zeros(pool.kind.output_shape(x.shape)), plan, pool)
+    else:
+        name = choose(x, plan, pool) if backend == "auto" else backend
+        name = name if name in available(x, plan, pool) else "sorted"
+        if name == "fold":
+            return run_fold(x, plan, pool, float32, always)
+        y = BACKENDS[name](x, plan, pool, float32)
+    return y if always is None else y + pool.kind.forward(x, OneExpert(always, {}))
 
 
 def attach(y: Tensor, plan: DispatchPlan, pool: ExpertPool) -> Tensor:

@@ -2,11 +2,12 @@
 
 ``loop`` is the oracle. ``sorted`` runs each expert once on its contiguous rows. ``grouped`` hands
 all segments to torch's grouped product. ``dense`` runs every expert on every row (right for k = E).
-``fold`` mixes the weights of affine experts per sample, ``table`` serves experts that ignore x.
+``fold`` mixes the weights of linear experts per sample, ``table`` serves experts that ignore x.
 Parameters are split by ``unbind``: indexing a stack per expert makes its backward grow as E^2.
 
 ``float32``: sum the experts' answers in float32 at least; the caller casts back.
-x is [R, D] for unit "token" and [B, N, D] for unit "sample" (a row is then a whole sample).
+x is [R, D] for unit "token" and [B, N, D] or, for experts that read grids, [B, C, H, W] for unit
+"sample" (a row is then a whole sample).
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from coterie.experts.dispatch.plan import DispatchPlan, one_hot_rows, scale_rows
+from coterie.experts.kinds.base import Geometry
 from coterie.experts.kinds.pool import ExpertPool
 
 
@@ -36,11 +38,43 @@ class OneExpert:
             None if bias is None else self.parameters[bias].to(x.dtype),
         )
 
+    def conv(self, x: Tensor, weight: str, bias: str | None, geometry: Geometry) -> Tensor:
+        shift = None if bias is None else self.parameters[bias].to(x.dtype)
+        return F.conv2d(x, self.parameters[weight].to(x.dtype), shift, *geometry)
+
     def vector(self, name: str, x: Tensor) -> Tensor:
         return self.parameters[name].to(x.dtype)
 
     def constant(self, name: str) -> Tensor:
         return self.buffers[name]
+
+
+class MixedExperts:
+    """One mixed expert per sample: parameters [B, ...]."""
+
+    def __init__(self, parameters: Mapping[str, Tensor]) -> None:
+        self.parameters = parameters
+
+    def linear(self, x: Tensor, weight: str, bias: str | None = None) -> Tensor:
+        """x [B, N, in]."""
+        matrices = self.parameters[weight].to(x.dtype).transpose(1, 2)
+        if bias is None:
+            return torch.bmm(x, matrices)
+        return torch.baddbmm(self.parameters[bias].to(x.dtype)[:, None, :], x, matrices)
+
+    def conv(self, x: Tensor, weight: str, bias: str | None, geometry: Geometry) -> Tensor:
+        """One convolution with as many groups as there are samples (CondConv, section 3.2)."""
+        kernels = self.parameters[weight].to(x.dtype)
+        shift = None if bias is None else self.parameters[bias].to(x.dtype).flatten()
+        whole = geometry._replace(groups=geometry.groups * len(x))
+        y = F.conv2d(x.flatten(0, 1)[None], kernels.flatten(0, 1), shift, *whole)
+        return y.view(len(x), -1, *y.shape[2:])
+
+    def vector(self, name: str, x: Tensor) -> Tensor:
+        return self.parameters[name].to(x.dtype)[:, None, :]
+
+    def constant(self, name: str) -> Tensor:
+        raise TypeError("experts with constants are not linear in their weights")
 
 
 def experts_of(pool: ExpertPool) -> list[OneExpert]:
@@ -54,7 +88,7 @@ def experts_of(pool: ExpertPool) -> list[OneExpert]:
 
 def run_loop(x: Tensor, plan: DispatchPlan, pool: ExpertPool, float32: bool) -> Tensor:
     """Plain loop over experts and masks: the definition."""
-    y = _zeros(x, float32)
+    y = _zeros(x, pool, float32)
     for e, weights in enumerate(experts_of(pool)):
         rows, slots = (plan.ids == e).nonzero(as_tuple=True)
         out = pool.kind.forward(x.index_select(0, rows), weights)
@@ -66,7 +100,7 @@ def run_dense(x: Tensor, plan: DispatchPlan, pool: ExpertPool, float32: bool) ->
     """Every expert on every row; rows that chose nobody are zeroed so that they cannot leak."""
     used = one_hot_rows(plan.ids, plan.num_experts).any(dim=1)
     x = torch.where(used.reshape(-1, *[1] * (x.dim() - 1)), x, torch.zeros_like(x))
-    y = _zeros(x, float32)
+    y = _zeros(x, pool, float32)
     for gate, weights in zip(plan.dense_gates().unbind(1), experts_of(pool)):
         y = y + scale_rows(pool.kind.forward(x, weights), gate, float32)
     return y
@@ -81,12 +115,12 @@ def run_sorted(x: Tensor, plan: DispatchPlan, pool: ExpertPool, float32: bool) -
         if segment.shape[0]
     ]
     values = scale_rows(torch.cat(outs), plan.sorted_gates, float32)
-    return _zeros(x, float32).index_add(0, plan.rows, values)
+    return _zeros(x, pool, float32).index_add(0, plan.rows, values)
 
 
-def _zeros(x: Tensor, float32: bool) -> Tensor:
+def _zeros(x: Tensor, pool: ExpertPool, float32: bool) -> Tensor:
     dtype = torch.promote_types(x.dtype, torch.float32) if float32 else x.dtype
-    return torch.zeros_like(x, dtype=dtype)
+    return x.new_zeros(pool.kind.output_shape(x.shape), dtype=dtype)
 
 
 class _Contiguous(torch.autograd.Function):
@@ -110,6 +144,9 @@ class SortedExperts:
         self.offsets = plan.offsets * repeat
         self.pool = pool
 
+    def conv(self, x: Tensor, weight: str, bias: str | None, geometry: Geometry) -> Tensor:
+        raise TypeError("rows of sorted tokens are no grids")
+
     def linear(self, x: Tensor, weight: str, bias: str | None = None) -> Tensor:
         stack = self.stacks[weight].to(x.dtype).transpose(-2, -1)
         out: Tensor = _Contiguous.apply(F.grouped_mm(x, stack, offs=self.offsets))
@@ -132,23 +169,32 @@ def run_grouped(x: Tensor, plan: DispatchPlan, pool: ExpertPool, float32: bool) 
     repeat = 1 if x.dim() == 2 else x.shape[1]
     out = pool.kind.forward(flat, SortedExperts(pool, plan, repeat)).view(taken.shape)
     values = scale_rows(out, plan.sorted_gates, float32)
-    return _zeros(x, float32).index_add(0, plan.rows, values)
+    return _zeros(x, pool, float32).index_add(0, plan.rows, values)
 
 
-def run_fold(x: Tensor, plan: DispatchPlan, pool: ExpertPool, float32: bool) -> Tensor:
-    """One affine map per sample, ``sum_k g_k A_k``, then one batched product: exact.
+def run_fold(
+    x: Tensor,
+    plan: DispatchPlan,
+    pool: ExpertPool,
+    float32: bool,
+    always: Mapping[str, Tensor] | None = None,
+) -> Tensor:
+    """One expert per sample, with weights ``always + sum_k g_k W_k``: exact for linear experts.
 
     While sampling, all samples stand at one noise level: then one map serves the whole batch.
     """
-    stacks = pool.stacks()
-    gates = plan.dense_gates().to(x.dtype)
+    gates = plan.dense_gates()
     if not torch.is_grad_enabled() and bool((gates == gates[:1]).all()):
         gates = gates[:1]
-    weight = (gates @ stacks["weight"].to(x.dtype).flatten(1)).unflatten(1, (x.shape[-1], -1))
-    bias = gates @ stacks["bias"].to(x.dtype)
+    mixed = {}
+    for name, stack in pool.stacks().items():
+        # In the weights' own type: what experts add to a kernel may be small beside it.
+        mixed[name] = (gates.to(stack.dtype) @ stack.flatten(1)).unflatten(1, stack.shape[1:])
+        if always is not None:
+            mixed[name] = mixed[name] + always[name]
     if len(gates) == 1:
-        return F.linear(x, weight[0], bias[0])
-    return torch.baddbmm(bias[:, None, :], x, weight.transpose(1, 2))
+        return pool.kind.forward(x, OneExpert({n: rows[0] for n, rows in mixed.items()}, {}))
+    return pool.kind.forward(x, MixedExperts(mixed))
 
 
 def run_table(x: Tensor, plan: DispatchPlan, pool: ExpertPool, float32: bool) -> Tensor:
@@ -174,7 +220,7 @@ def grouped_works(x: Tensor, pool: ExpertPool) -> bool:
 
     On CUDA only bfloat16 has a kernel of its own; elsewhere it would be a slow loop.
     """
-    if torch.compiler.is_compiling() or not hasattr(F, "grouped_mm"):
+    if torch.compiler.is_compiling() or not hasattr(F, "grouped_mm") or pool.kind.grid:
         return False
     if not pool.names or x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return False

@@ -1,6 +1,7 @@
 """Expert kinds: what an expert computes and how its weights are laid out."""
 
 from coterie.experts.kinds.base import EXPERTS, ExpertKind, Weights
+from coterie.experts.kinds.conv import Conv
 from coterie.experts.kinds.masks import Affine, ChannelWindow
 from coterie.experts.kinds.mlp import GeluMLP, SwiGLU
 from coterie.experts.kinds.modulation import Modulation
@@ -10,6 +11,7 @@ __all__ = [
     "EXPERTS",
     "Affine",
     "ChannelWindow",
+    "Conv",
     "ExpertKind",
     "ExpertPool",
     "GeluMLP",

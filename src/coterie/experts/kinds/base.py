@@ -8,14 +8,25 @@ sorted rows at once (``grouped``).
 from __future__ import annotations
 
 import math
-from typing import ClassVar, Protocol
+from collections.abc import Sequence
+from typing import ClassVar, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Generator, Tensor, nn
 
+from coterie.core.errors import ConfigError, describe
 from coterie.core.registry import Part, Registry
 
 EXPERTS = Registry("experts", "coterie.experts")
+
+
+class Geometry(NamedTuple):
+    """How a convolution walks over a grid, in the order of torch's arguments."""
+
+    stride: int
+    padding: int
+    dilation: int
+    groups: int
 
 
 class Weights(Protocol):
@@ -23,6 +34,11 @@ class Weights(Protocol):
 
     def linear(self, x: Tensor, weight: str, bias: str | None = None) -> Tensor:
         """x [..., in] -> [..., out] by ``weight`` [out, in] and ``bias`` [out] of each row."""
+        ...
+
+    def conv(self, x: Tensor, weight: str, bias: str | None, geometry: Geometry) -> Tensor:
+        """x [B, C, H, W] -> [B, C', H', W'] by ``weight`` [C', C / groups, k, k] and ``bias`` [C']
+        of each row."""
         ...
 
     def vector(self, name: str, x: Tensor) -> Tensor:
@@ -42,6 +58,12 @@ class ExpertKind(Part):
     """One affine map: a mixture of experts is again one expert (weights mix linearly)."""
     input_free: ClassVar[bool] = False
     """The output depends on the expert alone, not on x."""
+    unit: ClassVar[Literal["token", "sample"] | None] = None
+    """What a routed row must be; None: a token or a whole sample."""
+    grid: ClassVar[bool] = False
+    """A row is a grid of C = ``width`` channels: x is [B, C, H, W] in the place of [..., D]."""
+    ends: ClassVar[tuple[str, ...]] = ()
+    """Parameters behind which nothing follows: with these at zero an expert answers 0."""
 
     def shapes(self, width: int) -> dict[str, tuple[int, ...]]:
         """Shape of each parameter of ONE expert; stacked tensors have a leading E."""
@@ -63,6 +85,14 @@ class ExpertKind(Part):
         """Stacked name -> parameter name in :meth:`module`."""
         raise NotImplementedError
 
+    def output_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """Shape of the answer to x of this shape."""
+        return tuple(shape)
+
+    def weights_of(self, module: nn.Module) -> dict[str, Tensor] | None:
+        """The parameters of a module that is one expert of this kind, by our names; else None."""
+        return None
+
     def buffers(self, width: int) -> dict[str, Tensor]:
         """Constant per-expert tables [E, ...], computed from the configuration."""
         return {}
@@ -72,8 +102,9 @@ class ExpertKind(Part):
         return None
 
     def with_hidden(self, hidden: int) -> ExpertKind:
-        """The same kind with another inner size; kinds without one refuse."""
-        raise TypeError(f"experts of kind {self.kind!r} have no inner size")
+        """The same kind with another inner size; ConfigError for kinds without one."""
+        hint = "shared experts and segments have an inner size of their own"
+        raise ConfigError(describe("experts", self.kind, "a feed-forward network", hint))
 
 
 def xavier_uniform(weight: Tensor, rng: Generator | None) -> None:

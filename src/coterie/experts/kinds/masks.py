@@ -24,6 +24,7 @@ class Affine(ExpertKind):
 
     kind: Literal["affine"] = "affine"
     foldable: ClassVar[bool] = True
+    ends: ClassVar[tuple[str, ...]] = ("weight", "bias")
 
     def shapes(self, width: int) -> dict[str, tuple[int, ...]]:
         return {"weight": (width, width), "bias": (width,)}

@@ -6,7 +6,7 @@ first, ``down`` [E, D, F]; so a converter is a slice.
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import ClassVar, Literal, Self
 
 import torch
 from pydantic import PositiveInt
@@ -48,6 +48,7 @@ class SwiGLU(_HiddenKind):
 
     kind: Literal["swiglu"] = "swiglu"
     activation: Literal["silu", "gelu", "gelu_tanh"] = "silu"
+    ends: ClassVar[tuple[str, ...]] = ("down",)
 
     def shapes(self, width: int) -> dict[str, tuple[int, ...]]:
         inner = self.size(width)
@@ -69,6 +70,7 @@ class GeluMLP(_HiddenKind):
     """``down(GELU_tanh(up(x) + b1)) + b2``: the feed-forward block of a DiT."""
 
     kind: Literal["gelu_mlp"] = "gelu_mlp"
+    ends: ClassVar[tuple[str, ...]] = ("down", "down_bias")
 
     def shapes(self, width: int) -> dict[str, tuple[int, ...]]:
         inner = self.size(width)

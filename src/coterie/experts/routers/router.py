@@ -176,6 +176,7 @@ class Router(nn.Module):
             mask=mask,
             slot=ctx.slot,
             layer=ctx.layer,
+            name=ctx.name,
             round=ctx.round,
             pool_layers=ctx.pool_layers,
             noise=ctx.noise,

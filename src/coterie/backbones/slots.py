@@ -1,0 +1,201 @@
+"""Expert slots by configuration, and what a network that has them owes its layers.
+
+A slot is a place in a network where an expert layer is put by configuration. Which places there
+are, the network says: a trunk has ``pre_block`` and ``ffn`` in every block, a network of another
+library has ``conv`` and ``ffn`` where its own convolutions and feed-forward networks are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+from pydantic import PositiveInt, model_validator
+from torch import Generator, nn
+
+from coterie.core.config import Config
+from coterie.core.errors import ConfigError, describe
+from coterie.core.routing import Aux, Routing
+from coterie.experts import (
+    ExpertLayer,
+    ExpertLayerConfig,
+    ExpertPool,
+    routers_of,
+    share_cells,
+)
+from coterie.experts.balance.base import BalancePart
+
+SlotName = Literal["pre_block", "ffn", "conv"]
+Layers = Literal["all", "odd", "even", "except_first"] | tuple[int, ...]
+
+
+def sites(layers: Layers, depth: int) -> list[int]:
+    """Numbers of the places that ``layers`` names among ``depth`` of them."""
+    named = {
+        "all": range(depth),
+        "odd": range(1, depth, 2),
+        "even": range(0, depth, 2),
+        "except_first": range(1, depth),
+    }
+    return sorted(layers) if isinstance(layers, tuple) else list(named[layers])
+
+
+class SlotConfig(Config):
+    """One expert system: which slot, in which places, which layer.
+
+    A trunk numbers its blocks. Networks of other libraries name their modules: ``names`` are shell
+    patterns of module paths (``*`` also matches dots), and ``layers`` counts what they match.
+
+    ``reuse`` r: r consecutive layers of the slot share one pool, in which each owns
+    ``expert.num_experts`` experts; every one of them routes among all r times as many (the last
+    pool may be smaller). ``residual`` False: the answer of an ``ffn`` replaces the stream.
+    """
+
+    slot: SlotName = "ffn"
+    layers: Layers = "all"  # "odd": places 1, 3, 5, ... (every second one)
+    names: tuple[str, ...] = ()
+    expert: ExpertLayerConfig
+    reuse: PositiveInt = 1
+    residual: bool = True
+
+    @model_validator(mode="after")
+    def _check(self) -> SlotConfig:
+        if not self.residual and self.slot != "ffn":
+            raise ConfigError(describe("residual", False, "true", "only ffn adds to the stream"))
+        if self.expert.kind.grid != (self.slot == "conv"):
+            allowed = "conv" if self.slot == "conv" else "a kind for tokens"
+            hint = f"slot {self.slot!r} reads {'grids' if self.slot == 'conv' else 'tokens'}"
+            raise ConfigError(describe("expert.experts", self.expert.kind.kind, allowed, hint))
+        if self.reuse > 1:
+            if self.expert.num_experts is None:
+                hint = "a layer of a shared pool owns a number of experts"
+                raise ConfigError(describe("expert.num_experts", None, "a number", hint))
+            if self.expert.slot_map is not None or self.expert.router.num_reserved:
+                hint = "merged and reserved experts belong to one layer"
+                raise ConfigError(describe("reuse", self.reuse, "1", hint))
+        return self
+
+    def sites(self, depth: int) -> list[int]:
+        return sites(self.layers, depth)
+
+    def pools(self, depth: int) -> list[tuple[int, ...]]:
+        """Layers that share a pool of experts, from the first to the last."""
+        return self.grouped(self.sites(depth))
+
+    def grouped(self, layers: Sequence[int]) -> list[tuple[int, ...]]:
+        return [tuple(layers[i : i + self.reuse]) for i in range(0, len(layers), self.reuse)]
+
+
+@dataclass(frozen=True)
+class Site:
+    """A place for one layer: its number in the slot, the experts as they fit there, the sizes of
+    what they read and of the time embedding, and the network's own module if that stays."""
+
+    layer: int
+    expert: ExpertLayerConfig
+    width: int
+    time_width: int | None = None
+    always: nn.Module | None = None
+    name: str = ""
+
+
+class System(NamedTuple):
+    """Layers whose routings are balanced together."""
+
+    slot: str
+    layers: tuple[int, ...]
+    balances: list[BalancePart]
+
+
+class ExpertHost(nn.Module):
+    """A network, or a part of one, with expert systems: owns shared pools, balances, updates.
+
+    ``pools`` are the experts that several layers use; other layers own theirs.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pools = nn.ModuleList()
+        self._systems: list[System] = []
+
+    def expert_layer(self, slot: str, layer: int) -> ExpertLayer:
+        """The layer in one place."""
+        raise NotImplementedError
+
+    def expert_layers(self) -> list[ExpertLayer]:
+        return [module for module in self.modules() if isinstance(module, ExpertLayer)]
+
+    def build_system(self, slot: SlotConfig, places: Sequence[Site]) -> dict[int, ExpertLayer]:
+        """The layers of one configured slot, by number; recurrent routers share their memory."""
+        by_layer = {site.layer: site for site in places}
+        groups = slot.grouped([site.layer for site in places])
+        made: dict[int, ExpertLayer] = {}
+        for group in groups:
+            made |= zip(group, self._build_group(slot, [by_layer[layer] for layer in group]))
+        share_cells(made.values())
+        balances = [part.build() for part in slot.expert.balance]
+        for layers in groups if slot.reuse > 1 else [tuple(by_layer)]:
+            self._systems.append(System(slot.slot, layers, balances))
+        return made
+
+    def _build_group(self, slot: SlotConfig, group: Sequence[Site]) -> list[ExpertLayer]:
+        """The expert layers of one pool: an ordinary layer, or several that refer to one pool."""
+        if slot.reuse == 1:
+            return [s.expert.build(s.width, s.time_width, always=s.always) for s in group]
+        first, layers = group[0], tuple(site.layer for site in group)
+        for site in group:
+            if (site.expert.kind, site.width) != (first.expert.kind, first.width):
+                hint = f"{first.name} and {site.name} differ in shape"
+                raise ConfigError(describe("reuse", slot.reuse, "1", hint))
+        assert first.expert.num_experts is not None
+        wide = first.expert.replace(num_experts=len(group) * first.expert.num_experts)
+        pool = wide.build_pool(first.width)
+        self.pools.append(pool)
+        return [wide.build(s.width, s.time_width, pool, layers, s.always) for s in group]
+
+    def reset_experts(self) -> None:
+        """Every pool, router and shared expert by the card of its own system.
+
+        They draw from torch's global generator like all else in a network: other weights in every
+        layer, and under every seed.
+        """
+        rng = Generator().manual_seed(int(torch.randint(2**62, (), device="cpu")))
+        for pool in self.pools:
+            assert isinstance(pool, ExpertPool)
+            pool.reset_parameters(rng)
+        for layer in self.expert_layers():
+            layer.reset_parameters(rng)
+
+    def aux_losses(
+        self, routings: Sequence[Routing], rng: Generator | None = None
+    ) -> tuple[Aux, ...]:
+        """Every configured balance loss of the routings of one forward pass."""
+        out: list[Aux] = []
+        for system in self._systems:
+            own = _of(system, routings)
+            for balance in system.balances:
+                out.extend(balance.losses(own, rng))
+        return tuple(out)
+
+    @torch.no_grad()
+    def after_step(self, routings: Sequence[Routing]) -> None:
+        """Balance by selection bias: reads all routings of one optimiser step, outside forward;
+        then what routers themselves change from step to step."""
+        for system in self._systems:
+            own = _of(system, routings)
+            routers = routers_of(self.expert_layer(system.slot, layer) for layer in system.layers)
+            for balance in system.balances:
+                balance.after_step(routers, own)
+            for router in dict.fromkeys(routers):
+                router.after_step()
+
+
+def _of(system: System, routings: Iterable[Routing]) -> list[Routing]:
+    return [r for r in routings if r.slot == system.slot and r.layer in system.layers]
+
+
+def hosts(network: nn.Module) -> list[ExpertHost]:
+    """Everything in a network that has expert systems."""
+    return [module for module in network.modules() if isinstance(module, ExpertHost)]
