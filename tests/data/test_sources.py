@@ -12,10 +12,11 @@ from coterie.data.source import is_held_out, split_rows
 
 TOYS = ["gaussian", "gaussian-mixture", "two-moons", "checkerboard", "swiss-roll"]
 IMAGES = ["digits", "mnist-5k"]
+CLOUDS = ["solids"]
 TEXTS = ["stdlib", "pydoc-topics", "arithmetic", "mixed-difficulty"]
 
 
-@pytest.mark.parametrize("kind", TOYS + IMAGES + TEXTS)
+@pytest.mark.parametrize("kind", TOYS + IMAGES + TEXTS + CLOUDS)
 def test_contract(kind):
     train, held_out = build_source(kind), build_source(kind, "held_out")
     assert isinstance(train, Source) and train.name == kind and train.licence

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import ClassVar, Literal
 
@@ -34,18 +35,9 @@ class ImageFolderConfig(SourceConfig):
     )
 
     def build(self, split: Split = "train") -> ArraySource:
-        root = Path(self.path).expanduser()
-        classes, files = self._scan(root)
-        keys = [file.relative_to(root).as_posix() for file in files]
-        wanted = split == "held_out"
-        rows = [i for i, key in enumerate(keys) if is_held_out(key, self.held_out_one_in) == wanted]
-        if not rows:
-            raise DataError(
-                f"image-folder: {root} has {len(files)} pictures and none of them is in the split "
-                f"{split!r}; add pictures or change held_out_one_in"
-            )
-        labels = np.array([classes.index(keys[row].split("/", 1)[0]) for row in rows])
-        kept = [files[row] for row in rows]
+        classes, kept, labels = scan_split(
+            self.kind, self.path, SUFFIXES, split, self.held_out_one_in
+        )
         return ArraySource(
             self.kind,
             "image",
@@ -63,19 +55,34 @@ class ImageFolderConfig(SourceConfig):
             transform=ImageConfig.scale,
         )
 
-    def _scan(self, root: Path) -> tuple[list[str], list[Path]]:
-        if not root.is_dir():
-            raise DataError(describe("image-folder: path", self.path, "an existing folder"))
-        classes = sorted(entry.name for entry in root.iterdir() if entry.is_dir())
-        files = [
-            file
-            for name in classes
-            for file in sorted((root / name).rglob("*"))
-            if file.suffix.lower() in SUFFIXES and file.is_file()
-        ]
-        if not files:
-            hint = "put the pictures of each class into a folder of its own"
-            raise DataError(
-                describe("image-folder: path", self.path, "a folder of class folders", hint)
-            )
-        return classes, files
+
+def scan_split(
+    kind: str, path: str, suffixes: Collection[str], split: Split, held_out_one_in: int
+) -> tuple[list[str], list[Path], np.ndarray]:
+    """Class names, the files of one split, and the class of each, i64 [S].
+
+    ``path/CLASS/anything/file``; DataError where there is no such file.
+    """
+    root = Path(path).expanduser()
+    if not root.is_dir():
+        raise DataError(describe(f"{kind}: path", path, "an existing folder"))
+    classes = sorted(entry.name for entry in root.iterdir() if entry.is_dir())
+    files = [
+        file
+        for name in classes
+        for file in sorted((root / name).rglob("*"))
+        if file.suffix.lower() in suffixes and file.is_file()
+    ]
+    if not files:
+        hint = f"put the files of each class ({', '.join(suffixes)}) into a folder of its own"
+        raise DataError(describe(f"{kind}: path", path, "a folder of class folders", hint))
+    keys = [file.relative_to(root).as_posix() for file in files]
+    wanted = split == "held_out"
+    rows = [i for i, key in enumerate(keys) if is_held_out(key, held_out_one_in) == wanted]
+    if not rows:
+        raise DataError(
+            f"{kind}: {root} has {len(files)} files and none of them is in the split {split!r}; "
+            "add files or change held_out_one_in"
+        )
+    labels = np.array([classes.index(keys[row].split("/", 1)[0]) for row in rows])
+    return classes, [files[row] for row in rows], labels
