@@ -1,4 +1,5 @@
-"""Floor 4: one kind of model made into another with the same function: dense into experts."""
+"""Floor 4: one kind of model made into another with the same function: dense into experts,
+layers with their own experts into layers that share them, and back."""
 
 from coterie.convert.check import Preserved, check_preserved, compare
 from coterie.convert.config import UpcycleConfig
@@ -9,6 +10,7 @@ from coterie.convert.model import (
     upcycled_config,
     upcycled_slot,
 )
+from coterie.convert.pools import extend_reuse, extended_config, untie, untied_config
 
 __all__ = [
     "Preserved",
@@ -16,7 +18,11 @@ __all__ = [
     "check_preserved",
     "compare",
     "convert_block",
+    "extend_reuse",
+    "extended_config",
     "feed_forward_inputs",
+    "untie",
+    "untied_config",
     "upcycle",
     "upcycled_config",
     "upcycled_slot",
