@@ -81,8 +81,9 @@ class UpcycleConfig(Config):
 
     @property
     def exact(self) -> bool:
-        """Whether the function is kept at all."""
-        return self.noise == 0 and (self.repeat_rows or self.slices == 1)
+        """Whether the function is kept."""
+        near = self.gates != "raw" or self.logit_std <= NEAR_ZERO
+        return near and self.noise == 0 and (self.repeat_rows or self.slices == 1)
 
     @property
     def logit_std(self) -> float:

@@ -20,6 +20,7 @@ from coterie.experts import EXPERTS, ExpertLayer
 
 KINDS = {"gelu": "gelu_mlp", "swiglu": "swiglu"}
 """``TrunkConfig.mlp`` -> the kind of expert with the same function."""
+MAX_ROWS = 8192  # inputs of a network that are kept to balance its router
 
 
 def upcycled_config(model: Part, config: UpcycleConfig) -> Part:
@@ -139,7 +140,8 @@ def convert_block(
 def feed_forward_inputs(
     networks: Mapping[int, nn.Module], run: Callable[[], object]
 ) -> dict[int, Tensor]:
-    """f32 [T, D] per network: all inputs it is given while ``run`` runs, without gradients."""
+    """f32 [T, D] per network: what it is given while ``run`` runs, without gradients; of many
+    rows some, at random."""
     seen: dict[int, list[Tensor]] = {place: [] for place in networks}
     with torch.no_grad(), _watched(networks, seen):
         run()
@@ -150,8 +152,14 @@ def feed_forward_inputs(
 def _watched(networks: Mapping[int, nn.Module], seen: Mapping[int, list[Tensor]]) -> Iterator[None]:
     """Inside the block, what the networks are given is kept."""
 
-    def watch(rows: list[Tensor]) -> Any:
-        return lambda _, given: rows.append(given[0].detach().float().cpu().flatten(0, -2))
+    def watch(kept: list[Tensor]) -> Any:
+        def look(_: nn.Module, given: tuple[Tensor, ...]) -> None:
+            if sum(map(len, kept)) < MAX_ROWS:
+                rows = given[0].detach().flatten(0, -2)
+                some = torch.randperm(len(rows), generator=generator(0, "rows"))[: MAX_ROWS // 4]
+                kept.append(rows[some.to(rows.device)].float().cpu())
+
+        return look
 
     handles = [
         network.register_forward_pre_hook(watch(seen[place])) for place, network in networks.items()
