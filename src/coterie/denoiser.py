@@ -114,7 +114,8 @@ class Denoiser(_Model):
         c_in, c_skip, c_out = (expand(c, x).to(x) for c in self.precondition.coefficients(t))
         out = self.backbone((c_in * x).to(self._dtype), ctx, cond)
         value = c_skip * x + c_out * out.sample.to(x)
-        return Prediction(value, self.config.view, out.routings, variance=out.variance)
+        view = self.config.view
+        return Prediction(value, view, out.routings, variance=out.variance, visible=out.visible)
 
 
 @MODELS.register

@@ -3,6 +3,8 @@
 from coterie.backbones.base import BACKBONES, BackboneOutput
 from coterie.backbones.causal import CausalConfig, CausalTransformer
 from coterie.backbones.dit import DiT, DiTConfig
+from coterie.backbones.points import MaskConfig, PointsConfig, PointTransformer
+from coterie.backbones.restorer import Restorer, RestorerConfig
 from coterie.backbones.trunk import SlotConfig, Trunk, TrunkConfig
 
 __all__ = [
@@ -12,6 +14,11 @@ __all__ = [
     "CausalTransformer",
     "DiT",
     "DiTConfig",
+    "MaskConfig",
+    "PointTransformer",
+    "PointsConfig",
+    "Restorer",
+    "RestorerConfig",
     "SlotConfig",
     "Trunk",
     "TrunkConfig",

@@ -18,8 +18,13 @@ BACKBONES = Registry("backbone", "coterie.backbones")
 
 @dataclass(frozen=True, eq=False)
 class BackboneOutput:
-    """``sample`` has x's shape (or [B, N, V] logits); ``variance`` only for learned variances."""
+    """``sample`` has x's shape (or [B, N, V] logits); ``variance`` only for learned variances.
+
+    ``visible``: which parts of x the network saw, bool [B, ...] over x's leading dimensions; None:
+    all of it.
+    """
 
     sample: Tensor
     routings: tuple[Routing, ...] = ()
     variance: Tensor | None = None
+    visible: Tensor | None = None

@@ -28,6 +28,8 @@ class Prediction:
     aux: tuple[Aux, ...] = ()
     variance: Tensor | None = None
     """Learned variance, x's shape: -1 = posterior variance, +1 = forward variance (log-linear)."""
+    visible: Tensor | None = None
+    """Which parts of x the network saw in masked training, bool [B, ...]; None: all of it."""
 
     def replace(self, **changes: Any) -> Self:
         return dataclasses.replace(self, **changes)

@@ -20,13 +20,20 @@ from coterie.train.objectives.base import OBJECTIVES
 
 @OBJECTIVES.register
 class DenoisingConfig(Part):
-    """``times``: where in noise training looks; ``weighting``: how much each noise level counts."""
+    """``times``: where in noise training looks; ``weighting``: how much each noise level counts.
+
+    For networks that see a part of x only in training: ``support`` is what the loss looks at, and
+    ``reconstruction`` weighs the error of the answer to the noisy input at what was not seen
+    (MaskDiT, arXiv:2306.09305, with ``support`` visible and 0.1).
+    """
 
     kind: Literal["denoising"] = "denoising"
     times: Annotated[SerializeAsAny[Part], TIMES.validator] = "uniform"  # type: ignore[assignment]
     weighting: Annotated[SerializeAsAny[Part], WEIGHTINGS.validator] = "constant"  # type: ignore[assignment]
     label_dropout: float = Field(0.1, ge=0, le=1)  # share of samples trained without condition
     vlb_weight: float = Field(1.0, ge=0)  # of the bound, bits per dimension, for a learnt variance
+    support: Literal["all", "visible"] = "all"
+    reconstruction: float = Field(0.0, ge=0)
 
     def build(self, model: Any) -> Denoising:
         return Denoising(self, model.process)
@@ -57,6 +64,11 @@ class Denoising(nn.Module):
         prediction = model(x_t, t, cond, sample_ids=batch.ids, rng=rng, progress=progress)
         per_sample = self.error(prediction, batch.x, eps, t)
         main = {"denoising": self.weighting.combine(per_sample, t, prediction.view)}
+        if self.config.reconstruction and prediction.visible is not None:
+            gap = (prediction.value.float() - x_t.float()).square()
+            main["reconstruction"] = (
+                self.config.reconstruction * mean_over(gap, ~prediction.visible).mean()
+            )
         if prediction.variance is not None:
             main["vlb"] = self.config.vlb_weight * self._vlb(prediction, batch.x, x_t, t).mean()
         return Losses(
@@ -70,7 +82,8 @@ class Denoising(nn.Module):
     def error(self, prediction: Prediction, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
         """Mean squared error per sample in the prediction's view, f32 [B]."""
         target = target_of(self.process, x0, eps, prediction.view, t)
-        return (prediction.value.float() - target.float()).square().flatten(1).mean(1)
+        gap = (prediction.value.float() - target.float()).square()
+        return mean_over(gap, prediction.visible if self.config.support == "visible" else None)
 
     def _drop(self, cond: Condition, chance: Tensor) -> Condition:
         if self.config.label_dropout == 0 or not cond.tensors():
@@ -82,3 +95,12 @@ class Denoising(nn.Module):
         assert prediction.variance is not None
         denoised = convert(self.process, prediction.value.detach(), prediction.view, "x0", x_t, t)
         return vlb_bits(self.process, x0, x_t, t, denoised, prediction.variance)
+
+
+def mean_over(values: Tensor, where: Tensor | None) -> Tensor:
+    """Mean of values [B, ...] per sample, [B], over the parts ``where`` (bool over the leading
+    dimensions) is True; None: all. 0 where a sample has no such part."""
+    if where is None:
+        return values.flatten(1).mean(1)
+    parts = values.reshape(*where.shape, -1).mean(-1) * where
+    return parts.flatten(1).sum(1) / where.flatten(1).sum(1).clamp_min(1)

@@ -1,0 +1,217 @@
+"""A transformer over the voxels of a point cloud that trains on a few of its tokens
+(DiT-3D, arXiv:2307.01831; FastDiT-3D, arXiv:2312.07231; MaskDiT, arXiv:2306.09305).
+
+Noisy points -> voxels -> patches. In training the encoder, where the experts are, sees a few
+patches only; a light decoder sees the whole grid, with one learnt token in the place of what was
+dropped; trilinear interpolation brings its answer back to the points. Sampling drops nothing.
+
+Shapes: B batch, P points, V cells per axis, S patch side, G = V / S, L = G^3 tokens, K tokens that
+the encoder sees, D width.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from coterie.backbones.base import BACKBONES, BackboneOutput
+from coterie.backbones.conditioning import embed_condition
+from coterie.backbones.trunk import Trunk, TrunkConfig, modulate
+from coterie.backbones.voxels import Voxels, check_clouds, devoxelise, voxelise
+from coterie.core.config import Config
+from coterie.core.context import Context
+from coterie.core.errors import ConfigError, DataError, describe
+from coterie.core.prediction import Condition
+from coterie.core.registry import Part
+from coterie.core.routing import Routing
+from coterie.experts.routers.config import within
+from coterie.nn.embed import LabelEmbedding, TimeEmbedding, sincos_grid
+from coterie.nn.init import xavier_linear, zero_linear
+from coterie.nn.subset import draw_subset, keep_tokens, restore_tokens, subset_mask
+from coterie.nn.windows import Windows
+
+
+class MaskConfig(Config):
+    """Which tokens the encoder does not see in training.
+
+    ``random`` drops the share ``r`` of all; ``fgbg`` drops ``rf`` of the foreground (patches with a
+    point of the noisy input in them) and ``rb`` of the background. ``max(1, round((1 - r) n))`` of
+    n stay, drawn anew in every step. ``until``: share of training after which nothing is dropped.
+    """
+
+    kind: Literal["none", "random", "fgbg"] = "none"
+    r: float = Field(0.9, ge=0, le=1)
+    rf: float = Field(0.95, ge=0, le=1)
+    rb: float = Field(0.99, ge=0, le=1)
+    until: float = Field(1.0, ge=0, le=1)
+
+    def draw(self, foreground_BL: Tensor, ctx: Context) -> Tensor | None:
+        """Tokens that stay, ids i64 [B, K] with padding L; None: all of them.
+
+        Each sample keeps its own exact numbers, so that shorter ones are padded: what a sample
+        answers does not depend on how full its neighbours' clouds are.
+        """
+        rng = ctx.rng
+        over = not ctx.training or ctx.progress > self.until
+        if self.kind == "none" or over or rng is None:
+            return None
+        scores = torch.rand(foreground_BL.shape, generator=rng, device=rng.device)
+        groups = (
+            foreground_BL.long()
+            if self.kind == "fgbg"
+            else torch.zeros_like(foreground_BL, dtype=torch.long)
+        )
+        drop = (self.rb, self.rf) if self.kind == "fgbg" else (self.r,)
+        return draw_subset(scores.to(groups.device), groups, drop)
+
+
+ENCODER = TrunkConfig(width=64, depth=4, heads=4)
+DECODER = TrunkConfig(width=64, depth=2, heads=4, window=4, window_layers=(1,))
+
+
+@BACKBONES.register
+class PointsConfig(Part):
+    """``trunk`` is the encoder, with the experts in its slots; ``decoder`` sees the whole grid."""
+
+    kind: Literal["points"] = "points"
+    num_points: int = Field(512, ge=2)
+    voxels: int = Field(16, ge=2)  # cells per axis
+    patch: int = Field(2, ge=1)  # cells per axis of one token
+    num_classes: int = Field(3, ge=0)
+    mask: MaskConfig = MaskConfig()
+    trunk: TrunkConfig = ENCODER
+    decoder: TrunkConfig = DECODER
+
+    @model_validator(mode="after")
+    def _check(self) -> PointsConfig:
+        if self.voxels % self.patch:
+            allowed = f"a divisor of voxels = {self.voxels}"
+            raise ConfigError(describe("patch", self.patch, allowed))
+        for name in ("trunk", "decoder"):
+            trunk: TrunkConfig = getattr(self, name)
+            if trunk.causal or trunk.rotary:
+                hint = "tokens of a volume have no order; their positions are added"
+                field = "causal" if trunk.causal else "rotary"
+                raise ConfigError(describe(f"{name}.{field}", True, "false", hint))
+        if self.trunk.window is not None:
+            hint = "the encoder sees scattered tokens; windows are for the decoder"
+            raise ConfigError(describe("trunk.window", self.trunk.window, "null", hint))
+        if self.decoder.slots:
+            hint = "experts are in the encoder: trunk.slots"
+            raise ConfigError(describe("decoder.slots", len(self.decoder.slots), "none", hint))
+        within("decoder", lambda: self.decoder.check_grid(self.grid))
+        return self
+
+    @property
+    def grid(self) -> tuple[int, int, int]:
+        side = self.voxels // self.patch
+        return side, side, side
+
+    @property
+    def tokens(self) -> int:
+        return math.prod(self.grid)
+
+    @property
+    def sample_shape(self) -> tuple[int, ...]:
+        return self.num_points, 3
+
+    def build(self) -> PointTransformer:
+        return PointTransformer(self)
+
+
+class PointTransformer(nn.Module):
+    """``forward(x [B, P, 3], ctx, cond) -> BackboneOutput`` with a sample of x's shape.
+
+    In training with a mask, ``visible`` tells which points lay in patches that the encoder saw.
+    """
+
+    def __init__(self, config: PointsConfig) -> None:
+        super().__init__()
+        self.config = config
+        width, inner = config.trunk.width, config.decoder.width
+        values = 3 * config.patch**3
+        self.patches = Windows((config.voxels,) * 3, config.patch)
+        self.patch_in = nn.Linear(values, width)
+        self.time = TimeEmbedding(width)
+        self.label = LabelEmbedding(config.num_classes, width) if config.num_classes else None
+        self.trunk = Trunk(config.trunk, config.tokens)
+        self.bridge_norm = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
+        self.bridge = nn.Linear(width, inner)
+        self.mask_token = nn.Parameter(torch.zeros(inner))
+        self.decoder = Trunk(config.decoder, config.tokens, config.grid, condition_width=width)
+        self.head_norm = nn.LayerNorm(inner, eps=1e-6, elementwise_affine=False)
+        self.head_modulation = nn.Linear(width, 2 * inner)
+        self.head = nn.Linear(inner, values)
+        for name, size in (("positions", width), ("decoder_positions", inner)):
+            self.register_buffer(name, sincos_grid(config.grid, size), persistent=False)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """adaLN and head start at zero: the output is exactly 0, every block the identity."""
+        self.trunk.reset_parameters()
+        self.decoder.reset_parameters()
+        xavier_linear(self.patch_in)
+        xavier_linear(self.bridge)
+        self.time.reset_parameters()
+        if self.label is not None:
+            self.label.reset_parameters()
+        nn.init.normal_(self.mask_token, std=0.02)
+        zero_linear(self.head_modulation)
+        zero_linear(self.head)
+
+    def forward(self, x: Tensor, ctx: Context, cond: Condition) -> BackboneOutput:
+        if x.shape[1:] != self.config.sample_shape:
+            raise DataError(describe("x", tuple(x.shape), f"[B, {self.config.sample_shape}]"))
+        check_clouds(x)
+        ctx = embed_condition(ctx, cond, self.time, self.label, self.config.tokens)
+        voxels = voxelise(x, self.config.voxels)
+        ids_BK = self.config.mask.draw(self._foreground(voxels), ctx)
+        z_BKD, routings = self._encode(voxels, ids_BK, ctx)
+        grid_BVC = self._decode(z_BKD, ids_BK, ctx)
+        sample = devoxelise(grid_BVC, voxels.coordinates, self.config.voxels)
+        visible = None if ids_BK is None else self._visible(voxels, ids_BK)
+        return BackboneOutput(sample.to(x.dtype), routings, visible=visible)
+
+    def _foreground(self, voxels: Voxels) -> Tensor:
+        """bool [B, L]: patches with a point in them."""
+        cells = self.patches.split(voxels.counts[:, :, None])
+        return (cells > 0).any(dim=1).view(-1, self.config.tokens)
+
+    def _encode(
+        self, voxels: Voxels, ids_BK: Tensor | None, ctx: Context
+    ) -> tuple[Tensor, tuple[Routing, ...]]:
+        """Tokens [B, K, D] of the visible patches; what is dropped costs nothing from here on."""
+        L = self.config.tokens
+        patches = self.patches.split(voxels.means).reshape(-1, L, self.patch_in.in_features)
+        positions = self.get_buffer("positions").expand(len(patches), -1, -1)
+        if ids_BK is not None:
+            patches, positions = keep_tokens(patches, ids_BK), keep_tokens(positions, ids_BK)
+            mask = subset_mask(ids_BK, L)
+            ctx = ctx.replace(tokens=ids_BK.shape[1], positions=ids_BK, token_mask=mask)
+        return self.trunk(self.patch_in(patches.to(self.patch_in.weight.dtype)) + positions, ctx)
+
+    def _decode(self, z_BKD: Tensor, ids_BK: Tensor | None, ctx: Context) -> Tensor:
+        """Cell values [B, V^3, 3] from what the encoder saw."""
+        h = self.bridge(self.bridge_norm(z_BKD))
+        if ids_BK is not None:
+            h = restore_tokens(h, ids_BK, self.config.tokens, self.mask_token)
+        h_BLD, _ = self.decoder(h + self.get_buffer("decoder_positions"), ctx)
+        assert ctx.embedding is not None
+        condition = self.head_modulation(nn.functional.silu(ctx.embedding))
+        out = self.head(modulate(self.head_norm(h_BLD), *condition.chunk(2, dim=-1)))
+        cells = out.reshape(-1, self.config.patch**3, 3)
+        return self.patches.join(cells)
+
+    def _visible(self, voxels: Voxels, ids_BK: Tensor) -> Tensor:
+        """bool [B, P]."""
+        B, L = len(ids_BK), self.config.tokens
+        seen = torch.zeros(B, L + 1, dtype=torch.bool, device=ids_BK.device)
+        seen_BL1 = seen.scatter(1, ids_BK, True)[:, :L, None]
+        cells = self.patches.join(
+            seen_BL1.expand(-1, -1, self.config.patch**3).reshape(B * L, -1, 1)
+        )
+        return cells[:, :, 0].gather(1, voxels.cells)
