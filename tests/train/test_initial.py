@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
+import os
 import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +19,7 @@ from coterie.core.config import override
 from coterie.core.errors import CheckpointError, ConfigError, TrainingError
 from coterie.core.folder import MANIFEST, file_digest
 from coterie.experts import Router
-from coterie.train import RunDir, checkpoint, load_weights, read_metrics
+from coterie.train import RunDir, Trainer, checkpoint, load_weights, read_metrics
 from coterie.train.evaluate import held_out
 from coterie.train.initial import InitConfig
 from coterie.train.run import (
@@ -30,6 +33,7 @@ from coterie.train.run import (
 )
 from small_models import small, words
 
+FORK = multiprocessing.get_context("fork")
 UPCYCLE = UpcycleConfig(copies=3, slices=2, calibration=16)
 
 
@@ -161,31 +165,31 @@ def test_an_upcycled_run_is_the_dense_one_at_step_0(
     assert read_metrics(run / "metrics.jsonl") == []
 
 
-def test_it_trains_on_without_its_source_and_resumes_to_the_bit(
-    dense: Path, tmp_path: Path
-) -> None:
+def killed_at(run: Path, step: int) -> None:
+    """Go on with a run in this process until it kills itself after a step."""
+
+    def act(trainer: Trainer, record: dict[str, Any]) -> None:
+        if record["step"] == step:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    config = RunConfig.load(run / "config.json")
+    make_trainer(config, RunDir(run)).fit(False, (act,))
+
+
+def test_killed_without_its_source_it_goes_on_to_the_bit(dense: Path, tmp_path: Path) -> None:
     source = tmp_path / "source"
     shutil.copytree(dense, source)
     config = upcycled(source)
     whole = start(config, tmp_path / "whole", progress=False)
-
-    class Stop(Exception):
-        pass
-
-    def stop_at_3(trainer: Any, record: dict[str, Any]) -> None:
-        if record["step"] == 3:
-            raise Stop
-
-    prepare(config, tmp_path / "parts")
+    parts = prepare(config, tmp_path / "parts")
     shutil.rmtree(source)
-    stored = RunConfig.load(tmp_path / "parts" / "config.json")
-    trainer = make_trainer(stored, RunDir(tmp_path / "parts"))
-    with pytest.raises(Stop):
-        trainer.fit(False, (stop_at_3,))
-    start(config, tmp_path / "parts", progress=False)
-    same(tmp_path / "parts", whole)
-    before, after = (load_run(path).model.state_dict() for path in (tmp_path / "parts", whole))
-    assert all(torch.equal(before[name], after[name]) for name in before)
+    for step in (1, 3):  # before the first checkpoint of training, and after it
+        process = FORK.Process(target=killed_at, args=(parts, step))
+        process.start()
+        process.join(60)
+        assert process.exitcode == -signal.SIGKILL
+    start(config, parts, progress=False)
+    same(parts, whole)
 
 
 def test_router_rows_of_a_copy_and_copies_diverge(dense: Path, tmp_path: Path) -> None:

@@ -12,7 +12,8 @@ from coterie.core.errors import CoterieError, unknown
 
 VERBS = {
     "demo": "Train a small mixture of experts on digits, sample, report. Minutes.",
-    "train": "Train a recipe, or resume it.",
+    "train": "Train a recipe, or go on with a run.",
+    "upcycle": "Make experts of a dense model, and keep what it computes.",
     "sample": "Draw samples from a run.",
     "report": "Who does what: experts over layers, noise levels and classes of a run.",
     "verify": "Measure the claims of recipes against their baselines.",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
@@ -81,6 +82,23 @@ def recipe_and_config(
 
     recipe = get_recipe(name)
     return recipe, apply(ctx, recipe.config(preset), paths)
+
+
+def run_and_config(
+    ctx: click.Context, arguments: Sequence[str], preset: str
+) -> tuple[Path, RunConfig]:
+    """What ``RECIPE|RUN [--PATH=VALUE]...`` asks for: where to train by default, and what.
+
+    A folder with a configuration is a run; its flags may only change what a resumed run may.
+    """
+    words, paths = split(arguments)
+    path = Path(one_word(words, "RECIPE or RUN"))
+    if not (path / "config.json").is_file():
+        recipe, config = recipe_and_config(ctx, arguments, preset)
+        return Path("runs") / recipe.name, config
+    from coterie.train.run import RunConfig
+
+    return path, apply(ctx, RunConfig.load(path / "config.json"), paths)
 
 
 def _options(ctx: click.Context) -> list[str]:

@@ -1,4 +1,4 @@
-"""``coterie train``: train a recipe into a run directory, or resume it."""
+"""``coterie train``: train a recipe into a run directory, or go on with a run."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from pathlib import Path
 import click
 
 from coterie.cli.output import facts, say, say_json
-from coterie.cli.overrides import ANY_FLAG, recipe_and_config, takes_paths
+from coterie.cli.overrides import ANY_FLAG, run_and_config, takes_paths
 
 
 @click.command("train", context_settings=ANY_FLAG)
-@takes_paths("RECIPE [--PATH=VALUE]...")
+@takes_paths("RECIPE|RUN [--PATH=VALUE]...")
 @click.option("--preset", default="tiny", show_default=True, help="Sizes: tiny, paper, gpu, ...")
 @click.option("--out", type=click.Path(path_type=Path), help="Run directory. [runs/RECIPE]")
 @click.option("-n", "--dry-run", is_flag=True, help="Sizes, FLOPs and projected minutes only.")
@@ -27,7 +27,7 @@ def command(
     as_json: bool,
     quiet: bool,
 ) -> None:
-    """Train a recipe. The same command again resumes where it stopped.
+    """Train a recipe, or go on with a run directory. The same command again resumes.
 
     A flag with a dot is a path into the configuration (see `coterie show RECIPE`):
 
@@ -35,8 +35,10 @@ def command(
       coterie train dit-moe
       coterie train dit-moe --train.steps=300 --model.backbone.depth=6
       coterie train dit-moe --preset paper --dry-run
+      coterie train dit-moe --init.path=runs/other --train.lr=1e-4
+      coterie train runs/dit-moe
     """
-    recipe, config = recipe_and_config(ctx, arguments, preset)
+    folder, config = run_and_config(ctx, arguments, preset)
     if dry_run:
         from coterie.cli.size import projection
 
@@ -45,7 +47,7 @@ def command(
         return
     from coterie.train.run import start
 
-    run = start(config, out or Path("runs") / recipe.name, progress=not quiet)
+    run = start(config, out or folder, progress=not quiet)
     if as_json:
         say_json({"run": run})
         return

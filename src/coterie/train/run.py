@@ -240,6 +240,7 @@ def plan(config: RunConfig, measure: bool = True) -> dict[str, Any]:
         "flops_per_step": 6 * counted.active * tokens * config.train.batch,
     }
     if measure:
-        seconds = make_trainer(config, None).project(steps=5)
+        # What a step costs does not depend on where the first weights come from.
+        seconds = make_trainer(config.replace(init=None), None).project(steps=5)
         out["projected_minutes"] = round(seconds / 60, 2)
     return out
