@@ -12,7 +12,7 @@ Legend: M passes, R rows, E candidates, D width.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self, cast
+from typing import Annotated, Any, Literal, Self, cast
 
 import torch
 from pydantic import Field, SerializeAsAny, model_validator
@@ -50,6 +50,13 @@ class UncertainScore(ScorePart):
             allowed = "a score that reads rows and nothing else"
             raise ConfigError(describe("of", inner.kind, allowed, "dropout falls on the rows"))
         return self
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        return cast(ScorePart, self.of).reads
+
+    def check(self, num_experts: int, width: int) -> None:
+        cast(ScorePart, self.of).check(num_experts, width)
 
     def build(self, width: int, num_experts: int, time_width: int | None) -> ScoreModule:
         return _Uncertain(self, width, num_experts, time_width)
@@ -110,6 +117,28 @@ def whiten(logits_MRE: Tensor) -> Tensor:
     away_MRE = logits_MRE - mean_RE
     cov_REE = torch.einsum("mre,mrf->ref", away_MRE, away_MRE) / (len(logits_MRE) - 1)
     diagonal_REE = torch.diag_embed(cov_REE.diagonal(dim1=1, dim2=2) + EPS)
-    values_RE, vectors_REE = torch.linalg.eigh((1 - SHRINKAGE) * cov_REE + SHRINKAGE * diagonal_REE)
-    inner_RE = torch.einsum("ref,re->rf", vectors_REE, mean_RE) * values_RE.rsqrt()
-    return torch.einsum("ref,rf->re", vectors_REE, inner_RE)
+    shrunk_REE = (1 - SHRINKAGE) * cov_REE + SHRINKAGE * diagonal_REE
+    root_REE: Tensor = _InverseRoot.apply(shrunk_REE)
+    return torch.einsum("ref,rf->re", root_REE, mean_RE)
+
+
+class _InverseRoot(torch.autograd.Function):
+    """S^(-1/2) of symmetric positive matrices [..., E, E].
+
+    The gradient of an eigendecomposition has 1 / (l_i - l_j) in it and is NaN where eigenvalues
+    agree (a row that no dropout mask changed has covariance 0). That of a function of S has divided
+    differences instead: for l^(-1/2), -1 / (sqrt(l_i l_j) (sqrt(l_i) + sqrt(l_j))), always finite.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, matrix: Tensor) -> Tensor:
+        values, vectors = torch.linalg.eigh(matrix)
+        ctx.save_for_backward(values.sqrt(), vectors)
+        return (vectors * values.rsqrt()[..., None, :]) @ vectors.mT
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        roots, vectors = ctx.saved_tensors
+        left, right = roots[..., :, None], roots[..., None, :]
+        inner = -(vectors.mT @ grad @ vectors) / (left * right * (left + right))
+        return vectors @ inner @ vectors.mT
