@@ -42,7 +42,7 @@ REFUSED = [
     ({"router": {"edits": [{"kind": "candidates"}]}}, r"edits\.0.*allowed"),
     ({"balance": [{"kind": "switch", "pooled": True, "statistics": "sequence"}]}, "statistics"),
     ({"router": {"score": {"kind": "lineer"}}}, r"did you mean 'linear'"),
-    ({"slot_map": [0, 1]}, r"slot_map: 2"),
+    ({"slot_map": [0, 1]}, r"slot_map: \(0, 1\) .*8 entries"),
     ({"slot_map": [0, 0, 0, 0, 2, 2, 2, 2]}, r"slot_map.*every tensor"),
     ({"balance": ["contrastive"]}, r"balance\.0\.kind: 'contrastive' .*cosine"),
     ({"balance": ["diffusion_prior"]}, r"balance\.0\.kind"),

@@ -91,30 +91,48 @@ class ExpertLayerConfig(Config):
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
-        if self.num_experts is not None:
-            count = self.num_experts
-            within("router", lambda: self.router.check(count))
-            if self.slot_map is not None and len(self.slot_map) != count:
-                allowed = f"{count} entries, one per candidate"
-                raise ConfigError(describe("slot_map", len(self.slot_map), allowed))
         if self.slot_map is not None and set(self.slot_map) != set(range(max(self.slot_map) + 1)):
-            raise ConfigError(
-                describe("slot_map", self.slot_map, "every tensor 0..max used at least once")
-            )
+            hint = "a tensor that nobody uses cannot learn"
+            allowed = "every tensor 0..max used at least once"
+            raise ConfigError(describe("slot_map", self.slot_map, allowed, hint))
         if self.router_reads == "stream" and self.rounds > 1:
             hint = "later rounds read what the one before wrote"
             raise ConfigError(describe("router_reads", self.router_reads, "input", hint))
         self._check_kind()
+        self._check_count(self.num_experts, None)
+        return self
+
+    def _check_count(self, count: int | None, width: int | None) -> None:
+        """What depends on the number of candidates, where it is known."""
+        if count is not None:
+            within("router", lambda: self.router.check(count, width))
+            if self.slot_map is not None and len(self.slot_map) != count:
+                hint = f"it has {len(self.slot_map)}"
+                allowed = f"{count} entries, one per candidate"
+                raise ConfigError(describe("slot_map", self.slot_map, allowed, hint))
         for place, part in enumerate(self.balance):
             balance = cast(BalancePart, part)
-            within(f"balance.{place}", lambda b=balance: b.check(self.router))  # type: ignore[misc]
-        return self
+            within(f"balance.{place}", lambda b=balance: b.check(self.router, count))  # type: ignore[misc]
+
+    def check(self, width: int) -> None:
+        """Raise ConfigError where a layer of this width cannot be built."""
+        self._check_count(self.candidates(width), width)
+        if self.kind.fixed_count(width) is not None:
+            hint = f"the number of {self.kind.kind} experts is fixed, one per candidate"
+            if self.slot_map is not None:
+                raise ConfigError(describe("slot_map", self.slot_map, "null", hint))
+            if self.router.num_reserved:
+                partition = self.router.partition
+                raise ConfigError(describe("router.partition", partition, "none", hint))
 
     def _check_kind(self) -> None:
         """What the kind of expert asks of the rest."""
         kind, unit = self.kind, self.router.routed_unit
         if self.shared is not None:
             kind.with_hidden(self.shared.hidden)
+        if self.stem != "none" and kind.input_free:
+            hint = f"experts of kind {kind.kind!r} ignore their input"
+            raise ConfigError(describe("stem", self.stem, "none", hint))
         if kind.unit not in (None, unit):
             hint = f"experts of kind {kind.kind!r} serve a whole {kind.unit}"
             raise ConfigError(describe("router.unit", unit, str(kind.unit), hint))
@@ -133,7 +151,8 @@ class ExpertLayerConfig(Config):
         """How many experts the router chooses among at this width."""
         fixed = self.kind.fixed_count(width)
         if fixed is None and self.num_experts is None:
-            raise ConfigError(describe("num_experts", None, "a number for this kind of expert"))
+            hint = f"experts of kind {self.kind.kind!r} come in any number"
+            raise ConfigError(describe("num_experts", None, "a number", hint))
         if fixed is not None and self.num_experts is not None and self.num_experts != fixed:
             hint = f"{self.kind.kind} has {fixed} experts at width {width}; leave it null"
             raise ConfigError(describe("num_experts", self.num_experts, f"null or {fixed}", hint))
@@ -187,6 +206,7 @@ class ExpertLayer(nn.Module):
         super().__init__()
         self.config = config
         self.width = width
+        config.check(width)
         candidates = config.candidates(width)
         num_routers = config.rounds if config.round_routing == "own" else 1
         self.routers = nn.ModuleList(

@@ -35,8 +35,9 @@ class BalancePart(Part):
     def after_step(self, routers: Sequence[Router], routings: Sequence[Routing]) -> None:
         """Once per optimiser step, with the routings of all its micro-batches."""
 
-    def check(self, router: RouterConfig) -> None:
-        """Raise ConfigError where this part cannot work with that router."""
+    def check(self, router: RouterConfig, num_experts: int | None) -> None:
+        """Raise ConfigError where this part cannot work with that router and this number of
+        candidates (None: not yet known)."""
 
 
 def scored_columns(routing: Routing, values: Tensor) -> Tensor:

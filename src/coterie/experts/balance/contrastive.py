@@ -59,6 +59,8 @@ class ContrastiveBalance(BalancePart):
         kept = torch.where(usable, loss_SE, torch.zeros_like(loss_SE))
         return kept.sum() / usable.sum().clamp_min(1)
 
-    def check(self, router: RouterConfig) -> None:
+    def check(self, router: RouterConfig, num_experts: int | None) -> None:
         if not isinstance(router.score, CosineScore):
-            raise ConfigError(describe("kind", self.kind, "a router with cosine prototypes"))
+            hint = f"a {router.score.kind} score has none"
+            allowed = "a router with cosine prototypes"
+            raise ConfigError(describe("kind", self.kind, allowed, hint))

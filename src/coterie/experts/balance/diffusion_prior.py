@@ -14,7 +14,7 @@ from torch import Generator, Tensor
 
 from coterie.core.errors import ConfigError, describe
 from coterie.core.routing import Aux, Routing
-from coterie.experts.balance.base import BALANCES, BalancePart
+from coterie.experts.balance.base import BALANCES, BalancePart, scored_columns
 from coterie.experts.routers import NoiseLevelScore, RouterConfig, TopK, top_ids
 from coterie.experts.windows import sliding_windows
 
@@ -52,17 +52,21 @@ class DiffusionPrior(BalancePart):
         column = match_columns(usage, prior, rng).to(usage.device)
         target = prior[first.step_index][:, column].float()
         target = target / target.sum(dim=1, keepdim=True)
-        share = torch.cat([r.probs for r in routings], dim=1) / len(routings)
+        probs = [scored_columns(r, r.probs) for r in routings]
+        share = torch.cat(probs, dim=1) / len(routings)
         each = jensen_shannon(share, target, self.eps)
         keep = first.rows_mask().float()
         return (each * keep).sum() / keep.sum().clamp_min(1.0)
 
-    def check(self, router: RouterConfig) -> None:
+    def check(self, router: RouterConfig, num_experts: int | None) -> None:
         score = router.score
         if not (isinstance(score, NoiseLevelScore) and score.table):
-            raise ConfigError(describe("kind", self.kind, "a noise_level router with table=true"))
+            hint = "it compares the choices at every noise level"
+            allowed = "a noise_level router with table=true"
+            raise ConfigError(describe("kind", self.kind, allowed, hint))
         if router.probability != "softmax" or not isinstance(router.select, TopK):
-            raise ConfigError(describe("kind", self.kind, "a softmax router with top_k"))
+            hint = "the prior is a distribution over windows of k experts"
+            raise ConfigError(describe("kind", self.kind, "a softmax router with top_k", hint))
 
 
 def usage_map(routings: Sequence[Routing]) -> Tensor:

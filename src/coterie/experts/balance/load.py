@@ -84,9 +84,13 @@ class SwitchBalance(BalancePart):
         full = routing.gates.new_zeros(routing.gates.shape[0], width)
         return full.scatter_add(1, routing.ids, routing.gates)[:, :-1]
 
-    def check(self, router: RouterConfig) -> None:
+    def check(self, router: RouterConfig, num_experts: int | None) -> None:
         if self.pooled and self.statistics == "sequence":
-            raise ConfigError(describe("statistics", self.statistics, "batch, with pooled=true"))
+            hint = "pooled rows are those of the whole batch"
+            raise ConfigError(describe("statistics", self.statistics, "batch", hint))
+        if num_experts is not None and num_experts % (self.groups or 1):
+            hint = f"groups are equal parts of the {num_experts} experts"
+            raise ConfigError(describe("groups", self.groups, f"a divisor of {num_experts}", hint))
         if router.probability == "identity":
             hint = "raw scores are no shares; use contrastive, or softmax"
             raise ConfigError(describe("kind", self.kind, "a softmax or sigmoid router", hint))
@@ -125,9 +129,10 @@ class EntropyLoss(BalancePart):
         # log of 0 has no gradient to give; a closed candidate contributes 0.
         return mean_rows(routing, -(p * p.clamp_min(1e-30).log()).sum(dim=1))
 
-    def check(self, router: RouterConfig) -> None:
+    def check(self, router: RouterConfig, num_experts: int | None) -> None:
         if router.probability != "softmax":
-            raise ConfigError(describe("kind", self.kind, "a softmax router"))
+            hint = "an entropy is that of a distribution"
+            raise ConfigError(describe("kind", self.kind, "a softmax router", hint))
 
 
 @BALANCES.register
@@ -164,6 +169,8 @@ class SelectionBiasUpdate(BalancePart):
                 step = self.rate * torch.sign(load.mean() - load)
                 router.selection_bias += step.to(router.selection_bias)
 
-    def check(self, router: RouterConfig) -> None:
+    def check(self, router: RouterConfig, num_experts: int | None) -> None:
         if not router.selection_bias:
-            raise ConfigError(describe("kind", self.kind, "a router with selection_bias=true"))
+            hint = "there is no bias to update without"
+            allowed = "a router with selection_bias=true"
+            raise ConfigError(describe("kind", self.kind, allowed, hint))

@@ -6,12 +6,14 @@ Legend: R rows, E candidates, D width, S steps of the noise grid, B samples, N t
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, Self
 
 import torch
+from pydantic import model_validator
 from torch import Generator, Tensor, nn
 
 from coterie.core.context import Context
+from coterie.core.errors import ConfigError, describe
 from coterie.core.registry import Part, Registry
 
 SCORES = Registry("score", "coterie.scores")
@@ -49,6 +51,19 @@ class ScorePart(Part):
     """Whether logits depend on the rows themselves (else on the context alone)."""
     learned: ClassVar[bool] = True
 
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """Fields of the Context without which there is no score."""
+        return ()
+
+    @property
+    def state_size(self) -> int:
+        """Size of the state that travels from layer to layer; 0 = none."""
+        return 0
+
+    def check(self, num_experts: int, width: int) -> None:
+        """Raise ConfigError where the score does not fit this many candidates or this width."""
+
     def build(self, width: int, num_experts: int, time_width: int | None) -> ScoreModule:
         raise NotImplementedError
 
@@ -59,8 +74,22 @@ class EditPart(Part):
     kind: str
     for_table: ClassVar[bool] = False
     """Whether the edit also applies to the table of all steps (it must not depend on rows)."""
+    closes: ClassVar[bool] = False
+    """Whether the edit closes candidates, that is gives them logit -inf."""
     masks: Literal["logits", "probs"] = "logits"
-    """``probs``: what the edit closes (-inf) gets probability 0 after the softmax."""
+    """``probs``: what the edit closes gets probability 0 after the softmax."""
+
+    @model_validator(mode="after")
+    def _masks_what_it_closes(self) -> Self:
+        if self.masks == "probs" and not self.closes:
+            hint = "this edit closes no candidates"
+            raise ConfigError(describe("masks", self.masks, "logits", hint))
+        return self
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """Fields of the Context without which the edit cannot work."""
+        return ()
 
     def build(self, num_experts: int) -> nn.Module:
         """``module(logits, ctx) -> logits``; an ``after_step()`` of it runs after each optimiser
@@ -83,6 +112,9 @@ class SelectPart(Part):
 
     kind: str
     needs_tokens: ClassVar[bool] = False
+    """Whether a row's choice depends on the other tokens of its sample."""
+    by_probability: ClassVar[bool] = False
+    """Whether scores must be probabilities."""
 
     def select(
         self, scores: Tensor, ctx: Context, shape: tuple[int, int], valid: Tensor | None

@@ -13,7 +13,7 @@ from coterie.core.errors import ConfigError, describe
 from coterie.core.registry import Part
 from coterie.experts.routers.base import EDITS, SCORES, SELECTS, EditPart, ScorePart, SelectPart
 from coterie.experts.routers.scores import LinearScore
-from coterie.experts.routers.selections import ExpertChoice, RandomK, TopK
+from coterie.experts.routers.selections import RandomK, TopK
 
 if TYPE_CHECKING:
     from coterie.experts.routers.router import Router
@@ -62,16 +62,20 @@ class RouterConfig(Config):
             hint = "experts choose among the tokens of a sample"
             raise ConfigError(describe("select", select.kind, "a row-wise selection", hint))
         if select.needs_tokens and self.when == "after":
-            raise ConfigError(describe("when", self.when, "before, for expert choice"))
+            hint = "an expert compares its tokens by probability"
+            raise ConfigError(describe("when", self.when, "before", hint))
         if self.probability == "identity" and self.weight == "renorm":
             hint = "raw scores may be negative or sum to 0"
             raise ConfigError(describe("weight", self.weight, "raw or one", hint))
         if self.probability != "softmax" and self.when == "after":
-            raise ConfigError(describe("probability", self.probability, "softmax, with when=after"))
-        if self.probability == "identity" and select.kind in ("top_p", "random"):
-            raise ConfigError(describe("probability", self.probability, "softmax or sigmoid"))
-        if self.when == "after" and select.kind in ("top_p", "random"):
-            raise ConfigError(describe("when", self.when, "before, for this selection"))
+            hint = "gates are a softmax over the selected with when=after"
+            raise ConfigError(describe("probability", self.probability, "softmax", hint))
+        if select.by_probability and self.probability == "identity":
+            hint = f"{select.kind} selects by probability"
+            raise ConfigError(describe("probability", "identity", "softmax or sigmoid", hint))
+        if select.by_probability and self.when == "after":
+            hint = f"{select.kind} selects by probability"
+            raise ConfigError(describe("when", self.when, "before", hint))
         if score.learned and self._gate_is_constant():
             warnings.warn(
                 "router: one expert per row with a renormalised gate is always 1, so the task "
@@ -106,10 +110,20 @@ class RouterConfig(Config):
     @property
     def batchwide(self) -> bool:
         """Whether a row's choice depends on other rows (of its own sample)."""
-        return isinstance(self.select, ExpertChoice)
+        return self.select_part.needs_tokens
 
-    def check(self, num_experts: int) -> None:
-        """Raise ConfigError unless the parts fit ``num_experts`` candidates."""
+    @property
+    def reads(self) -> dict[str, tuple[str, ...]]:
+        """Field of this configuration -> fields of the Context that it needs."""
+        parts = {"score": self.score_part.reads}
+        parts |= {f"edits.{i}": cast(EditPart, e).reads for i, e in enumerate(self.edits)}
+        parts["partition"] = () if self.partition == "none" else ("label",)
+        return {field: names for field, names in parts.items() if names}
+
+    def check(self, num_experts: int, width: int | None = None) -> None:
+        """Raise ConfigError unless the parts fit ``num_experts`` candidates (and the width)."""
+        if width is not None:
+            within("score", lambda: self.score_part.check(num_experts, width))
         within("select", lambda: self.select_part.check(num_experts))
         for place, edit in enumerate(self.edits):
             part = cast(EditPart, edit)
@@ -123,5 +137,5 @@ class RouterConfig(Config):
         """A router over ``num_experts`` candidates (the reserved expert not counted)."""
         from coterie.experts.routers.router import Router
 
-        self.check(num_experts)
+        self.check(num_experts, width)
         return Router(self, width, num_experts, time_width)

@@ -47,6 +47,7 @@ class CandidateMask(EditPart):
     allowed: tuple[NonNegativeInt, ...] = ()
     by_task: tuple[tuple[NonNegativeInt, ...], ...] = ()
     own: bool = False
+    closes: ClassVar[bool] = True
 
     @model_validator(mode="after")
     def _one_form(self) -> Self:
@@ -54,8 +55,13 @@ class CandidateMask(EditPart):
             hint = "or by_task, or own instead of it"
             raise ConfigError(describe("allowed", self.allowed, "a non-empty list", hint))
         if self.by_task and not all(self.by_task):
-            raise ConfigError(describe("by_task", self.by_task, "no empty list"))
+            hint = "a task without candidates has no expert"
+            raise ConfigError(describe("by_task", self.by_task, "no empty list", hint))
         return self
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        return ("task",) if self.by_task else ()
 
     def build(self, num_experts: int) -> nn.Module:
         if self.own:
@@ -63,9 +69,11 @@ class CandidateMask(EditPart):
         return _Candidates(self.by_task or (self.allowed,), num_experts)
 
     def check(self, num_experts: int) -> None:
+        field = "by_task" if self.by_task else "allowed"
         for choice in () if self.own else self.by_task or (self.allowed,):
             if max(choice) >= num_experts:
-                raise ConfigError(describe("allowed", choice, f"each in 0..{num_experts - 1}"))
+                allowed, hint = f"each in 0..{num_experts - 1}", f"there are {num_experts} experts"
+                raise ConfigError(describe(field, choice, allowed, hint))
 
 
 class _Candidates(nn.Module):
@@ -112,12 +120,13 @@ class ProgressiveCandidates(EditPart):
     mode: Literal["linear", "steps"] = "linear"
     order: Literal["random", "own_first"] = "random"
     drawn: Literal["layer", "pool"] = "layer"
-    masks: Literal["logits", "probs"] = "logits"
+    closes: ClassVar[bool] = True
 
     @model_validator(mode="after")
     def _interval(self) -> Self:
         if self.end < self.begin:
-            raise ConfigError(describe("end", self.end, f"{self.begin} (begin) or more"))
+            hint = "the candidates open between the two"
+            raise ConfigError(describe("end", self.end, f"{self.begin} (begin) or more", hint))
         return self
 
     def count(self, progress: float, num_experts: int, start: int) -> int:
@@ -141,7 +150,8 @@ class ProgressiveCandidates(EditPart):
 
     def check(self, num_experts: int) -> None:
         if self.start is not None and self.start > num_experts:
-            raise ConfigError(describe("start", self.start, f"1..{num_experts}"))
+            hint = f"a layer owns {num_experts} experts"
+            raise ConfigError(describe("start", self.start, f"1..{num_experts}", hint))
 
 
 class _Progressive(nn.Module):

@@ -36,6 +36,10 @@ class NoiseLevelScore(ScorePart):
     unit: ClassVar[Literal["token", "sample"] | None] = "sample"
     reads_rows: ClassVar[bool] = False
 
+    @property
+    def reads(self) -> tuple[str, ...]:
+        return ("time_embedding",)
+
     def build(self, width: int, num_experts: int, time_width: int | None) -> ScoreModule:
         return _NoiseLevel(self, width if time_width is None else time_width, num_experts)
 
@@ -89,6 +93,10 @@ class NoiseWindowScore(ScorePart):
     reads_rows: ClassVar[bool] = False
     learned: ClassVar[bool] = False
 
+    @property
+    def reads(self) -> tuple[str, ...]:
+        return ("step_index",)
+
     def build(self, width: int, num_experts: int, time_width: int | None) -> ScoreModule:
         return _NoiseWindow(self.alpha, num_experts)
 
@@ -122,6 +130,12 @@ class FixedScore(ScorePart):
     learned: ClassVar[bool] = False
     reads_rows: ClassVar[bool] = False
 
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """The context's name of the key; positions are counted where it has none."""
+        own = {"position": (), "row": (), "sample": ("sample_ids",)}
+        return own.get(self.by, (self.by,))
+
     def build(self, width: int, num_experts: int, time_width: int | None) -> ScoreModule:
         return _Fixed(self, num_experts)
 
@@ -148,7 +162,7 @@ class _Fixed(ScoreModule):
                 line = torch.arange(ctx.tokens, device=x.device) if positions is None else positions
                 positions = line.expand(ctx.batch, ctx.tokens)
             return per_row(positions, shape, rows)
-        name = {"sample": "sample_ids"}.get(self.config.by, self.config.by)
+        (name,) = self.config.reads
         value = getattr(ctx, name)
         if value is None:
             raise ConfigError(describe("router.score.by", self.config.by, "a field the model sets"))

@@ -38,6 +38,14 @@ class RecurrentScore(ScorePart):
     start: Literal["zeros", "time"] = "zeros"
     init_std: float = 0.02
 
+    @property
+    def reads(self) -> tuple[str, ...]:
+        return ("time_embedding",) if self.start == "time" else ()
+
+    @property
+    def state_size(self) -> int:
+        return self.state
+
     def build(self, width: int, num_experts: int, time_width: int | None) -> ScoreModule:
         return RecurrentModule(self, width, num_experts, time_width or width)
 
@@ -57,10 +65,9 @@ class RecurrentModule(ScoreModule):
     def forward(self, x: Tensor, ctx: Context) -> Scored:
         before = self.memory.first(x, ctx) if ctx.state is None else ctx.state
         if before.shape != (x.shape[0], self.config.state):
-            raise ValueError(
-                f"router state {tuple(before.shape)} does not fit "
-                f"{(x.shape[0], self.config.state)}: recurrent layers need one unit and size"
-            )
+            allowed = f"{(x.shape[0], self.config.state)}, rows and state"
+            hint = "recurrent layers need one unit and size"
+            raise ConfigError(describe("router state", tuple(before.shape), allowed, hint))
         if self.config.detach and ctx.state is not None:
             before = before.detach()
         state = self.memory(linear_f32(self.inner, x), before)

@@ -66,9 +66,12 @@ class GivenScore(ScorePart):
     kind: Literal["given"] = "given"
     learned: ClassVar[bool] = False
 
-    def build(self, width: int, num_experts: int, time_width: int | None) -> ScoreModule:
+    def check(self, num_experts: int, width: int) -> None:
         if width != num_experts:
-            raise ConfigError(describe("width", width, f"{num_experts}, one column per candidate"))
+            hint = f"rows of width {width} are the logits of as many candidates"
+            raise ConfigError(describe("kind", self.kind, f"given, with {width} experts", hint))
+
+    def build(self, width: int, num_experts: int, time_width: int | None) -> ScoreModule:
         return _Given()
 
 
@@ -140,6 +143,10 @@ class TaskLinearScore(ScorePart):
     kind: Literal["task_linear"] = "task_linear"
     num_tasks: PositiveInt
     init_std: float | None = None
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        return ("task",)
 
     def build(self, width: int, num_experts: int, time_width: int | None) -> ScoreModule:
         return _TaskLinear(self, width, num_experts)

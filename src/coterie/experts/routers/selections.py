@@ -70,6 +70,7 @@ class RandomK(_K):
     """
 
     kind: Literal["random"] = "random"
+    by_probability: ClassVar[bool] = True
 
     def select(
         self, scores: Tensor, ctx: Context, shape: tuple[int, int], valid: Tensor | None
@@ -111,6 +112,7 @@ class TopP(SelectPart):
     p: float = Field(default=0.4, gt=0.0, le=1.0)
     min_k: PositiveInt = 1
     max_k: PositiveInt | None = None
+    by_probability: ClassVar[bool] = True
 
     def select(
         self, scores: Tensor, ctx: Context, shape: tuple[int, int], valid: Tensor | None
@@ -134,9 +136,11 @@ class TopP(SelectPart):
     def check(self, num_experts: int) -> None:
         high = num_experts if self.max_k is None else self.max_k
         if high > num_experts:
-            raise ConfigError(describe("max_k", high, f"1..{num_experts}"))
+            hint = f"there are {num_experts} experts"
+            raise ConfigError(describe("max_k", high, f"1..{num_experts}", hint))
         if self.min_k > high:
-            raise ConfigError(describe("min_k", self.min_k, f"1..{high}"))
+            hint = "a row may use at most that many experts"
+            raise ConfigError(describe("min_k", self.min_k, f"1..{high}", hint))
 
 
 @SELECTS.register
@@ -160,7 +164,8 @@ class Rank(SelectPart):
         if not self.ranks or len(set(self.ranks)) != len(self.ranks):
             raise ConfigError(describe("ranks", self.ranks, "at least one, all different"))
         if max(self.ranks) >= num_experts:
-            raise ConfigError(describe("ranks", self.ranks, f"each in 0..{num_experts - 1}"))
+            allowed, hint = f"each in 0..{num_experts - 1}", f"there are {num_experts} experts"
+            raise ConfigError(describe("ranks", self.ranks, allowed, hint))
 
 
 @SELECTS.register
@@ -183,7 +188,8 @@ class Fixed(SelectPart):
         if not self.ids or len(set(self.ids)) != len(self.ids):
             raise ConfigError(describe("ids", self.ids, "at least one, all different"))
         if max(self.ids) >= num_experts:
-            raise ConfigError(describe("ids", self.ids, f"each in 0..{num_experts - 1}"))
+            allowed, hint = f"each in 0..{num_experts - 1}", f"there are {num_experts} experts"
+            raise ConfigError(describe("ids", self.ids, allowed, hint))
 
 
 @SELECTS.register
@@ -207,7 +213,8 @@ class GroupLimited(_K):
         if self.group_score == "max" or grouped.shape[2] == 1:
             strength = grouped.amax(dim=2)
         else:
-            strength = grouped.topk(2, dim=2).values.sum(dim=2)
+            best = grouped.topk(2, dim=2).values
+            strength = best[..., 0] + best[..., 1].masked_fill(best[..., 1] == float("-inf"), 0.0)
         kept = torch.zeros(rows, self.groups + 1, dtype=torch.bool, device=scores.device)
         kept.scatter_(1, top_ids(strength, self.top_groups), True)
         open_ = kept[:, : self.groups, None].expand_as(grouped).reshape(rows, num_experts)
@@ -216,12 +223,15 @@ class GroupLimited(_K):
     def check(self, num_experts: int) -> None:
         super().check(num_experts)
         if num_experts % self.groups:
-            raise ConfigError(describe("groups", self.groups, f"a divisor of {num_experts}"))
+            hint = f"groups are equal parts of the {num_experts} experts"
+            raise ConfigError(describe("groups", self.groups, f"a divisor of {num_experts}", hint))
         if self.top_groups > self.groups:
-            raise ConfigError(describe("top_groups", self.top_groups, f"1..{self.groups}"))
+            hint = f"there are {self.groups} groups"
+            raise ConfigError(describe("top_groups", self.top_groups, f"1..{self.groups}", hint))
         reach = self.top_groups * (num_experts // self.groups)
         if self.k > reach:
-            raise ConfigError(describe("k", self.k, f"1..{reach}, the size of the kept groups"))
+            hint = f"the kept groups hold {reach} experts"
+            raise ConfigError(describe("k", self.k, f"1..{reach}", hint))
 
 
 @SELECTS.register
