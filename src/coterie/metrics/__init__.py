@@ -1,20 +1,24 @@
-"""Floor 4: how good samples are, as pure functions of feature rows."""
+"""Floor 4: how good samples are, as pure functions of feature rows or clouds."""
 
 from coterie.metrics.evaluate import evaluate_images, format_evaluation
 from coterie.metrics.frechet import frechet_distance, gaussian_frechet
 from coterie.metrics.kernel import Estimate, kid_unbiased
 from coterie.metrics.manifold import PrecisionRecall, precision_recall
 from coterie.metrics.noise_bins import Bin, NoiseBins
+from coterie.metrics.points import SetScores, cloud_distance, score_points
 
 __all__ = [
     "Bin",
     "Estimate",
     "NoiseBins",
     "PrecisionRecall",
+    "SetScores",
+    "cloud_distance",
     "evaluate_images",
     "format_evaluation",
     "frechet_distance",
     "gaussian_frechet",
     "kid_unbiased",
     "precision_recall",
+    "score_points",
 ]
