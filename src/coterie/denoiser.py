@@ -53,6 +53,10 @@ class DenoiserConfig(Part):
 
     @model_validator(mode="after")
     def _check(self) -> DenoiserConfig:
+        if getattr(self.backbone, "answers", "sample") != "sample":
+            hint = "it reads token ids; use the model token_denoiser"
+            allowed = "a backbone that answers a sample"
+            raise ConfigError(describe("backbone", self.backbone.kind, allowed, hint))
         if self.precondition.kind != "none" and self.view != "x0":
             hint = f"precondition {self.precondition.kind!r} answers x0"
             raise ConfigError(describe("view", self.view, "x0", hint))
@@ -132,6 +136,10 @@ class TokenDenoiserConfig(Part):
 
     @model_validator(mode="after")
     def _check(self) -> TokenDenoiserConfig:
+        if getattr(self.backbone, "answers", "sample") != "logits":
+            hint = "it reads no token ids; use the model denoiser"
+            allowed = "a backbone that answers logits"
+            raise ConfigError(describe("backbone", self.backbone.kind, allowed, hint))
         trunk = getattr(self.backbone, "trunk", None)
         if trunk is not None and trunk.causal != (self.masking == "next_token"):
             hint = "next_token needs a causal trunk, masked a bidirectional one"

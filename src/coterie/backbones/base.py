@@ -7,13 +7,27 @@ expert slots; it knows nothing about processes, views or losses.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from coterie.core.registry import Registry
+from coterie.core.registry import Part, Registry
 from coterie.core.routing import Routing
 
 BACKBONES = Registry("backbone", "coterie.backbones")
+
+TOLD_BY_DENOISERS = frozenset({"time_embedding", "step_index", "label", "task"})
+"""Fields of the Context that the slots of an ordinary denoiser's backbone find set."""
+
+
+class BackbonePart(Part):
+    """Base of backbone configurations."""
+
+    answers: ClassVar[Literal["sample", "logits"]] = "sample"
+    """``sample``: x's shape in, x's shape out; ``logits``: token ids in, logits out."""
+    told: ClassVar[frozenset[str]] = frozenset()
+    """Fields of the Context that its slots find set wherever the model runs (``label`` and
+    ``task`` where the data have them)."""
 
 
 @dataclass(frozen=True, eq=False)

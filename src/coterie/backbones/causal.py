@@ -5,18 +5,18 @@ Shapes: B batch, N positions, D width, V vocabulary.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from coterie.backbones.base import BACKBONES, BackboneOutput
+from coterie.backbones.base import BACKBONES, BackboneOutput, BackbonePart
+from coterie.backbones.checks import check_told
 from coterie.backbones.trunk import Trunk, TrunkConfig
 from coterie.core.context import Context
 from coterie.core.errors import ConfigError, DataError, describe
 from coterie.core.prediction import Condition
-from coterie.core.registry import Part
 from coterie.experts.routers.config import within
 
 TEXT_TRUNK = TrunkConfig(
@@ -35,10 +35,12 @@ TEXT_TRUNK = TrunkConfig(
 
 
 @BACKBONES.register
-class CausalConfig(Part):
+class CausalConfig(BackbonePart):
     """``trunk.causal`` False gives the bidirectional network of masked diffusion."""
 
     kind: Literal["causal"] = "causal"
+    answers: ClassVar[Literal["sample", "logits"]] = "logits"
+    told: ClassVar[frozenset[str]] = frozenset({"step_index", "label", "task"})
     vocabulary: int = Field(260, ge=2)
     context: int = Field(128, ge=2)  # longest sequence, in tokens
     trunk: TrunkConfig = TEXT_TRUNK
@@ -49,6 +51,7 @@ class CausalConfig(Part):
             hint = "text has no time embedding to modulate by"
             raise ConfigError(describe("trunk.modulation", self.trunk.modulation, "none", hint))
         within("trunk", lambda: self.trunk.check_grid(None))
+        within("trunk", lambda: check_told(self.trunk.slots, self.told))
         return self
 
     @property

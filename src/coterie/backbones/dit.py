@@ -5,28 +5,34 @@ Shapes: B batch, C channels, H x W pixels, P patch, N = HW / P^2 tokens, D width
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from coterie.backbones.base import BACKBONES, BackboneOutput
+from coterie.backbones.base import (
+    BACKBONES,
+    TOLD_BY_DENOISERS,
+    BackboneOutput,
+    BackbonePart,
+)
+from coterie.backbones.checks import check_told
 from coterie.backbones.conditioning import embed_condition
 from coterie.backbones.trunk import Trunk, TrunkConfig, modulate
 from coterie.core.context import Context
 from coterie.core.errors import ConfigError, DataError, describe
 from coterie.core.prediction import Condition
-from coterie.core.registry import Part
 from coterie.experts.routers.config import within
 from coterie.nn.embed import LabelEmbedding, TimeEmbedding, sincos_grid
 from coterie.nn.init import zero_linear
 
 
 @BACKBONES.register
-class DiTConfig(Part):
+class DiTConfig(BackbonePart):
     """``learned_variance`` doubles the output channels (DDPM recipes)."""
 
     kind: Literal["dit"] = "dit"
+    told: ClassVar[frozenset[str]] = TOLD_BY_DENOISERS
     image_size: int = Field(28, ge=1)
     channels: int = Field(1, ge=1)
     patch: int = Field(7, ge=1)
@@ -40,6 +46,7 @@ class DiTConfig(Part):
             allowed = f"a divisor of image_size = {self.image_size}"
             raise ConfigError(describe("patch", self.patch, allowed))
         within("trunk", lambda: self.trunk.check_grid(self.grid))
+        within("trunk", lambda: check_told(self.trunk.slots, self.told))
         return self
 
     @property

@@ -12,13 +12,19 @@ the encoder sees, D width.
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from coterie.backbones.base import BACKBONES, BackboneOutput
+from coterie.backbones.base import (
+    BACKBONES,
+    TOLD_BY_DENOISERS,
+    BackboneOutput,
+    BackbonePart,
+)
+from coterie.backbones.checks import check_told
 from coterie.backbones.conditioning import embed_condition
 from coterie.backbones.trunk import Trunk, TrunkConfig, modulate
 from coterie.backbones.voxels import Voxels, check_clouds, devoxelise, voxelise
@@ -26,7 +32,6 @@ from coterie.core.config import Config
 from coterie.core.context import Context
 from coterie.core.errors import ConfigError, DataError, describe
 from coterie.core.prediction import Condition
-from coterie.core.registry import Part
 from coterie.core.routing import Routing
 from coterie.experts.routers.config import within
 from coterie.nn.embed import LabelEmbedding, TimeEmbedding, sincos_grid
@@ -74,10 +79,11 @@ DECODER = TrunkConfig(width=64, depth=2, heads=4, window=4, window_layers=(1,))
 
 
 @BACKBONES.register
-class PointsConfig(Part):
+class PointsConfig(BackbonePart):
     """``trunk`` is the encoder, with the experts in its slots; ``decoder`` sees the whole grid."""
 
     kind: Literal["points"] = "points"
+    told: ClassVar[frozenset[str]] = TOLD_BY_DENOISERS
     num_points: int = Field(512, ge=2)
     voxels: int = Field(16, ge=2)  # cells per axis
     patch: int = Field(2, ge=1)  # cells per axis of one token
@@ -104,6 +110,7 @@ class PointsConfig(Part):
             hint = "experts are in the encoder: trunk.slots"
             raise ConfigError(describe("decoder.slots", len(self.decoder.slots), "none", hint))
         within("decoder", lambda: self.decoder.check_grid(self.grid))
+        within("trunk", lambda: check_told(self.trunk.slots, self.told))
         return self
 
     @property

@@ -8,28 +8,30 @@ Shapes: B batch, C channels, H x W pixels, P patch, N = HW / P^2 tokens, D width
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from coterie.backbones.base import BACKBONES, BackboneOutput
+from coterie.backbones.base import BACKBONES, BackboneOutput, BackbonePart
+from coterie.backbones.checks import check_told
 from coterie.backbones.trunk import Trunk, TrunkConfig
 from coterie.core.context import Context
 from coterie.core.errors import ConfigError, DataError, describe
 from coterie.core.prediction import Condition
-from coterie.core.registry import Part
+from coterie.experts.routers.config import within
 
 RESTORER_TRUNK = TrunkConfig(modulation="none", width=384, depth=2, heads=8, norm="layer")
 
 
 @BACKBONES.register
-class RestorerConfig(Part):
+class RestorerConfig(BackbonePart):
     """``stem`` channels before the patches, ``tail`` after them, halved once (paper: 32, 128)."""
 
     kind: Literal["restorer"] = "restorer"
+    told: ClassVar[frozenset[str]] = frozenset({"step_index", "label", "task"})
     image_size: int = Field(64, ge=1)
     channels: int = Field(3, ge=1)
     patch: int = Field(8, ge=1)
@@ -45,6 +47,8 @@ class RestorerConfig(Part):
         if self.trunk.modulation != "none":
             hint = "nothing modulates a picture's restoration"
             raise ConfigError(describe("trunk.modulation", self.trunk.modulation, "none", hint))
+        within("trunk", lambda: self.trunk.check_grid(self.grid))
+        within("trunk", lambda: check_told(self.trunk.slots, self.told))
         return self
 
     @property
@@ -93,7 +97,7 @@ class Restorer(nn.Module):
         )
         self.patch_in = nn.Conv2d(config.stem, width, patch, stride=patch)
         self.patch_norm = nn.LayerNorm(width)
-        self.trunk = Trunk(config.trunk, config.tokens)
+        self.trunk = Trunk(config.trunk, config.tokens, config.grid)
         self.patch_out = nn.Linear(width, patch * patch * config.tail)
         self.tail = nn.Sequential(
             ResidualConvolution(config.tail),

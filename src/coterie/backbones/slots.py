@@ -64,6 +64,9 @@ class SlotConfig(Config):
     def _check(self) -> SlotConfig:
         if not self.residual and self.slot != "ffn":
             raise ConfigError(describe("residual", False, "true", "only ffn adds to the stream"))
+        if not self.residual and self.expert.kind.input_free:
+            hint = f"experts of kind {self.expert.kind.kind!r} ignore what the block reads"
+            raise ConfigError(describe("residual", False, "true", hint))
         if self.expert.kind.grid != (self.slot == "conv"):
             allowed = "conv" if self.slot == "conv" else "a kind for tokens"
             hint = f"slot {self.slot!r} reads {'grids' if self.slot == 'conv' else 'tokens'}"
@@ -79,6 +82,13 @@ class SlotConfig(Config):
 
     def sites(self, depth: int) -> list[int]:
         return sites(self.layers, depth)
+
+    def pooled(self, expert: ExpertLayerConfig, layers: int) -> ExpertLayerConfig:
+        """``expert`` where this many layers share a pool: each sees the experts of all."""
+        if self.reuse == 1:
+            return expert
+        assert expert.num_experts is not None
+        return expert.replace(num_experts=layers * expert.num_experts)
 
     def pools(self, depth: int) -> list[tuple[int, ...]]:
         """Layers that share a pool of experts, from the first to the last."""
@@ -149,8 +159,7 @@ class ExpertHost(nn.Module):
             if (site.expert.kind, site.width) != (first.expert.kind, first.width):
                 hint = f"{first.name} and {site.name} differ in shape"
                 raise ConfigError(describe("reuse", slot.reuse, "1", hint))
-        assert first.expert.num_experts is not None
-        wide = first.expert.replace(num_experts=len(group) * first.expert.num_experts)
+        wide = slot.pooled(first.expert, len(group))
         pool = wide.build_pool(first.width)
         self.pools.append(pool)
         return [wide.build(s.width, s.time_width, pool, layers, s.always) for s in group]

@@ -20,6 +20,7 @@ from typing import Literal
 from pydantic import Field, PositiveInt, model_validator
 from torch import Tensor, nn
 
+from coterie.backbones.checks import check_slots
 from coterie.backbones.slots import ExpertHost, Layers, Site, SlotConfig, sites
 from coterie.core.config import Config
 from coterie.core.context import Context
@@ -68,7 +69,7 @@ class TrunkConfig(Config):
             allowed = f"a number that leaves an even head width, width = {self.width}"
             raise ConfigError(describe("heads", self.heads, allowed, "rotary turns channel pairs"))
         self._check_windows()
-        self._check_slots()
+        check_slots(self.slots, self.width, self.depth, self.causal, self.modulation)
         return self
 
     def _check_windows(self) -> None:
@@ -93,35 +94,6 @@ class TrunkConfig(Config):
         """ConfigError where the windows do not fit the grid of a backbone's tokens."""
         for layer in range(self.depth):
             self.windows(layer, grid)
-
-    def _check_slots(self) -> None:
-        taken: dict[tuple[str, int], int] = {}
-        for index, slot in enumerate(self.slots):
-            if slot.slot == "conv" or slot.names:
-                field, value = ("slot", "conv") if slot.slot == "conv" else ("names", slot.names)
-                hint = "a trunk has numbered blocks and no convolutions; see the backbone unet"
-                allowed = "pre_block or ffn" if field == "slot" else "none; use layers"
-                raise ConfigError(describe(f"slots.{index}.{field}", value, allowed, hint))
-            if self.causal and slot.expert.router.batchwide:
-                where = f"slots.{index}.expert.router.select"
-                hint = "experts that choose among all tokens of a sample see the future"
-                value = slot.expert.router.select.kind
-                raise ConfigError(describe(where, value, "a row-wise selection", hint))
-            for layer in slot.sites(self.depth):
-                if not 0 <= layer < self.depth:
-                    allowed = f"blocks 0..{self.depth - 1}"
-                    raise ConfigError(describe(f"slots.{index}.layers", layer, allowed))
-                if (slot.slot, layer) in taken:
-                    first = taken[slot.slot, layer]
-                    allowed = f"one expert system per slot and block (slots.{first} has it)"
-                    raise ConfigError(describe(f"slots.{index}.layers", layer, allowed))
-                taken[slot.slot, layer] = index
-            if slot.reuse > max(1, len(slot.sites(self.depth))):
-                allowed = f"1..{len(slot.sites(self.depth))}, the layers of this slot"
-                raise ConfigError(describe(f"slots.{index}.reuse", slot.reuse, allowed))
-            if not slot.residual and self.modulation == "adaln_zero":
-                hint = "the gate starts at zero, and nothing would pass"
-                raise ConfigError(describe(f"slots.{index}.residual", False, "true", hint))
 
     @property
     def hidden(self) -> int:
