@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from coterie.core.context import NULL_LABEL, Context
-from coterie.experts import ExpertLayer, ExpertLayerConfig
+from coterie.experts import ExpertLayer, ExpertLayerConfig, Router, RouterConfig
 
 WIDTH, TIME_WIDTH, STEPS, BATCH = 16, 12, 50, 2
 
@@ -180,6 +180,12 @@ def build(name: str, dtype: torch.dtype = torch.float32, **changes: object) -> E
 def time_embedding(steps: Tensor) -> Tensor:
     angles = steps.float()[:, None] * torch.linspace(0.01, 1.0, TIME_WIDTH)
     return torch.sin(angles)
+
+
+def router(num_experts: int = 6, seed: int = 1, **fields: object) -> Router:
+    made = RouterConfig.from_dict(fields).build(WIDTH, num_experts, TIME_WIDTH)
+    made.reset_parameters(torch.Generator().manual_seed(seed))
+    return made
 
 
 def context(

@@ -4,18 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from expert_cases import BATCH, STEPS, TIME_WIDTH, WIDTH, context, inputs
+from expert_cases import BATCH, STEPS, TIME_WIDTH, WIDTH, context, inputs, router
 
 from coterie.core.context import Context
-from coterie.experts import Router, RouterConfig, share_cells
+from coterie.core.errors import ConfigError
+from coterie.experts import share_cells
 from coterie.experts.windows import sliding_windows, window_starts
-
-
-def router(num_experts: int = 6, seed: int = 1, **fields: object) -> Router:
-    made = RouterConfig.from_dict(fields).build(WIDTH, num_experts, TIME_WIDTH)
-    made.reset_parameters(torch.Generator().manual_seed(seed))
-    return made
-
 
 # Scores
 
@@ -128,3 +122,16 @@ def test_fixed_routing_is_a_pure_function_of_its_key(hashed: bool) -> None:
         assert (loads > 20).all() and per_sample[:, 0].tolist() != (ids % 5).tolist()
     else:
         assert per_sample[:, 0].tolist() == (ids % 5).tolist()
+
+
+def test_a_recurrent_router_may_start_from_the_noise_level() -> None:
+    score = {"kind": "recurrent", "state": 5, "start": "time", "head": "cosine"}
+    made = router(4, score=score)
+    ctx = context(7)
+    time = torch.randn(BATCH, TIME_WIDTH, requires_grad=True)
+    routing = made(inputs(7), ctx.replace(time_embedding=time))
+    assert routing.logits.abs().max() <= 1 + 1e-6 and routing.prototypes.shape == (4, 5)
+    routing.logits.square().sum().backward()
+    assert (time.grad.abs().sum(1) > 0).all()
+    with pytest.raises(ConfigError, match=r"score\.start: 'time' .*noise level"):
+        made(inputs(7), ctx.replace(time_embedding=None))
