@@ -64,7 +64,7 @@ def slot(
 
 def _text(*slots: SlotConfig) -> RunConfig:
     sizes = {"width": 80, "depth": 4}
-    return text_tiny("rexmoe", *slots, steps=700, context=64, batch=8, trunk=sizes)
+    return text_tiny("rexmoe", *slots, steps=800, context=64, batch=8, trunk=sizes)
 
 
 def _image(*slots: SlotConfig) -> RunConfig:

@@ -69,7 +69,7 @@ def slot(
 
 def _text(*slots: SlotConfig) -> RunConfig:
     sizes = {"width": 64, "depth": 6}
-    return text_tiny("rmoe", *slots, steps=600, context=64, batch=8, trunk=sizes)
+    return text_tiny("rmoe", *slots, steps=700, context=64, batch=8, trunk=sizes)
 
 
 def _image(*slots: SlotConfig) -> RunConfig:
