@@ -271,3 +271,15 @@ def test_layers_that_cannot_be_are_refused(fields: dict[str, Any], message: str)
 def test_channels_that_do_not_divide_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"experts\.groups: 3 .*4 and 4 channels"):
         layer_of({"groups": 3}, unit="sample")
+
+
+def test_temperature_falls_while_training() -> None:
+    edit = {"kind": "temperature", "start": 30.0, "end": 2.0, "until": 0.5}
+    layer = layer_of({}, unit="sample", select="dense", edits=[edit])
+    x, logits = rand(BATCH, WIDTH, 4, 4), []
+    for progress, training in ((0.0, True), (0.25, True), (0.9, True), (0.0, False)):
+        ctx = context().replace(progress=progress, training=training)
+        logits.append(layer(x, ctx).routings[0].logits)
+    for found, temperature in zip(logits[:3], (30.0, 16.0, 2.0)):
+        torch.testing.assert_close(found * temperature, logits[2] * 2.0)
+    assert torch.equal(logits[2], logits[3])

@@ -1,11 +1,13 @@
-"""Floor 3: one transformer trunk with expert slots, and the backbones built on it."""
+"""Floor 3: networks with expert slots: one transformer trunk, and hosts of other libraries' own."""
 
 from coterie.backbones.base import BACKBONES, BackboneOutput
 from coterie.backbones.causal import CausalConfig, CausalTransformer
 from coterie.backbones.dit import DiT, DiTConfig
 from coterie.backbones.points import MaskConfig, PointsConfig, PointTransformer
 from coterie.backbones.restorer import Restorer, RestorerConfig
-from coterie.backbones.trunk import SlotConfig, Trunk, TrunkConfig
+from coterie.backbones.slots import ExpertHost, SlotConfig
+from coterie.backbones.trunk import Trunk, TrunkConfig
+from coterie.backbones.unet import UNet, UNetConfig
 
 __all__ = [
     "BACKBONES",
@@ -14,6 +16,7 @@ __all__ = [
     "CausalTransformer",
     "DiT",
     "DiTConfig",
+    "ExpertHost",
     "MaskConfig",
     "PointTransformer",
     "PointsConfig",
@@ -22,4 +25,6 @@ __all__ = [
     "SlotConfig",
     "Trunk",
     "TrunkConfig",
+    "UNet",
+    "UNetConfig",
 ]

@@ -5,19 +5,21 @@ Shapes: B batch, N tokens, D width, S steps of the original grid.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from coterie.core.context import Context
 from coterie.core.errors import DataError, describe
 from coterie.core.prediction import Condition
-from coterie.nn.embed import LabelEmbedding, TimeEmbedding
+from coterie.nn.embed import LabelEmbedding
 
 
 def embed_condition(
     ctx: Context,
     cond: Condition,
-    time: TimeEmbedding,
+    time: Callable[[Tensor], Tensor],
     label: LabelEmbedding | None,
     tokens: int,
 ) -> Context:
@@ -45,7 +47,7 @@ def embed_condition(
 class _Table:
     """tau of every step of the original grid, computed once per forward pass and only if asked."""
 
-    def __init__(self, time: TimeEmbedding, inputs: Tensor | None) -> None:
+    def __init__(self, time: Callable[[Tensor], Tensor], inputs: Tensor | None) -> None:
         self.time, self.inputs = time, inputs
         self.value: Tensor | None = None
 

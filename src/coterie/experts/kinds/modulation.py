@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Generator, Tensor, nn
@@ -21,6 +21,7 @@ class Modulation(ExpertKind):
 
     kind: Literal["modulation"] = "modulation"
     form: Literal["linear", "vector"] = "linear"
+    ends: ClassVar[tuple[str, ...]] = ("gamma", "beta", "gamma_bias", "beta_bias")
 
     def shapes(self, width: int) -> dict[str, tuple[int, ...]]:
         vectors: dict[str, tuple[int, ...]] = {"gamma_bias": (width,), "beta_bias": (width,)}

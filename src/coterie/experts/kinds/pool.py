@@ -46,6 +46,12 @@ class ExpertPool(nn.Module):
             with torch.no_grad():
                 stack.copy_(values)
 
+    @torch.no_grad()
+    def silence(self) -> None:
+        """Let every expert answer 0: zeros in the parameters behind which nothing follows."""
+        for name in set(self.kind.ends) & set(self.names):
+            getattr(self, name).zero_()
+
     def stacks(self) -> dict[str, Tensor]:
         """Parameter name -> [E, ...]."""
         return {name: getattr(self, name) for name in self.names}

@@ -218,6 +218,36 @@ def keep_only(logits: Tensor, candidates: Tensor) -> Tensor:
 
 
 @EDITS.register
+class Temperature(EditPart):
+    """Logits divided by a temperature: even gates while it is high, so that every expert learns.
+
+    It falls in a straight line from ``start`` to ``end`` while ``ctx.progress`` goes from 0 to
+    ``until``, and stays there (Dynamic Convolution, arXiv:1912.03458: 30 to 1 in the first epochs).
+    Evaluation always has ``end``.
+    """
+
+    kind: Literal["temperature"] = "temperature"
+    start: PositiveFloat = 1.0
+    end: PositiveFloat = 1.0
+    until: float = Field(default=0.1, gt=0.0, le=1.0)
+    for_table: ClassVar[bool] = True
+
+    def build(self, num_experts: int) -> nn.Module:
+        return _Temperature(self)
+
+
+class _Temperature(nn.Module):
+    def __init__(self, config: Temperature) -> None:
+        super().__init__()
+        self.config = config
+
+    def forward(self, logits: Tensor, ctx: Context) -> Tensor:
+        start, end = self.config.start, self.config.end
+        share = min(1.0, ctx.progress / self.config.until) if ctx.training else 1.0
+        return logits / (start + share * (end - start))
+
+
+@EDITS.register
 class Jitter(EditPart):
     """Noise while training: ``normal`` adds N(0, scale); ``uniform`` multiplies by 1 +- scale."""
 

@@ -1,0 +1,238 @@
+"""Experts inside a network of another library: its own modules stay, and experts add to them.
+
+    y = own(x) + sum_e g_e expert_e(x),        expert_e(x) = 0 at the start
+
+So the network is the same function at first whatever the router, its gates or its selection are;
+copies of the module in the experts' place would need gates that add up to one. The router's first
+gradient is zero (so is what it weighs), the second is not. A convolution and its experts are one
+convolution, with the kernel ``W + sum_e g_e W_e`` of each sample.
+
+A slot is a module in the place of the network's own, so nobody hands it a Context: it reads that of
+the scope around the call (:mod:`.scope`), and leaves its routings there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+import torch
+from torch import Tensor, nn
+
+from coterie.backbones import scope
+from coterie.backbones.slots import ExpertHost, Site, SlotConfig
+from coterie.core.errors import ConfigError, DataError, describe
+from coterie.experts import ExpertLayer, ExpertPool
+from coterie.experts.kinds import Conv
+
+STAGES = ("conv_in", "down_blocks", "mid_block", "up_blocks", "conv_out")
+"""Children of a U-Net in the order in which data pass them; others count as the middle."""
+
+
+class ExpertSlot(nn.Module):
+    """In the place of a module: that module (``experts.shared``) and the experts beside it.
+
+    ``forward(x) -> y`` as the module had it: [B, C, H, W] for ``conv``, [B, N, D] for ``ffn``.
+    """
+
+    def __init__(self, slot: str, layer: int, name: str, experts: ExpertLayer) -> None:
+        super().__init__()
+        self.slot, self.layer, self.name = slot, layer, name
+        self.experts = experts
+
+    def forward(self, x: Tensor) -> Tensor:
+        call = scope.current()
+        if call is None or call.ctx is None:
+            hint = "call its network through the host; gradient checkpointing calls it again alone"
+            raise DataError(f"expert slot {self.name}: no context; {hint}")
+        if x.shape[0] != call.ctx.batch:
+            allowed = f"{call.ctx.batch} rows, the samples of the context"
+            raise DataError(describe(f"expert slot {self.name}", tuple(x.shape), allowed))
+        ctx = call.ctx.replace(
+            slot=self.slot,
+            layer=self.layer,
+            name=self.name,
+            tokens=x.shape[1],
+            positions=None,
+            state=call.states.get(self.slot),
+        )
+        answer = self.experts(x, ctx)
+        call.routings.extend(answer.routings)
+        if answer.state is not None:
+            call.states[self.slot] = answer.state
+        y: Tensor = answer.y
+        return y
+
+    def extra_repr(self) -> str:
+        return f"{self.slot} {self.layer}: {self.name}"
+
+
+@dataclass(frozen=True, eq=False)
+class Place:
+    """A module that can have experts, and every path that leads to it."""
+
+    module: nn.Module
+    paths: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        """Short and unique: ``down.1.0.conv2`` for ``down_blocks.1.resnets.0.conv2``."""
+        first, *rest = self.paths[0].split(".")
+        first = first.removesuffix("s").removesuffix("_block")
+        return ".".join([first, *(part for part in rest if part != "resnets")])
+
+
+def is_feed_forward(module: nn.Module) -> bool:
+    """Tokens [..., D] to tokens of the same width: diffusers calls these networks so."""
+    return type(module).__name__ == "FeedForward"
+
+
+FITS: dict[str, Callable[[nn.Module], bool]] = {
+    "conv": lambda module: isinstance(module, nn.Conv2d),
+    "ffn": is_feed_forward,
+}
+"""Slot -> which modules can be one."""
+
+
+def places(network: nn.Module, slot: str) -> list[Place]:
+    """Every module that can be this slot, in the order in which data pass them.
+
+    What is inside an expert slot already is not among them.
+    """
+    inside = {
+        id(part)
+        for owner in network.modules()
+        if isinstance(owner, ExpertSlot | ExpertLayer)
+        for part in owner.modules()
+    }
+    paths: dict[int, list[str]] = {}
+    modules: dict[int, nn.Module] = {}
+    for path, module in network.named_modules(remove_duplicate=False):
+        if path and FITS[slot](module) and id(module) not in inside:
+            paths.setdefault(id(module), []).append(path)
+            modules[id(module)] = module
+    found = [Place(modules[key], tuple(names)) for key, names in paths.items()]
+    return sorted(found, key=lambda place: _stage(place.paths[0]))  # stable
+
+
+def _stage(path: str) -> float:
+    first = path.split(".")[0]
+    return STAGES.index(first) if first in STAGES else STAGES.index("mid_block")
+
+
+def select(network: nn.Module, slot: SlotConfig) -> list[Place]:
+    """The modules that a configuration names; ConfigError for a pattern without any."""
+    there = places(network, slot.slot)
+    for pattern in slot.names:
+        if not any(fnmatchcase(path, pattern) for place in there for path in place.paths):
+            some = ", ".join(place.paths[0] for place in there[:6]) or "none in this network"
+            more = f" and {len(there) - 6} more" if len(there) > 6 else ""
+            raise ConfigError(describe("names", pattern, f"{some}{more}", f"slot {slot.slot!r}"))
+    matched = [
+        place
+        for place in there
+        if any(fnmatchcase(path, pattern) for path in place.paths for pattern in slot.names)
+    ]
+    for number in slot.sites(len(matched)):
+        if not 0 <= number < len(matched):
+            raise ConfigError(describe("layers", number, f"0..{len(matched) - 1}, what is named"))
+    return [matched[number] for number in slot.sites(len(matched))]
+
+
+def check_slot(slot: SlotConfig) -> None:
+    """ConfigError where a slot asks for what only a trunk has, or could not start at zero."""
+    expert = slot.expert
+    if slot.slot not in FITS:
+        raise ConfigError(describe("slot", slot.slot, " or ".join(FITS), "it belongs to a trunk"))
+    if not slot.names:
+        raise ConfigError(describe("names", slot.names, "one or more patterns of module names"))
+    if not slot.residual:
+        raise ConfigError(describe("residual", False, "true", "the network adds by itself"))
+    if not expert.kind.ends:
+        hint = f"experts of kind {expert.kind.kind!r} cannot start at zero"
+        raise ConfigError(describe("expert.experts", expert.kind.kind, "conv or a network", hint))
+    once = {"shared": None, "rounds": 1, "answer": "delta", "router_reads": "input"}
+    for name, value in once.items():
+        if getattr(expert, name) != value:
+            hint = "the network's own module is always on, once, and answers beside the experts"
+            raise ConfigError(describe(f"expert.{name}", getattr(expert, name), str(value), hint))
+
+
+class NetworkHost(ExpertHost):
+    """A network of another library with experts in some of its places.
+
+    ``time_width``: size of what a slot is told as ``ctx.time_embedding``.
+    """
+
+    def __init__(
+        self, network: nn.Module, slots: Sequence[SlotConfig], time_width: int | None
+    ) -> None:
+        super().__init__()
+        self.network = network
+        chosen = [(slot, self._chosen(slot)) for slot in slots]
+        numbers = self._numbers(chosen)
+        made: list[ExpertSlot] = []
+        for slot, named in chosen:
+            sites = [_site(slot, place, numbers[id(place.module)], time_width) for place in named]
+            for place, site, layer in zip(named, sites, self.build_system(slot, sites).values()):
+                made.append(ExpertSlot(slot.slot, site.layer, site.name, layer))
+                self._put(place, made[-1])
+        self.reset_experts()
+        for pool in (*self.pools, *(slot.experts.pool for slot in made)):
+            assert isinstance(pool, ExpertPool)
+            pool.silence()
+
+    def _chosen(self, slot: SlotConfig) -> list[Place]:
+        check_slot(slot)
+        return select(self.network, slot)
+
+    def _numbers(self, chosen: Sequence[tuple[SlotConfig, list[Place]]]) -> dict[int, int]:
+        """id of a module -> its number among the chosen ones of its slot, in passing order."""
+        taken: dict[int, str] = {}
+        for slot, named in chosen:
+            for place in named:
+                if id(place.module) in taken:
+                    hint = "one expert system per place"
+                    raise ConfigError(describe("names", place.paths[0], "named once", hint))
+                taken[id(place.module)] = slot.slot
+        out: dict[int, int] = {}
+        for name in dict.fromkeys(taken.values()):
+            own = [p for p in places(self.network, name) if taken.get(id(p.module)) == name]
+            out |= {id(place.module): number for number, place in enumerate(own)}
+        return out
+
+    def _put(self, place: Place, slot: ExpertSlot) -> None:
+        like = next(place.module.parameters())
+        slot.experts.to(device=like.device, dtype=like.dtype)
+        for path in place.paths:
+            parent, _, name = path.rpartition(".")
+            setattr(self.network.get_submodule(parent), name, slot)
+
+    def slots(self) -> list[ExpertSlot]:
+        return [module for module in self.network.modules() if isinstance(module, ExpertSlot)]
+
+    def expert_layer(self, slot: str, layer: int) -> ExpertLayer:
+        return {(item.slot, item.layer): item.experts for item in self.slots()}[slot, layer]
+
+
+def _site(slot: SlotConfig, place: Place, layer: int, time_width: int | None) -> Site:
+    expert, module = slot.expert, place.module
+    if isinstance(module, nn.Conv2d):
+        assert isinstance(expert.kind, Conv)
+        try:
+            kind = expert.kind.like(module)
+        except ConfigError as error:
+            raise ConfigError(f"slot conv at {place.paths[0]}: {error}") from None
+        expert, width = expert.replace(experts=kind), module.in_channels
+    else:
+        width = next(part.in_features for part in module.modules() if isinstance(part, nn.Linear))
+    return Site(layer, expert, width, time_width, module, place.name)
+
+
+def zero(*modules: nn.Module) -> None:
+    """Zeros in every parameter of modules that end a branch: it answers 0 at the start."""
+    with torch.no_grad():
+        for module in modules:
+            for parameter in module.parameters(recurse=False):
+                parameter.zero_()

@@ -1,0 +1,146 @@
+"""U-Net: diffusers' ``UNet2DModel`` as a backbone, its convolutions as expert slots.
+
+Convolutional denoisers as in DDPM (arXiv:2006.11239) and ADM (arXiv:2105.05233); experts in them as
+in CondConv (arXiv:1904.04971). Needs the extra ``interop``.
+Shapes: B batch, C channels, H x W pixels.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
+from torch import Tensor
+
+from coterie.backbones.base import BACKBONES, BackboneOutput
+from coterie.backbones.conditioning import embed_condition
+from coterie.backbones.hosting import NetworkHost, check_slot, zero
+from coterie.backbones.scope import scope
+from coterie.backbones.slots import SlotConfig
+from coterie.core.context import Context
+from coterie.core.errors import ConfigError, DataError, describe
+from coterie.core.prediction import Condition
+from coterie.core.registry import Part
+from coterie.experts.routers.config import within
+from coterie.nn.embed import LabelEmbedding
+
+
+@BACKBONES.register
+class UNetConfig(Part):
+    """``widths``: channels of each level, from full resolution down; each halves the side.
+
+    ``layers``: residual blocks per level on the way down (one more on the way up). ``attention``:
+    levels with self-attention in heads of ``head_width`` channels; the middle always has it.
+    ``groups`` of the group norms. ``slots`` name convolutions by their paths in the network, e.g.
+    ``mid_block.*.conv1`` or ``down_blocks.1.resnets.0.conv2``.
+    """
+
+    kind: Literal["unet"] = "unet"
+    image_size: PositiveInt = 28
+    channels: PositiveInt = 1
+    num_classes: NonNegativeInt = 10
+    widths: tuple[PositiveInt, ...] = Field((32, 64, 64), min_length=1)
+    layers: PositiveInt = 1
+    attention: tuple[NonNegativeInt, ...] = ()
+    head_width: PositiveInt = 8
+    groups: PositiveInt = 8
+    learned_variance: bool = False
+    slots: tuple[SlotConfig, ...] = ()
+
+    @model_validator(mode="after")
+    def _check(self) -> UNetConfig:
+        factor = 2 ** (len(self.widths) - 1)
+        if self.image_size % factor:
+            hint = f"{len(self.widths)} levels halve the side {len(self.widths) - 1} times"
+            allowed = f"a multiple of {factor}"
+            raise ConfigError(describe("image_size", self.image_size, allowed, hint))
+        for level in self.attention:
+            if level >= len(self.widths):
+                raise ConfigError(describe("attention", level, f"0..{len(self.widths) - 1}"))
+        for level, width in enumerate(self.widths):
+            if width % self.groups:
+                allowed = f"multiples of groups = {self.groups}"
+                raise ConfigError(describe(f"widths.{level}", width, allowed))
+            attends = level in self.attention or level == len(self.widths) - 1
+            if attends and width % self.head_width:
+                allowed = f"a divisor of widths.{level} = {width}"
+                raise ConfigError(describe("head_width", self.head_width, allowed))
+        for index, slot in enumerate(self.slots):
+            if slot.slot != "conv":
+                hint = "a U-Net of images has convolutions, and no feed-forward networks"
+                raise ConfigError(describe(f"slots.{index}.slot", slot.slot, "conv", hint))
+            within(f"slots.{index}", lambda slot=slot: check_slot(slot))  # type: ignore[misc]
+        return self
+
+    @property
+    def sample_shape(self) -> tuple[int, ...]:
+        return self.channels, self.image_size, self.image_size
+
+    def build_network(self) -> Any:
+        """The bare network of diffusers; ConfigError where the library is missing."""
+        try:
+            from diffusers import UNet2DModel
+        except ImportError as error:
+            hint = "pip install 'coterie[interop]'"
+            raise ConfigError(f"backbone unet needs diffusers ({error}); {hint}") from None
+        levels = range(len(self.widths))
+        down = [f"{'Attn' if i in self.attention else ''}DownBlock2D" for i in levels]
+        up = [f"{'Attn' if i in self.attention else ''}UpBlock2D" for i in levels]
+        return UNet2DModel(
+            sample_size=self.image_size,
+            in_channels=self.channels,
+            out_channels=self.channels * (2 if self.learned_variance else 1),
+            down_block_types=tuple(down),
+            up_block_types=tuple(reversed(up)),
+            block_out_channels=self.widths,
+            layers_per_block=self.layers,
+            attention_head_dim=self.head_width,
+            norm_num_groups=self.groups,
+        )
+
+    def build(self) -> UNet:
+        return UNet(self)
+
+
+class UNet(NetworkHost):
+    """``forward(x [B, C, H, W], ctx, cond) -> BackboneOutput`` with a sample of x's shape."""
+
+    def __init__(self, config: UNetConfig) -> None:
+        network = config.build_network()
+        width = network.time_embedding.linear_2.out_features
+        if config.num_classes:
+            network.class_embedding = LabelEmbedding(config.num_classes, width)
+            network.class_embedding.reset_parameters()
+        reset(network)
+        super().__init__(network, config.slots, width)
+        self.config = config
+
+    def forward(self, x: Tensor, ctx: Context, cond: Condition) -> BackboneOutput:
+        if x.shape[1:] != self.config.sample_shape:
+            raise DataError(describe("x", tuple(x.shape), f"[B, {self.config.sample_shape}]"))
+        network: Any = self.network
+        label = network.class_embedding
+        ctx = embed_condition(ctx, cond, self._embed_time, label, x.shape[2] * x.shape[3])
+        given = {"class_labels": cond.label} if label is not None else {}
+        with scope(ctx) as call:
+            (out,) = network(x, ctx.time_input, **given, return_dict=False)
+        sample, variance = out.chunk(2, dim=1) if self.config.learned_variance else (out, None)
+        return BackboneOutput(sample, tuple(call.routings), variance)
+
+    def _embed_time(self, time: Tensor) -> Tensor:
+        """tau(t) [B, D], as the network itself makes it."""
+        network: Any = self.network
+        tau: Tensor = network.time_embedding(network.time_proj(time).to(network.dtype))
+        return tau
+
+
+@torch.no_grad()
+def reset(network: Any) -> None:
+    """Every residual branch and the output start at zero: the answer is exactly 0 (ADM)."""
+    for module in network.modules():
+        if type(module).__name__ == "ResnetBlock2D":
+            zero(module.conv2)
+        elif type(module).__name__ == "Attention":
+            zero(module.to_out[0])
+    zero(network.conv_out)
