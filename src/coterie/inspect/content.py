@@ -22,7 +22,8 @@ class ReportData:
     trace: Trace | None = None  # None or empty: a dense model
     loss_bins: Sequence[Mapping[str, Any]] = ()  # {bin, lo, hi, loss, count}
     curve: Sequence[Mapping[str, Any]] = ()  # records of metrics.jsonl
-    samples: np.ndarray | Sequence[str] | None = None  # u8 [n, h, w, c], float [n, 2], or texts
+    # u8 [n, h, w, c] images, float [n, 2] points or [n, P, 3] clouds, or texts
+    samples: np.ndarray | Sequence[str] | None = None
     labels: Sequence[int] | None = None  # [n], -1 = unconditional
     class_names: Sequence[str] = ()
     metrics: Mapping[str, Any] = field(default_factory=dict)  # numbers, or {value, floor, ...}
@@ -44,9 +45,11 @@ def check(data: ReportData) -> None:
     if isinstance(samples, np.ndarray):
         images = samples.ndim == 4 and samples.dtype == np.uint8 and samples.shape[3] in (1, 3, 4)
         points = samples.ndim == 2 and samples.shape[1] == 2
-        if not images and not points:
+        clouds = samples.ndim == 3 and samples.shape[2] == 3 and samples.shape[1] > 0
+        if not images and not points and not clouds:
             found = f"{samples.dtype} {samples.shape}"
-            raise DataError(describe("samples", found, "uint8 [n, h, w, 1|3|4] or float [n, 2]"))
+            allowed = "uint8 [n, h, w, 1|3|4], float [n, 2] or float [n, P, 3]"
+            raise DataError(describe("samples", found, allowed))
     elif samples is not None and not all(isinstance(text, str) for text in samples):
         raise DataError(describe("samples", type(samples).__name__, "an array or strings"))
     if data.labels is not None and samples is not None and len(data.labels) != len(samples):

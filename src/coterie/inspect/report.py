@@ -25,6 +25,7 @@ from coterie.inspect.plots.balance import (
     plot_pairs,
     plot_prototypes,
 )
+from coterie.inspect.plots.clouds import plot_clouds
 from coterie.inspect.plots.positions import plot_positions
 from coterie.inspect.plots.routing import (
     plot_classes,
@@ -95,6 +96,8 @@ def _sample_plot(data: ReportData) -> Plot | None:
         return None
     if data.samples.ndim == 4:
         return plot_samples(data.samples, data.labels, data.class_names)
+    if data.samples.ndim == 3:
+        return plot_clouds(data.samples, data.labels, data.class_names)
     return plot_points(data.samples, data.labels)
 
 
