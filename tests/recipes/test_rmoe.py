@@ -217,5 +217,5 @@ def test_a_denoiser_may_start_the_state_from_the_noise_level() -> None:
         with torch.no_grad():
             first = blank(routings[0].inputs @ score.inner.weight.T)
         assert torch.allclose(first, routings[0].state, atol=1e-6) is not differs
-    with pytest.raises(ConfigError, match=r"score\.start: 'time' .*noise level"):
-        predict(build_model(run_of(start="time")), words(1).x)
+    with pytest.raises(ConfigError, match=r"score: 'recurrent' .*time_embedding"):
+        run_of(start="time")
