@@ -46,13 +46,19 @@ class RouterStats:
     omitted: dict[str, str]  # facet -> why it is absent
 
 
-def names(places: Sequence[Place]) -> list[str]:
-    """Short labels, with slot and round only where they differ: ``2``, ``ffn 2``, ``2 round 1``."""
+def names(routers: Sequence[RouterTrace]) -> list[str]:
+    """Short labels, with slot and round only where they differ: ``2``, ``ffn 2``, ``2 round 1``.
+
+    Places with a name of their own keep it: ``mid.0.conv1``.
+    """
+    places = [router.place for router in routers]
     slots = len({place.slot for place in places}) > 1
     rounds = len({place.round for place in places}) > 1
     return [
-        (f"{p.slot} " if slots else "") + str(p.layer) + (f" round {p.round}" if rounds else "")
-        for p in places
+        (f"{r.place.slot} " if slots else "")
+        + (r.label or str(r.place.layer))
+        + (f" round {r.place.round}" if rounds else "")
+        for r in routers
     ]
 
 
@@ -63,7 +69,7 @@ def facet_table(router: RouterTrace, facet: str) -> Joint:
 def analyse(trace: Trace) -> list[RouterStats]:
     """One :class:`RouterStats` per router, in order of depth; [] for a dense model."""
     routers = trace.routers
-    labels = names([router.place for router in routers])
+    labels = names(routers)
     return [_router_stats(router, name) for router, name in zip(routers, labels)]
 
 

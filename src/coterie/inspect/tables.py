@@ -136,6 +136,7 @@ class RouterTrace:
         self.reserved = routing.num_reserved
         experts = routing.num_experts - self.reserved
         self.place = Place(routing.slot, routing.layer, routing.round)
+        self.label = routing.name
         self.unit = routing.unit
         self.num_experts = experts
         self.top_k = routing.top_k
