@@ -176,7 +176,7 @@ def test_routers_of_noise_levels_are_not_probed() -> None:
     config = config.replace(model=mixed)
     run = LoadedRun(Path("unused"), config, woken(config), build_source(config), 0)
     found = probes.measure(run)
-    assert found.keys() == {"separation", "first_choice_cost"}
+    assert found.keys() == {"separation", "first_choice_cost", "expert_similarity"}
     assert all(math.isfinite(value) for value in found.values())
 
 

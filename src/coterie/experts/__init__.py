@@ -5,7 +5,7 @@ from coterie.experts.dispatch import DispatchPlan, dispatch, plan
 from coterie.experts.kinds import EXPERTS, ExpertKind, ExpertPool
 from coterie.experts.layer import ExpertLayer, ExpertLayerConfig, ExpertOutput, routers_of
 from coterie.experts.routers import EDITS, SCORES, SELECTS, Router, RouterConfig, share_cells
-from coterie.experts.segmentation import Segmentation, layer_cost
+from coterie.experts.segmentation import Segmentation, layer_cost, multiply_adds
 from coterie.experts.shared import SharedConfig, SharedExperts
 
 __all__ = [
@@ -27,6 +27,7 @@ __all__ = [
     "SharedExperts",
     "dispatch",
     "layer_cost",
+    "multiply_adds",
     "plan",
     "routers_of",
     "share_cells",

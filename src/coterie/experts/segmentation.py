@@ -7,6 +7,7 @@ parameters and equal multiply-adds.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Self
 
@@ -17,7 +18,7 @@ from coterie.core.config import Config
 from coterie.core.cost import count_parameters
 from coterie.core.errors import ConfigError, describe
 from coterie.experts.kinds import ExpertKind, SwiGLU
-from coterie.experts.layer import ExpertLayerConfig
+from coterie.experts.layer import ExpertLayer, ExpertLayerConfig
 from coterie.experts.routers import RouterConfig, TopK
 from coterie.experts.shared import SharedConfig
 
@@ -113,16 +114,21 @@ def layer_cost(config: ExpertLayerConfig, width: int) -> LayerCost:
     with torch.device("meta"):
         layer = config.build(width)
     counted = count_parameters(layer)
-    rounds = config.rounds
-    routed = config.router.select_part.expected(config.candidates(width)) * rounds
-    multiply_adds = _matrix_elements(layer.pool.kind.shapes(width)) * routed
-    multiply_adds += sum(p.numel() for r in layer.routers for p in r.parameters() if p.dim() > 1)
+    routed = config.router.select_part.expected(config.candidates(width)) * config.rounds
+    return LayerCost(counted.total, counted.active, round(multiply_adds(layer, routed)))
+
+
+def multiply_adds(layer: ExpertLayer, chosen: float) -> float:
+    """Of a layer for one row that chose ``chosen`` experts in all its rounds: these, the shared
+    experts and the routers, each as often as it runs."""
+    width, rounds = layer.width, layer.config.rounds
+    total = _matrix_elements(layer.pool.kind.shapes(width)) * chosen
+    runs = rounds if layer.config.round_routing == "shared" else 1
+    total += runs * sum(p.numel() for r in layer.routers for p in r.parameters() if p.dim() > 1)
     if layer.shared is not None:
-        kind = layer.shared.pool.kind
-        count = layer.shared.pool.num_experts
-        multiply_adds += _matrix_elements(kind.shapes(width)) * count * rounds
-    return LayerCost(counted.total, counted.active, round(multiply_adds))
+        total += rounds * sum(p.numel() for p in layer.shared.parameters() if p.dim() > 1)
+    return total
 
 
 def _matrix_elements(shapes: dict[str, tuple[int, ...]]) -> int:
-    return sum(shape[0] * shape[1] for shape in shapes.values() if len(shape) == 2)
+    return sum(math.prod(shape) for shape in shapes.values() if len(shape) > 1)

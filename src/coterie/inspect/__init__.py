@@ -3,21 +3,36 @@
 Reads :class:`coterie.core.routing.Routing` records and nothing of a model.
 """
 
+from coterie.inspect.amounts import Amounts, analyse_amounts
 from coterie.inspect.content import ReportData
 from coterie.inspect.findings import Finding, findings, sentences
+from coterie.inspect.pairs import PairStats, analyse_pairs
+from coterie.inspect.pools import PoolStats, analyse_pools
 from coterie.inspect.report import write_report
 from coterie.inspect.routers import RouterStats, analyse
+from coterie.inspect.stats import off_diagonal_mean
 from coterie.inspect.summary import text_summary
+from coterie.inspect.tables import Place
 from coterie.inspect.trace import StepTrace, Trace
+from coterie.inspect.words import label_name
 
 __all__ = [
+    "Amounts",
     "Finding",
+    "PairStats",
+    "Place",
+    "PoolStats",
     "ReportData",
     "RouterStats",
     "StepTrace",
     "Trace",
     "analyse",
+    "analyse_amounts",
+    "analyse_pairs",
+    "analyse_pools",
     "findings",
+    "label_name",
+    "off_diagonal_mean",
     "sentences",
     "text_summary",
     "write_report",

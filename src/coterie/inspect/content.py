@@ -10,6 +10,7 @@ import numpy as np
 
 from coterie.core.cost import Parameters
 from coterie.core.errors import DataError, describe
+from coterie.inspect.tables import Place
 from coterie.inspect.trace import Trace
 
 
@@ -26,9 +27,13 @@ class ReportData:
     samples: np.ndarray | Sequence[str] | None = None
     labels: Sequence[int] | None = None  # [n], -1 = unconditional
     class_names: Sequence[str] = ()
+    similarity: Mapping[Place, np.ndarray] = field(
+        default_factory=dict
+    )  # cosines [E, E] of experts
     metrics: Mapping[str, Any] = field(default_factory=dict)  # numbers, or {value, floor, ...}
     parameters: Parameters | None = None
     config: Mapping[str, Any] = field(default_factory=dict)
+    notes: Sequence[str] = ()  # what a reader must know to read the numbers rightly
     citation: str = ""
     hardware: str = ""
     commit: str = ""

@@ -9,8 +9,10 @@ from typing import Literal
 import numpy as np
 
 from coterie.inspect import stats
+from coterie.inspect.relations import relation_sentences
 from coterie.inspect.routers import FACETS, RouterStats
 from coterie.inspect.trace import Trace
+from coterie.inspect.words import bits, listing
 
 Level = Literal["alarm", "note", "good"]
 ABOUT = {"noise": "the noise level", "class": "the class", "position": "the position"}
@@ -148,8 +150,11 @@ def experts(ids: Sequence[int], most: int = 8) -> str:
     return f"expert {shown[0]}" if len(shown) == 1 else f"experts {listing(shown)}"
 
 
-def sentences(trace: Trace, routers: Sequence[RouterStats]) -> list[str]:
-    """What the experts know about noise, class and position, and how steady they are."""
+def sentences(
+    trace: Trace, routers: Sequence[RouterStats], class_names: Sequence[str] = ()
+) -> list[str]:
+    """What the experts know about noise, class and position, how steady they are, how many a row
+    uses, and how layers and rounds depend on each other."""
     if not routers:
         return ["This model is dense: no router made a choice, so there is nothing to divide."]
     out = [_division(routers)]
@@ -172,7 +177,7 @@ def sentences(trace: Trace, routers: Sequence[RouterStats]) -> list[str]:
             f"Conditional and unconditional rows differ in {np.mean(apart):.0%} of their load "
             "(total variation, mean over layers)."
         )
-    return out
+    return [*out, *relation_sentences(trace, class_names)]
 
 
 def _division(routers: Sequence[RouterStats]) -> str:
@@ -218,16 +223,6 @@ def _trend(routers: Sequence[RouterStats], facet: str) -> str:
         f"depth and {bits(late)} in the second; most in layer {known[best].name}, "
         f"{bits(told[best])} bits."
     )
-
-
-def bits(value: float) -> str:
-    """Two decimals, and more only where they would all be zero."""
-    return f"{value:.2f}" if value >= 0.1 or value == 0 else f"{value:.2g}"
-
-
-def listing(parts: Sequence[str], last: str = "and") -> str:
-    """``a, b and c``."""
-    return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} {last} {parts[-1]}"
 
 
 def _routers(count: int) -> str:

@@ -12,11 +12,14 @@ from typing import Any
 import numpy as np
 
 from coterie.inspect import stats
+from coterie.inspect.amounts import Amounts, analyse_amounts
 from coterie.inspect.findings import findings, sentences
+from coterie.inspect.pairs import PairStats, analyse_pairs
 from coterie.inspect.plots.balance import noise_usage
 from coterie.inspect.plots.run import curve_series
+from coterie.inspect.pools import PoolStats, analyse_pools
 from coterie.inspect.routers import RouterStats
-from coterie.inspect.tables import HALVES, Joint, RouterTrace
+from coterie.inspect.tables import HALVES, Joint, Place, RouterTrace
 from coterie.inspect.trace import Trace
 
 SCHEMA_VERSION = 1
@@ -56,7 +59,9 @@ def plain(value: Any) -> Any:
     return str(value)
 
 
-def routing_numbers(trace: Trace, items: Sequence[RouterStats]) -> dict[str, Any]:
+def routing_numbers(
+    trace: Trace, items: Sequence[RouterStats], class_names: Sequence[str] = ()
+) -> dict[str, Any]:
     usage, source = noise_usage(trace.routers)
     affinity = None
     if usage is not None:
@@ -64,12 +69,45 @@ def routing_numbers(trace: Trace, items: Sequence[RouterStats]) -> dict[str, Any
     return {
         "noise_bins": trace.noise_bins,
         "grid": trace.grid,
-        "summary": sentences(trace, items),
+        "summary": sentences(trace, items, class_names),
         "findings": [asdict(finding) for finding in findings(items)],
         "routers": [_router(router, item) for router, item in zip(trace.routers, items)],
         "steps": [_steps(trace, place) for place in trace.steps],
         "task_affinity": affinity,
+        "experts_per_row": [_amounts(item) for item in analyse_amounts(trace)],
+        "pairs": [_pair(pair) for pair in analyse_pairs(trace)],
+        "pools": [_pool(pool) for pool in analyse_pools(trace)],
     }
+
+
+def _amounts(item: Amounts) -> dict[str, Any]:
+    return {**vars(item), "place": item.place._asdict(), "by_class": _small(item.by_class)}
+
+
+def _pair(pair: PairStats) -> dict[str, Any]:
+    info = pair.information
+    return {
+        **vars(pair),
+        "first": pair.first._asdict(),
+        "second": pair.second._asdict(),
+        "information": None if info is None else {**asdict(info), "measurable": info.measurable},
+        "lift": _small(pair.lift),
+    }
+
+
+def _pool(pool: PoolStats) -> dict[str, Any]:
+    return {**vars(pool), "own_shares": pool.own_shares}
+
+
+def similarity_numbers(similarity: Mapping[Place, np.ndarray]) -> list[dict[str, Any]]:
+    return [
+        {
+            "place": place._asdict(),
+            "mean": stats.off_diagonal_mean(values),
+            "cosine": _small(values),
+        }
+        for place, values in similarity.items()
+    ]
 
 
 def _router(router: RouterTrace, item: RouterStats) -> dict[str, Any]:

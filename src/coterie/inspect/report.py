@@ -13,9 +13,22 @@ from typing import Any
 
 import numpy as np
 
+from coterie.inspect.amounts import analyse_amounts
 from coterie.inspect.content import ReportData, check
-from coterie.inspect.numbers import SCHEMA_VERSION, curve_numbers, routing_numbers, to_json
+from coterie.inspect.numbers import (
+    SCHEMA_VERSION,
+    curve_numbers,
+    routing_numbers,
+    similarity_numbers,
+    to_json,
+)
 from coterie.inspect.page import page
+from coterie.inspect.pairs import analyse_pairs
+from coterie.inspect.plots.amounts import (
+    plot_amounts,
+    plot_amounts_by_class,
+    plot_amounts_by_position,
+)
 from coterie.inspect.plots.balance import (
     plot_affinity,
     plot_choices,
@@ -27,6 +40,13 @@ from coterie.inspect.plots.balance import (
 )
 from coterie.inspect.plots.clouds import plot_clouds
 from coterie.inspect.plots.positions import plot_positions
+from coterie.inspect.plots.relations import (
+    plot_adjacent,
+    plot_imbalance,
+    plot_owners,
+    plot_rounds,
+    plot_similarity,
+)
 from coterie.inspect.plots.routing import (
     plot_classes,
     plot_information,
@@ -35,6 +55,7 @@ from coterie.inspect.plots.routing import (
 )
 from coterie.inspect.plots.run import plot_curves, plot_loss_bins, plot_points, plot_samples
 from coterie.inspect.plots.style import Plot, render
+from coterie.inspect.pools import analyse_pools
 from coterie.inspect.routers import RouterStats, analyse
 from coterie.inspect.sections import build_sections, footer, header
 from coterie.inspect.trace import Trace
@@ -81,6 +102,7 @@ def _plots(data: ReportData, trace: Trace, items: Sequence[RouterStats]) -> list
         plot_choices(routers, names),
         plot_pairs(routers, names),
         plot_prototypes(routers, names),
+        *_relation_plots(data, trace, by_place),
         plot_steps(trace, by_place),
         plot_consistency(trace, by_place),
         plot_affinity(routers),
@@ -89,6 +111,20 @@ def _plots(data: ReportData, trace: Trace, items: Sequence[RouterStats]) -> list
         plot_curves(data.curve),
     ]
     return [plot for plot in found if plot is not None]
+
+
+def _relation_plots(data: ReportData, trace: Trace, by_place: dict[Any, str]) -> list[Plot | None]:
+    amounts, pairs, pools = analyse_amounts(trace), analyse_pairs(trace), analyse_pools(trace)
+    return [
+        plot_amounts(amounts),
+        plot_amounts_by_class(amounts, data.class_names),
+        plot_amounts_by_position(amounts, trace.grid),
+        plot_rounds(pairs),
+        plot_adjacent(pairs),
+        plot_owners(pools),
+        plot_imbalance(pools),
+        plot_similarity(data.similarity, by_place),
+    ]
 
 
 def _sample_plot(data: ReportData) -> Plot | None:
@@ -117,5 +153,6 @@ def _numbers(data: ReportData, trace: Trace, items: Sequence[RouterStats]) -> di
         "training": curve_numbers(data.curve),
         "num_samples": 0 if data.samples is None else len(data.samples),
         "class_names": list(data.class_names),
-        "routing": routing_numbers(trace, items),
+        "routing": routing_numbers(trace, items, data.class_names),
+        "expert_similarity": similarity_numbers(data.similarity),
     }

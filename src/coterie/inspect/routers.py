@@ -120,6 +120,8 @@ def _information(router: RouterTrace) -> tuple[dict[str, Information], dict[str,
         table = facet_table(router, facet)
         if not table.rows[half].any():
             omitted[facet] = table.reason or "no conditional rows"
+        elif facet == "noise" and not router.noise.varies:
+            omitted[facet] = "all rows have one noise level"
         elif facet == "class" and half == 1:
             omitted[facet] = "every row is unconditional"
         else:

@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from coterie.inspect import page as html
+from coterie.inspect.amounts import Amounts, analyse_amounts
 from coterie.inspect.findings import experts, findings, sentences
 from coterie.inspect.numbers import plain
 from coterie.inspect.page import Cell, Section
+from coterie.inspect.pairs import PairStats, analyse_pairs
 from coterie.inspect.plots.style import Picture
 from coterie.inspect.routers import FACETS, RouterStats
 from coterie.inspect.stats import UNEVEN_ENTROPY
@@ -21,6 +23,11 @@ from coterie.inspect.trace import Trace
 if TYPE_CHECKING:
     from coterie.inspect.content import ReportData
 
+AMOUNTS = (
+    *("experts_per_row", "choices"),
+    *("experts_per_row_by_class", "experts_per_row_by_position"),
+)
+RELATIONS = ("owners", "pool_imbalance", "expert_similarity")
 MAX_TEXTS = 12
 MAX_TEXT = 1200
 Pictures = Mapping[str, Picture]
@@ -60,6 +67,11 @@ def build_sections(
     if items:
         out.append(Section("specialisation", "Who does what", _specialisation(items, pictures)))
         out.append(Section("balance", "How the work is shared", _balance(items, pictures)))
+        if several := _show(pictures, *AMOUNTS):
+            table = html.card(_amount_table(analyse_amounts(trace)))
+            out.append(Section("amounts", "How many experts a row uses", table + several))
+        if relations := _relations(trace, pictures):
+            out.append(Section("relations", "Who follows whom", relations))
     along = _show(pictures, "expert_by_step", "step_consistency", "task_affinity")
     if along:
         out.append(Section("sampling", "Along the noise", along))
@@ -77,7 +89,7 @@ def _show(pictures: Pictures, *names: str) -> str:
 
 
 def _summary(data: ReportData, trace: Trace, items: Sequence[RouterStats]) -> str:
-    lines = sentences(trace, items)
+    lines = sentences(trace, items, data.class_names)
     for name, entry in _metrics(data.metrics):
         if "floor" in entry:
             text = f"By {name} the samples score {_short(entry['value'])}, real held-out data "
@@ -128,7 +140,7 @@ def _balance(items: Sequence[RouterStats], pictures: Pictures) -> str:
         reasons["Experts that work together"] = "no row uses two of three or more experts"
     return (
         html.card(_load_table(items))
-        + _show(pictures, "load", "balance_over_noise", "choices", "coactivation", "prototypes")
+        + _show(pictures, "load", "balance_over_noise", "coactivation", "prototypes")
         + html.omitted(reasons)
     )
 
@@ -175,6 +187,47 @@ def _dead_cell(item: RouterStats) -> Cell:
         return Cell("0", "")
     ids = ", ".join(map(str, item.dead[:6])) + (", ..." if len(item.dead) > 6 else "")
     return Cell(f"{len(item.dead)} ({ids})", "bad" if item.unit == "token" else "")
+
+
+def _amount_table(amounts: Sequence[Amounts]) -> str:
+    rows: list[list[str | Cell]] = [
+        [item.name, _finite(item.mean), str(item.p95), str(item.most)] for item in amounts
+    ]
+    caption = (
+        "Experts that a row uses. 95 of 100: so many rows use at most this number; most: what "
+        "every row would cost if all were padded to the largest."
+    )
+    return html.table(caption, ["Layer", "Mean", "95 of 100", "Most"], rows)
+
+
+def _relations(trace: Trace, pictures: Pictures) -> str:
+    out = ""
+    pairs = analyse_pairs(trace)
+    for name, kind in (("rounds", "round"), ("adjacent_layers", "layer")):
+        if name in pictures:
+            same = [pair for pair in pairs if pair.kind == kind]
+            out += html.picture(pictures[name], html.details("The numbers", _pair_table(same)))
+    omitted = {pair.name: pair.reason for pair in pairs if pair.reason}
+    return out + _show(pictures, *RELATIONS) + html.omitted(omitted)
+
+
+def _pair_table(pairs: Sequence[PairStats]) -> str:
+    rows: list[list[str | Cell]] = []
+    for pair in pairs:
+        info = pair.information
+        style = "" if info is not None and info.measurable else "faint"
+        told = ["–"] * 2 if info is None else [f"{info.corrected:.3f}", f"{info.floor:.3f}"]
+        shared = [_finite(pair.overlap), _finite(pair.chance)]
+        rows.append(
+            [pair.name, *(Cell(text, style) for text in told), *shared, f"{pair.rows:,.0f}"]
+        )
+    caption = (
+        "Information between the first choices (largest gates), Miller-Madow corrected; chance: "
+        "what unrelated choices hardly exceed. Overlap: share of common experts, where both "
+        "choose among the same ones, and what independent choices would share."
+    )
+    head = ["Pair", "Information (bits)", "chance", "Overlap", "by chance", "Rows"]
+    return html.table(caption, head, rows)
 
 
 def _quality(data: ReportData, pictures: Pictures) -> str:

@@ -56,6 +56,13 @@ def max_over_mean(counts: ArrayLike) -> float:
     return float(array.max() / mean) if mean > 0 else 1.0
 
 
+def relative_imbalance(counts: ArrayLike) -> Array:
+    """[E] (load - mean load) / mean load, 0 = even; zeros for no choices (arXiv:2510.17483)."""
+    array = _counts(counts)
+    mean = array.mean()
+    return array / mean - 1.0 if mean > 0 else np.zeros_like(array)
+
+
 def entropy_bits(weights: ArrayLike) -> float:
     """Shannon entropy in bits of non-negative weights, normalised to one; 0 for no mass."""
     share = load_share(np.ravel(np.asarray(weights, dtype=np.float64)))
@@ -214,6 +221,25 @@ def coactivation_lift(pairs: ArrayLike) -> Array:
     return lift
 
 
+def joint_lift(joint: ArrayLike) -> Array:
+    """[E, F] how much more often e comes with f than their totals explain: 1 is chance.
+
+    NaN where either never occurs.
+    """
+    table = _counts(joint, "joint")
+    expected = table.sum(1, keepdims=True) * table.sum(0, keepdims=True)
+    lift = np.full_like(table, np.nan)
+    return np.divide(table * table.sum(), expected, out=lift, where=expected > 0)
+
+
+def quantile_of_histogram(counts: ArrayLike, share: float) -> int:
+    """Smallest value v such that at least ``share`` of the rows are <= v; ``counts[v]`` rows have
+    value v. 0 for no rows."""
+    array = _counts(counts)
+    reached = np.cumsum(array) >= share * array.sum() - 1e-9
+    return int(np.argmax(reached)) if array.sum() else 0
+
+
 def choice_histogram(counts: ArrayLike) -> Array:
     """[K + 1] share of rows that made 0, 1, ..., K choices; zeros for no rows."""
     return load_share(counts)
@@ -268,6 +294,13 @@ def cosine_matrix(rows: ArrayLike) -> Array:
     norm = np.linalg.norm(array, axis=1, keepdims=True)
     unit = np.divide(array, norm, out=np.zeros_like(array), where=norm > 0)
     return unit @ unit.T
+
+
+def off_diagonal_mean(matrix: ArrayLike) -> float:
+    """Mean of the entries of [E, E] off the diagonal; NaN for E < 2."""
+    array = np.asarray(matrix, dtype=np.float64)
+    size = len(array)
+    return float((array.sum() - np.trace(array)) / (size * (size - 1))) if size > 1 else math.nan
 
 
 def chance_overlap(counts: ArrayLike, rows: float) -> float:

@@ -74,6 +74,11 @@ class Joint:
     def columns(self) -> int:
         return self.rows.shape[1]
 
+    @property
+    def varies(self) -> bool:
+        """Whether rows of several columns were seen."""
+        return int(np.count_nonzero(self.rows.sum(0))) > 1
+
     def grow(self, columns: int) -> None:
         more = columns - self.columns
         if more > 0:
@@ -137,6 +142,7 @@ class RouterTrace:
         experts = routing.num_experts - self.reserved
         self.place = Place(routing.slot, routing.layer, routing.round)
         self.label = routing.name
+        self.pool_layers = routing.pool_layers
         self.unit = routing.unit
         self.num_experts = experts
         self.top_k = routing.top_k
@@ -177,8 +183,8 @@ class RouterTrace:
         """[2] rows that count per half."""
         return self.total.rows[:, 0]
 
-    def add(self, routing: Routing, unit_noise: Tensor | None) -> None:
-        """``unit_noise`` f32 [B] in [0, 1] or None."""
+    def add(self, routing: Routing, unit_noise: Tensor | None) -> Rows:
+        """``unit_noise`` f32 [B] in [0, 1] or None. Returns the rows as they were counted."""
         check_routing(routing, self.num_experts + self.reserved, self.unit)
         rows = self._rows(routing)
         zero = torch.zeros_like(rows.half)
@@ -196,6 +202,7 @@ class RouterTrace:
         self._add_masses(routing, rows, bins)
         self._add_choices(rows, routing.batch[0])
         self._keep_parameters(routing)
+        return rows
 
     def _rows(self, routing: Routing) -> Rows:
         device = routing.ids.device

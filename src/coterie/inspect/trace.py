@@ -7,8 +7,9 @@ trace.add_step(step, prediction.routings)      # along a sampling run, in order
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -17,8 +18,9 @@ from torch import Tensor
 from coterie.core.context import NULL_LABEL
 from coterie.core.errors import DataError, describe
 from coterie.core.routing import Routing
+from coterie.inspect.pairs import PairTrace, aligned
 from coterie.inspect.stats import Array
-from coterie.inspect.tables import Place, RouterTrace
+from coterie.inspect.tables import Place, RouterTrace, Rows
 
 NOISE_BINS = 10
 MAX_SAMPLING_STEPS = 4096
@@ -68,7 +70,8 @@ class StepTrace:
 
 
 class Trace:
-    """Counts of who was chosen, per router, by noise level, class and position.
+    """Counts of who was chosen, per router, by noise level, class and position; and of who follows
+    whom, from each router to the next of its slot (the next round, or the next layer).
 
     ``noise_to_unit`` maps ``Routing.noise`` to [0, 1] (needed where the process time is a standard
     deviation); ``grid`` = (height, width) of the tokens of an image, in row-major order.
@@ -89,6 +92,7 @@ class Trace:
         self.grid = grid
         self.steps: dict[Place, StepTrace] = {}
         self._routers: dict[Place, RouterTrace] = {}
+        self._pairs: dict[tuple[Place, Place], PairTrace] = {}
         self._last: dict[Place, Last] = {}
 
     @property
@@ -96,17 +100,36 @@ class Trace:
         """By slot, then layer, then round."""
         return [self._routers[place] for place in sorted(self._routers)]
 
+    @property
+    def pairs(self) -> list[PairTrace]:
+        """Each router with the next of its slot, by slot, then layer, then round."""
+        return [self._pairs[places] for places in sorted(self._pairs)]
+
     def __len__(self) -> int:
         return len(self._routers)
 
     @torch.no_grad()
     def add(self, routings: Sequence[Routing]) -> None:
         """Count one forward pass; an empty sequence (a dense model) changes nothing."""
+        counted: dict[Place, tuple[Routing, Rows]] = {}
         for routing in routings:
             place = Place(routing.slot, routing.layer, routing.round)
             if place not in self._routers:
                 self._routers[place] = RouterTrace(routing, self.noise_bins)
-            self._routers[place].add(routing, self._unit_noise(routing))
+            rows = self._routers[place].add(routing, self._unit_noise(routing))
+            counted[place] = (routing, rows)
+        if len(counted) == len(routings):  # else rows of several passes would be mixed up
+            self._add_pairs(counted)
+
+    def _add_pairs(self, counted: Mapping[Place, tuple[Routing, Rows]]) -> None:
+        for first, second in pairwise(sorted(counted)):
+            here, after = counted[first], counted[second]
+            if first.slot != second.slot or not aligned(here[0], after[0]):
+                continue
+            if (first, second) not in self._pairs:
+                routers = self._routers[first], self._routers[second]
+                self._pairs[first, second] = PairTrace(*routers)
+            self._pairs[first, second].add(here, after)
 
     @torch.no_grad()
     def add_step(self, step: int, routings: Sequence[Routing]) -> None:

@@ -3,7 +3,7 @@ real data with their floors, and what its routers do. The report and the claims 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -14,11 +14,15 @@ from coterie.core.batch import Batch, Source
 from coterie.core.prediction import Prediction
 from coterie.core.rng import generator
 from coterie.data import Subset, order
-from coterie.inspect import Trace, analyse
+from coterie.inspect import Trace, label_name
 from coterie.metrics import NoiseBins, evaluate_images
 from coterie.train import probes
+from coterie.train.active import active_parameters, choices_per_row, expert_sites
+from coterie.train.answers import answer_measures, marks_answers
 from coterie.train.features import feature_network, reference_rows
+from coterie.train.routing_measures import routing_measures
 from coterie.train.run import LoadedRun, build_source
+from coterie.train.rundir import RunDir, read_metrics
 from coterie.train.sampling import conditional, generate
 
 LEVELS = 10  # noise levels at which held-out data are looked at
@@ -26,11 +30,13 @@ LEVELS = 10  # noise levels at which held-out data are looked at
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Held-out loss (mean over noise levels), per level, and the routings seen on the way."""
+    """Held-out loss (mean over noise levels), per level, and the routings seen on the way; of text
+    with classes also the loss of each class that was seen."""
 
     loss: float
     bins: list[dict[str, Any]]
     trace: Trace
+    by_class: dict[str, float] = field(default_factory=dict)
 
 
 def batches(source: Source, size: int, limit: int) -> list[Batch]:
@@ -87,15 +93,23 @@ def _held_out_text(run: LoadedRun, source: Source, trace: Trace, limit: int, siz
     masked = run.config.model.masking == "masked"
     bins = NoiseBins(LEVELS)
     total: list[float] = []
+    labels: list[int] = []
     for batch in batches(source, size, limit):
         rng = generator(0, "held_out", int(batch.ids[0]))
         losses = objective(run.model, batch, rng, 1.0)
         total.extend(losses.per_sample.tolist())
+        if batch.cond.label is not None:
+            labels.extend(batch.cond.label.tolist())
         trace.add([routing.detach() for routing in losses.routings])
         if masked:
             bins.add(losses.per_sample, losses.noise)
     rows = loss_bins(bins) if masked else []
-    return HeldOut(float(np.mean(total)) / float(np.log(2)), rows, trace)
+    bits = np.array(total) / np.log(2)
+    by_class = {
+        label_name(label, source.class_names): float(bits[np.array(labels) == label].mean())
+        for label in sorted(set(labels))
+    }
+    return HeldOut(float(bits.mean()), rows, trace, by_class)
 
 
 def make_trace(run: LoadedRun) -> Trace:
@@ -119,9 +133,12 @@ def score_images(run: LoadedRun, x: Tensor, limit: int = 1000) -> dict[str, Any]
 
 
 def measure(run: LoadedRun, num_samples: int = 500) -> dict[str, float]:
-    """The numbers that claims compare, all plain floats."""
+    """The numbers that claims compare, all plain floats; docs/results.md says what each means."""
     found = held_out(run)
-    out = {"held_out_loss": found.loss, **routing_measures(found.trace), **probes.measure(run)}
+    out = {"held_out_loss": found.loss, **_text_measures(run, found)}
+    out |= routing_measures(found.trace, run.source.class_names)
+    out["active_parameters"] = float(measured_active(run, found.trace))
+    out |= probes.measure(run) | _speed(run)
     if not run.is_text:
         scored = score_images(run, generate(run, num_samples).x)
         for name in ("frechet", "kid", "precision", "recall"):
@@ -130,28 +147,32 @@ def measure(run: LoadedRun, num_samples: int = 500) -> dict[str, float]:
     return out
 
 
-def routing_measures(trace: Trace) -> dict[str, float]:
-    """Means over the routers of a model, and how the first differs from the last."""
-    items = analyse(trace)
-    if not items:
+def _text_measures(run: LoadedRun, found: HeldOut) -> dict[str, float]:
+    """Loss by class, and how well answers are known where the source marks them."""
+    return {f"held_out_loss/{name}": loss for name, loss in found.by_class.items()} | answers(run)
+
+
+def answers(run: LoadedRun, limit: int = 512, size: int = 128) -> dict[str, float]:
+    """See :func:`answer_measures`; {} where nothing marks answers."""
+    if not run.is_text or not marks_answers(run, run.source):
         return {}
-    out = {
-        "load_cv": float(np.mean([item.cv for item in items])),
-        "load_entropy": float(np.mean([item.entropy for item in items])),
-        "dead_experts": float(sum(len(item.dead) for item in items)),
-        "always_on_per_layer": sum(len(item.always_on) for item in items) / len(items),
-    }
-    first, last = (
-        {k: v.corrected for k, v in i.information.items()} for i in (items[0], items[-1])
-    )
-    for facet, bits in first.items():
-        out[f"{facet}_bits_first"] = bits
-        out[f"{facet}_bits_last"] = last.get(facet, 0.0)
-    if {"noise", "position", "class"} <= set(first):
-        place = first["noise"] + first["position"]
-        out["place_minus_class_bits_first"] = place - first["class"]
-        out["position_bits_fade"] = first["position"] - last["position"]
-    return out
+    source = build_source(run.config, "held_out")
+    return answer_measures(run, source, batches(source, size, limit))
+
+
+def measured_active(run: LoadedRun, trace: Trace) -> int:
+    """Parameters that one row uses, from the choices counted in ``trace``."""
+    return active_parameters(run.model, expert_sites(run), choices_per_row(trace))
+
+
+def _speed(run: LoadedRun) -> dict[str, float]:
+    """Median over the log of the run's training; {} where none was written."""
+    path = RunDir(run.path).metrics_path
+    if not path.is_file():
+        return {}
+    machines = [record["machine"] for record in read_metrics(path) if "machine" in record]
+    speeds = [item["tokens_per_second"] for item in machines if "tokens_per_second" in item]
+    return {"train_tokens_per_second": float(np.median(speeds))} if speeds else {}
 
 
 class StepRecorder:

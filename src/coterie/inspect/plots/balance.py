@@ -83,7 +83,7 @@ def _load_bars(ax: Any, item: RouterStats, router: RouterTrace) -> None:
 
 
 def plot_noise_curves(routers: Sequence[RouterTrace], names: Sequence[str]) -> Plot | None:
-    have = [i for i, r in enumerate(routers) if r.noise.rows[r.main].any() and r.num_experts > 1]
+    have = [i for i, r in enumerate(routers) if r.noise.varies and r.num_experts > 1]
     if not have:
         return None
 

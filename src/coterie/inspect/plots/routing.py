@@ -86,8 +86,8 @@ def _information_bar(ax: Any, at: float, width: float, info: Any, color: str) ->
 
 
 def plot_noise(routers: Sequence[RouterTrace], names: Sequence[str]) -> Plot | None:
-    tables = [r.noise.counts[r.main] for r in routers]
-    panels = share_panels(tables, [r.noise.rows[r.main] for r in routers], names)
+    several = [r.noise.rows[r.main] * r.noise.varies for r in routers]
+    panels = share_panels([r.noise.counts[r.main] for r in routers], several, names)
     if not panels:
         return None
     bins = routers[0].noise_bins
@@ -112,6 +112,7 @@ def plot_classes(
     if not have:
         return None
     columns = max(routers[i].classes.columns for i in have)
+    null = any(routers[i].classes.rows[1].any() for i in have)
     kept = _telling_classes([routers[i] for i in have], columns)
     panels = []
     for i in have:
@@ -119,15 +120,16 @@ def plot_classes(
         counts = np.zeros((columns + 1, router.num_experts))
         counts[: router.classes.columns] = router.classes.counts[0]
         counts[columns] = router.classes.counts[1].sum(0)
-        panels.append(_share_panel(names[i], counts[[*kept, columns]]))
+        shown_columns = [*kept, columns] if null else kept
+        panels.append(_share_panel(names[i], counts[shown_columns]))
     labels = [class_names[c] if c < len(class_names) else str(c) for c in kept]
     ticks = {float(i): labels[i] for i in sparse_ticks(len(kept), 20)}
     rotate = any(len(text) > 2 for text in ticks.values())
-    ticks[float(len(kept))] = "∅"
-    caption = (
-        "Share of the choices of each class that go to each expert; the last column, ∅, is "
-        "unconditional. Columns that look alike mean that the class does not decide."
-    )
+    caption = "Share of the choices of each class that go to each expert"
+    if null:
+        ticks[float(len(kept))] = "∅"
+        caption += "; the last column, ∅, is unconditional"
+    caption += ". Columns that look alike mean that the class does not decide."
     if len(kept) < columns:
         caption += f" {len(kept)} of {columns} classes: those that differ most from the mean."
     shown = pick(len(panels))

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from coterie.inspect.plots.style import FULL_WIDTH, PALETTE, Plot, depth_colors, figure
+from coterie.inspect.words import label_name
 
 MAX_SAMPLES = 60
 MAX_CURVES = 6
@@ -182,12 +183,6 @@ def plot_samples(
         f"{count} generated images of {height} by {width} pixels.",
         draw,
     )
-
-
-def label_name(label: int, class_names: Sequence[str]) -> str:
-    if label < 0:
-        return "none"
-    return class_names[label] if label < len(class_names) else str(label)
 
 
 def plot_points(points: np.ndarray, labels: Sequence[int] | None) -> Plot:

@@ -202,10 +202,13 @@ def sparse_ticks(count: int, most: int) -> list[int]:
 
 @dataclass(frozen=True, eq=False)
 class Panel:
-    """One heat map: ``values`` [rows, columns], NaN = no data."""
+    """One heat map: ``values`` [rows, columns], NaN = no data. ``x`` and ``y``: ticks of its own,
+    in place of those of the axes."""
 
     title: str
     values: Array
+    x: dict[float, str] | None = None
+    y: dict[float, str] | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -224,38 +227,48 @@ def heat_panels(
     bar: str,
     limits: tuple[float, float] | None = None,
     square: bool = False,
+    numbers: str = "",
 ) -> Any:
-    """Small multiples with one colour scale; rows count downwards from 0."""
-    columns = min(len(panels), 4)
-    if x.rotate and columns == 4:  # long labels: wider panels, and no row with one panel alone
-        columns = 2 if len(panels) == 4 else 3
-    lines = math.ceil(len(panels) / columns)
-    width = FULL_WIDTH if columns > 2 else 3.4 * columns + 1.4
-    most_rows = max(panel.values.shape[0] for panel in panels)
-    cell = (width - 1.2) / columns * 0.8
-    height = cell if square else float(np.clip(0.17 * most_rows, 0.9, 3.0))
-    extra = 0.85 if x.rotate else 0.55
-    fig = figure(width, lines * (height + extra) + 0.25)
-    axes = fig.subplots(lines, columns, squeeze=False)
+    """Small multiples with one colour scale; rows count downwards from 0. ``numbers``: the format
+    in which every value is written into its cell, for small tables."""
+    columns, fig = _grid(panels, x.rotate, square)
+    axes = fig.subplots(math.ceil(len(panels) / columns), columns, squeeze=False)
     low, high = limits or (0.0, _top(panels))
-    same = len({panel.values.shape for panel in panels}) == 1  # then labels at the edge are enough
+    # Panels that are alike need labels at the edge only.
+    same = len({panel.values.shape for panel in panels}) == 1 and not any(p.x for p in panels)
     image = None
     for index, ax in enumerate(axes.flat):
         if index >= len(panels):
             ax.set_visible(False)
             continue
         image = _heat_panel(ax, panels[index], (low, high), square)
+        if numbers:
+            _write_numbers(ax, panels[index].values, (low, high), numbers)
         below = index + columns >= len(panels)
-        _label(ax, "x", x, panels[index].values.shape[1], below)
-        _label(ax, "y", y, panels[index].values.shape[0], index % columns == 0)
+        _label(ax, "x", x, panels[index].x, panels[index].values.shape[1], below)
+        _label(ax, "y", y, panels[index].y, panels[index].values.shape[0], index % columns == 0)
         if same and not below:
             ax.set_xticklabels([])
         if same and index % columns:
             ax.set_yticklabels([])
-    colorbar = fig.colorbar(image, ax=axes, shrink=0.9 if lines == 1 else 0.6, aspect=22, pad=0.015)
+    shrink = 0.9 if len(panels) <= columns else 0.6
+    colorbar = fig.colorbar(image, ax=axes, shrink=shrink, aspect=22, pad=0.015)
     colorbar.set_label(bar, color=LIGHT.muted)
     colorbar.outline.set_visible(False)
     return fig
+
+
+def _grid(panels: Sequence[Panel], rotate: bool, square: bool) -> tuple[int, Any]:
+    """How many panels stand side by side, and a figure that has room for them."""
+    columns = min(len(panels), 4)
+    if rotate and columns == 4:  # long labels: wider panels, and no row with one panel alone
+        columns = 2 if len(panels) == 4 else 3
+    width = FULL_WIDTH if columns > 2 else 3.4 * columns + 1.4
+    most_rows = max(panel.values.shape[0] for panel in panels)
+    cell = (width - 1.2) / columns * (0.97 if columns == 4 else 0.8)  # four share their labels
+    height = cell if square else float(np.clip(0.17 * most_rows, 0.9, 3.0))
+    lines = math.ceil(len(panels) / columns)
+    return columns, figure(width, lines * (height + (0.85 if rotate else 0.55)) + 0.25)
 
 
 def _heat_panel(ax: Any, panel: Panel, limits: tuple[float, float], square: bool) -> Any:
@@ -273,13 +286,25 @@ def _heat_panel(ax: Any, panel: Panel, limits: tuple[float, float], square: bool
     return image
 
 
+def _write_numbers(ax: Any, values: Array, limits: tuple[float, float], form: str) -> None:
+    middle = (limits[0] + limits[1]) / 2
+    for (row, column), value in np.ndenumerate(values):
+        if np.isfinite(value):
+            # The map is dark where values are low. Near black and white: no colour of a theme.
+            color = "#fefefe" if value < middle else "#101010"
+            ax.text(column, row, format(value, form), color=color, ha="center", va="center",
+                    fontsize=8)  # fmt: skip
+
+
 def _top(panels: Sequence[Panel]) -> float:
     tops = [np.nanmax(p.values) for p in panels if np.isfinite(p.values).any()]
     return max([float(top) for top in tops if top > 0], default=1.0)
 
 
-def _label(ax: Any, which: str, axis: Axis, count: int, name: bool) -> None:
-    ticks = axis.ticks
+def _label(
+    ax: Any, which: str, axis: Axis, own: dict[float, str] | None, count: int, name: bool
+) -> None:
+    ticks = axis.ticks if own is None else own
     if ticks is None:
         ticks = {float(i): str(i) for i in sparse_ticks(count, 12 if which == "x" else 16)}
     set_ticks = ax.set_xticks if which == "x" else ax.set_yticks

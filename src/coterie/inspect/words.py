@@ -1,0 +1,22 @@
+"""How numbers and lists are said in a sentence."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+def bits(value: float) -> str:
+    """Two decimals, and more only where they would all be zero."""
+    return f"{value:.2f}" if value >= 0.1 or value == 0 else f"{value:.2g}"
+
+
+def listing(parts: Sequence[str], last: str = "and") -> str:
+    """``a, b and c``."""
+    return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} {last} {parts[-1]}"
+
+
+def label_name(label: int, class_names: Sequence[str]) -> str:
+    """The name of a class, its number where it has none, ``none`` for no label."""
+    if label < 0:
+        return "none"
+    return class_names[label] if label < len(class_names) else str(label)
