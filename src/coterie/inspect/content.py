@@ -22,6 +22,7 @@ class ReportData:
     recipe: str = ""
     trace: Trace | None = None  # None or empty: a dense model
     loss_bins: Sequence[Mapping[str, Any]] = ()  # {bin, lo, hi, loss, count}
+    loss_unit: str = "the units of the training loss"  # of the bins
     curve: Sequence[Mapping[str, Any]] = ()  # records of metrics.jsonl
     # u8 [n, h, w, c] images, float [n, 2] points or [n, P, 3] clouds, or texts
     samples: np.ndarray | Sequence[str] | None = None

@@ -16,7 +16,7 @@ from torch import Tensor
 from coterie.core.routing import Routing
 from coterie.inspect import stats
 from coterie.inspect.stats import Array, Information
-from coterie.inspect.tables import Place, RouterTrace, Rows
+from coterie.inspect.tables import Place, RouterTrace, Rows, layer_name, several_slots
 
 if TYPE_CHECKING:
     from coterie.inspect.trace import Trace
@@ -115,6 +115,7 @@ class PairStats:
     first: Place
     second: Place
     kind: Literal["round", "layer"]
+    names: tuple[str, str]  # of the two layers
     name: str  # "0 to 1", or "0, round 0 to 1"
     rows: float
     information: Information | None  # between the first choices; None: not counted
@@ -126,7 +127,7 @@ class PairStats:
 
 def analyse_pairs(trace: Trace) -> list[PairStats]:
     """One record per pair of neighbours, in order of depth; [] for a single router."""
-    slots = len({router.place.slot for router in trace.routers}) > 1
+    slots = several_slots(trace.routers)
     return [_pair_stats(pair, slots) for pair in trace.pairs]
 
 
@@ -135,16 +136,15 @@ def _pair_stats(pair: PairTrace, slots: bool) -> PairStats:
     joint, rows = pair.joint[half], float(pair.rows[half])
     counted = rows > 0 and not pair.reason
     known = counted and pair.same_experts
-    prefix = f"{first.slot} " if slots else ""
-    labels = [router.label or str(router.place.layer) for router in pair.routers]
+    here, after = (layer_name(router, slots) for router in pair.routers)
+    name = f"{here} to {layer_name(pair.routers[1], False)}"
     if pair.kind == "round":
-        name = f"{prefix}{labels[0]}, round {first.round} to {second.round}"
-    else:
-        name = f"{prefix}{labels[0]} to {labels[1]}"
+        name = f"{here}, round {first.round} to {second.round}"
     return PairStats(
         first=first,
         second=second,
         kind=pair.kind,
+        names=(here, after),
         name=name,
         rows=rows,
         information=stats.information(pair.leads[half]) if counted else None,

@@ -13,7 +13,7 @@ import numpy as np
 
 from coterie.inspect import stats
 from coterie.inspect.stats import Array
-from coterie.inspect.tables import RouterTrace
+from coterie.inspect.tables import RouterTrace, layer_name, several_slots
 
 if TYPE_CHECKING:
     from coterie.inspect.trace import Trace
@@ -56,14 +56,11 @@ def analyse_pools(trace: Trace) -> list[PoolStats]:
     for router in trace.routers:
         owners = router.pool_layers or (router.place.layer,)
         groups.setdefault((router.place.slot, owners), []).append(router)
-    slots = len({slot for slot, _ in groups}) > 1
-    return [
-        _pool(f"{slot} " if slots else "", slot, owners, routers)
-        for (slot, owners), routers in groups.items()
-    ]
+    slots = several_slots(trace.routers)
+    return [_pool(slots, slot, owners, routers) for (slot, owners), routers in groups.items()]
 
 
-def _pool(prefix: str, slot: str, owners: tuple[int, ...], routers: list[RouterTrace]) -> PoolStats:
+def _pool(slots: bool, slot: str, owners: tuple[int, ...], routers: list[RouterTrace]) -> PoolStats:
     layers = tuple(sorted({router.place.layer for router in routers}))
     by_layer = np.zeros((len(layers), routers[0].num_experts))
     for router in routers:
@@ -73,7 +70,7 @@ def _pool(prefix: str, slot: str, owners: tuple[int, ...], routers: list[RouterT
     parts = by_layer.reshape(len(layers), len(owners), -1).sum(2)
     return PoolStats(
         slot=slot,
-        name=f"{prefix}{owners[0]}{last}",
+        name=layer_name(routers[0], slots) + last,
         owners=owners,
         layers=layers,
         routers=len(routers),

@@ -85,7 +85,7 @@ def pair_sentences(pairs: Sequence[PairStats]) -> list[str]:
     rounds = [pair for pair in pairs if pair.kind == "round" and np.isfinite(pair.overlap)]
     if 0 < len(rounds) <= FEW:
         out += [
-            f"In layer {pair.first.layer}, {pair.overlap:.0%} of the experts of round "
+            f"In layer {pair.names[0]}, {pair.overlap:.0%} of the experts of round "
             f"{pair.second.round} also answered in round {pair.first.round} (by chance "
             f"{pair.chance:.0%})."
             for pair in rounds
@@ -105,8 +105,8 @@ def pair_sentences(pairs: Sequence[PairStats]) -> list[str]:
         text = "The first choice in one layer tells nothing measurable about that in the next."
     elif len(told) == 1:
         text = (
-            f"The first choice in layer {between[0][0].first.layer} tells {bits(told[0])} bits "
-            f"about that in layer {between[0][0].second.layer}."
+            f"The first choice in layer {between[0][0].names[0]} tells {bits(told[0])} bits "
+            f"about that in layer {between[0][0].names[1]}."
         )
     else:
         text = (

@@ -106,7 +106,7 @@ def _plots(data: ReportData, trace: Trace, items: Sequence[RouterStats]) -> list
         plot_steps(trace, by_place),
         plot_consistency(trace, by_place),
         plot_affinity(routers),
-        plot_loss_bins(data.loss_bins),
+        plot_loss_bins(data.loss_bins, data.loss_unit),
         _sample_plot(data),
         plot_curves(data.curve),
     ]
@@ -149,6 +149,7 @@ def _numbers(data: ReportData, trace: Trace, items: Sequence[RouterStats]) -> di
         "config": data.config,
         "parameters": None if data.parameters is None else vars(data.parameters),
         "metrics": data.metrics,
+        "notes": list(data.notes),
         "loss_by_noise": list(data.loss_bins),
         "training": curve_numbers(data.curve),
         "num_samples": 0 if data.samples is None else len(data.samples),

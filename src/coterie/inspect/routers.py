@@ -9,7 +9,14 @@ import numpy as np
 
 from coterie.inspect import stats
 from coterie.inspect.stats import Array, Information
-from coterie.inspect.tables import HALVES, Joint, Place, RouterTrace
+from coterie.inspect.tables import (
+    HALVES,
+    Joint,
+    Place,
+    RouterTrace,
+    layer_name,
+    several_slots,
+)
 from coterie.inspect.trace import Trace
 
 ENOUGH_CHOICES = 20.0
@@ -51,14 +58,11 @@ def names(routers: Sequence[RouterTrace]) -> list[str]:
 
     Places with a name of their own keep it: ``mid.0.conv1``.
     """
-    places = [router.place for router in routers]
-    slots = len({place.slot for place in places}) > 1
-    rounds = len({place.round for place in places}) > 1
+    rounds = len({router.place.round for router in routers}) > 1
+    slots = several_slots(routers)
     return [
-        (f"{r.place.slot} " if slots else "")
-        + (r.label or str(r.place.layer))
-        + (f" round {r.place.round}" if rounds else "")
-        for r in routers
+        layer_name(router, slots) + (f" round {router.place.round}" if rounds else "")
+        for router in routers
     ]
 
 

@@ -28,6 +28,7 @@ AMOUNTS = (
     *("experts_per_row_by_class", "experts_per_row_by_position"),
 )
 RELATIONS = ("owners", "pool_imbalance", "expert_similarity")
+SPREAD = {"noise": "noise levels", "class": "classes", "position": "positions"}
 MAX_TEXTS = 12
 MAX_TEXT = 1200
 Pictures = Mapping[str, Picture]
@@ -36,7 +37,8 @@ Pictures = Mapping[str, Picture]
 def header(data: ReportData, items: Sequence[RouterStats]) -> str:
     from html import escape
 
-    lead = "Who does what in this model: experts over layers, noise levels, classes and positions."
+    over = listing(["layers", *(SPREAD[facet] for facet in FACETS if _told(items, facet))])
+    lead = f"Who does what in this model: experts over {over}."
     facts = [("Recipe", data.recipe), ("Training step", _integer(data.step))]
     if data.parameters is not None:
         facts.append(("Parameters", _millions(data.parameters.total)))
@@ -94,7 +96,13 @@ def _summary(data: ReportData, trace: Trace, items: Sequence[RouterStats]) -> st
         if "floor" in entry:
             text = f"By {name} the samples score {_short(entry['value'])}, real held-out data "
             lines.append(f"{text}{_short(entry['floor'])} in their place.")
-    return html.finding_list(findings(items)) + html.card(html.says(lines))
+    notes = [Finding("note", text) for text in data.notes]
+    return html.finding_list([*notes, *findings(items)]) + html.card(html.says(lines))
+
+
+def _told(items: Sequence[RouterStats], facet: str) -> bool:
+    """Whether any router's choices can be set against this property; so for a dense model."""
+    return not items or any(facet in item.information for item in items)
 
 
 def _specialisation(items: Sequence[RouterStats], pictures: Pictures) -> str:
@@ -147,7 +155,8 @@ def _balance(items: Sequence[RouterStats], pictures: Pictures) -> str:
 
 def _load_table(items: Sequence[RouterStats]) -> str:
     head = ["Layer", "Experts", "Used per row", "Rows", "Scored", "Max / mean", "CV"]
-    head += ["Load entropy", "Row entropy", "Dead", "Always on"]
+    head += ["Load entropy", "Row entropy", "Dead"]
+    noisy = _told(items, "noise") or any(item.always_on for item in items)
     rows: list[list[str | Cell]] = []
     for item in items:
         bad = (
@@ -167,17 +176,28 @@ def _load_table(items: Sequence[RouterStats]) -> str:
                 Cell(f"{item.entropy:.3f}", "bad" if bad else ""),
                 _finite(item.confidence),
                 _dead_cell(item),
-                Cell(experts(item.always_on, 4) if item.always_on else "–", "faint"),
             ]
         )
-    half = "unconditional" if all(i.half == "unconditional" for i in items) else "conditional"
+        if noisy:
+            always = experts(item.always_on, 4) if item.always_on else "–"
+            rows[-1].append(Cell(always, "faint"))
     caption = (
-        f"Load of the routers over their {half} rows (rows: "
+        f"Load of the routers over their {_half(items)}rows (rows: "
         f"{' or '.join(sorted({item.unit + 's' for item in items}))}). CV: coefficient of "
         "variation of the load. Entropies are divided by log E: load entropy 1 is an even load, "
-        "row entropy 0 a certain router. Always on: chosen by most rows at every noise level."
+        "row entropy 0 a certain router."
     )
+    if noisy:
+        head.append("Always on")
+        caption += " Always on: chosen by most rows at every noise level."
     return html.table(caption, head, rows)
+
+
+def _half(items: Sequence[RouterStats]) -> str:
+    """Which rows are described; nothing to say where a model knows no conditions."""
+    if all(item.half == "unconditional" for item in items):
+        return "unconditional "
+    return "conditional " if _told(items, "class") else ""
 
 
 def _dead_cell(item: RouterStats) -> Cell:
@@ -275,16 +295,21 @@ def _metrics(metrics: Mapping[str, Any], prefix: str = "") -> list[tuple[str, di
 
 
 def _metric_table(metrics: Mapping[str, Any], entries: list[tuple[str, dict[str, Any]]]) -> str:
+    floors = any("floor" in entry for _, entry in entries)
     rows: list[list[str | Cell]] = []
     for name, entry in entries:
         error = f" ± {_short(entry['stderr'])}" if entry.get("stderr") is not None else ""
-        floor = _short(entry["floor"]) if "floor" in entry else "–"
-        rows.append([name, _short(entry["value"]) + error, floor])
+        rows.append([name, _short(entry["value"]) + error])
+        if floors:
+            rows[-1].append(_short(entry["floor"]) if "floor" in entry else "–")
     notes = [f"{key}: {value}" for key, value in metrics.items() if isinstance(value, str)]
     if isinstance(metrics.get("n"), int):
         notes.append(f"{metrics['n']:,} samples")
-    caption = "Floor: what real held-out data score in the place of the samples. "
-    return html.table(caption + "; ".join(notes), ["Metric", "Value", "Floor"], rows)
+    head = ["Metric", "Value"]
+    if floors:
+        head.append("Floor")
+        notes.insert(0, "Floor: what real held-out data score in the place of the samples.")
+    return html.table(" ".join(notes[:1]) + "; ".join(["", *notes[1:]]), head, rows)
 
 
 def _run(data: ReportData) -> str:

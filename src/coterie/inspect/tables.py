@@ -6,6 +6,7 @@ C columns, 2 halves (conditional, unconditional: label NULL_LABEL).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -280,3 +281,12 @@ class RouterTrace:
             )
         if routing.prototypes is not None:
             self.prototypes = routing.prototypes.detach().double().cpu().numpy()
+
+
+def several_slots(routers: Sequence[RouterTrace]) -> bool:
+    return len({router.place.slot for router in routers}) > 1
+
+
+def layer_name(router: RouterTrace, slots: bool) -> str:
+    """Where a router sits, without its round; with the slot where there are several."""
+    return (f"{router.place.slot} " if slots else "") + (router.label or str(router.place.layer))

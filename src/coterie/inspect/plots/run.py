@@ -16,7 +16,7 @@ MAX_SAMPLES = 60
 MAX_CURVES = 6
 
 
-def plot_loss_bins(bins: Sequence[Mapping[str, Any]]) -> Plot | None:
+def plot_loss_bins(bins: Sequence[Mapping[str, Any]], unit: str) -> Plot | None:
     known = [b for b in bins if b.get("loss") is not None and math.isfinite(float(b["loss"]))]
     if not known:
         return None
@@ -37,8 +37,7 @@ def plot_loss_bins(bins: Sequence[Mapping[str, Any]]) -> Plot | None:
     return Plot(
         "loss_by_noise",
         "Loss over noise levels",
-        "Unweighted loss on held-out data, mean of each noise bin, in the units of the training "
-        "loss.",
+        f"Unweighted loss on held-out data, mean of each noise bin, in {unit}.",
         f"Bar chart of {len(known)} noise bins; highest {float(worst['loss']):.4g} for t from "
         f"{float(worst['lo']):.2g} to {float(worst['hi']):.2g}.",
         draw,
