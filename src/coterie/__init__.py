@@ -46,7 +46,7 @@ if TYPE_CHECKING:  # the same names as in _HOME, for editors and type checkers
     from coterie.train.run import RunConfig as RunConfig
     from coterie.train.run import load_run as load_run
     from coterie.train.run import start as start
-    from coterie.train.sampling import sample_run as sample_run
+    from coterie.train.samples import sample_run as sample_run
 
 _HOME = {
     "Aux": "core.routing",
@@ -83,7 +83,7 @@ _HOME = {
     "load_pretrained": "hub",
     "load_run": "train.run",
     "sample": "solvers",
-    "sample_run": "train.sampling",
+    "sample_run": "train.samples",
     "save_pretrained": "hub",
     "start": "train.run",
 }

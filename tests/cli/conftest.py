@@ -98,7 +98,7 @@ def _fakes(calls: Calls) -> list[ModuleType]:
     def sample_run(run: Any, num: int, progress: Callable[[int], None], **rest: Any) -> Path:
         calls.note("sample_run", run=run, num=num, **rest)
         progress(num)
-        return Path(rest["out"])
+        return Path(rest["out"]) / "grid.png"
 
     def report_run(path: Path, out: Path, progress: bool = True, citation: str = "") -> Path:
         calls.note("report_run", path=path, out=out, progress=progress, citation=citation)
@@ -126,7 +126,7 @@ def _fakes(calls: Calls) -> list[ModuleType]:
         ),
         _module("coterie.recipes.verify", verify=verify),
         _module("coterie.train.run", start=start, load_run=load_run, plan=plan),
-        _module("coterie.train.sampling", sample_run=sample_run),
+        _module("coterie.train.samples", sample_run=sample_run),
         _module("coterie.experts.benchmark", run_benchmark=run_benchmark, CASES={"S2": 1, "B2": 2}),
         _module("coterie.train.report", report_run=report_run),
         _module("coterie.data.fetch", fetch=fetch, DOWNLOADS={}),

@@ -15,7 +15,8 @@ from small_runs import finished, short
 from coterie.core.cost import count_parameters
 from coterie.core.errors import CheckpointError, ConfigError
 from coterie.train.run import LoadedRun, build_model, build_source, load_run, plan, start
-from coterie.train.sampling import balanced_labels, generate, grid_image, sample_run, to_pixels
+from coterie.train.samples import sample_run
+from coterie.train.sampling import balanced_labels, generate, grid_image, to_pixels
 from small_models import images, small, times
 
 
@@ -181,7 +182,7 @@ def test_a_plan_counts_before_anything_is_done() -> None:
 
 def test_samples_are_files_that_follow_the_seed(image_run: Path, tmp_path: Path) -> None:
     run = load_run(image_run)
-    folder = sample_run(run, num=5, seed=3, out=tmp_path / "a")
+    folder = sample_run(run, num=5, seed=3, out=tmp_path / "a").parent
     entries = json.loads((folder / "samples.json").read_text(encoding="utf-8"))
     assert [entry["label"] for entry in entries] == [0, 1, 2, 3, 4]
     assert len({entry["seed"] for entry in entries}) == 5
@@ -189,10 +190,10 @@ def test_samples_are_files_that_follow_the_seed(image_run: Path, tmp_path: Path)
     pictures = {f"{index:05d}.png" for index in range(5)}
     assert names == pictures | {"grid.png", "samples.json"}
     assert Image.open(folder / "00000.png").size == (8, 8)
-    again = sample_run(load_run(image_run), num=5, seed=3, out=tmp_path / "b")
+    again = sample_run(load_run(image_run), num=5, seed=3, out=tmp_path / "b").parent
     for name in names:
         assert (again / name).read_bytes() == (folder / name).read_bytes(), name
-    other = sample_run(run, num=5, seed=4, out=tmp_path / "c")
+    other = sample_run(run, num=5, seed=4, out=tmp_path / "c").parent
     assert (other / "00000.png").read_bytes() != (folder / "00000.png").read_bytes()
 
 
@@ -244,13 +245,13 @@ def test_samples_that_cannot_be_drawn(
 def test_text_samples_are_lines_that_follow_the_seed(text_run: Path, tmp_path: Path) -> None:
     run = load_run(text_run)
     assert run.is_text
-    folder = sample_run(run, num=3, out=tmp_path / "a")
+    folder = sample_run(run, num=3, out=tmp_path / "a").parent
     entries = json.loads((folder / "samples.json").read_text(encoding="utf-8"))
     assert len(entries) == 3 and all(entry["label"] == -1 for entry in entries)
     assert {path.name for path in folder.iterdir()} == {"samples.txt", "samples.json"}
     text = (folder / "samples.txt").read_bytes().decode()
     assert text == "\n\n".join(entry["text"] for entry in entries)
-    again = sample_run(load_run(text_run), num=2, out=tmp_path / "b")
+    again = sample_run(load_run(text_run), num=2, out=tmp_path / "b").parent
     found = json.loads((again / "samples.json").read_text(encoding="utf-8"))
     assert found == entries[:2]
     with pytest.raises(ConfigError, match=r"labels: \[0\] .*no classes"):

@@ -18,6 +18,7 @@ from coterie.core.routing import Routing
 from coterie.experts import Router
 from coterie.train import evaluate, features, probes, report
 from coterie.train.config import TrainConfig
+from coterie.train.judges import base, noise
 from coterie.train.run import LoadedRun, build_source, load_run
 from small_models import images, small, times, woken
 
@@ -30,7 +31,7 @@ def quick(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFact
     monkeypatch.setattr(features, "SETTINGS", QUICK)
     monkeypatch.setattr(report, "SCORED", 60)
     monkeypatch.setattr(report, "SHOWN", 8)
-    monkeypatch.setattr(evaluate, "LEVELS", 3)
+    monkeypatch.setattr(noise, "LEVELS", 3)
     few = partial(evaluate.held_out, limit=64)
     monkeypatch.setattr(report, "held_out", few)
     monkeypatch.setattr(evaluate, "held_out", few)
@@ -101,7 +102,7 @@ def test_held_out_loss_is_the_mean_over_levels_of_the_loss_there(name: str) -> N
     assert [row["bin"] for row in found.bins] == [0, 1, 2]
     assert all(row["count"] == 40 for row in found.bins)
     source = build_source(run.config, "held_out")
-    (batch,) = evaluate.batches(source, 40, 40)
+    (batch,) = base.batches(source, 40, 40)
     process = run.model.process
     unit = torch.full((40,), 0.5)
     t = process.time_of_unit(unit)
@@ -129,11 +130,11 @@ def test_two_models_are_compared_on_the_same_noise() -> None:
 def test_batches_are_always_the_same_and_spread_over_the_source() -> None:
     source = build_source(small("dit"), "held_out")
     first, again = (
-        torch.cat([batch.ids for batch in evaluate.batches(source, 30, 100)]) for _ in range(2)
+        torch.cat([batch.ids for batch in base.batches(source, 30, 100)]) for _ in range(2)
     )
     assert torch.equal(first, again) and len(first.unique()) == 100
     assert first.max() > 0.8 * len(source) and first.min() < 0.2 * len(source)
-    assert sum(len(b.ids) for b in evaluate.batches(source, 100, 10_000)) == len(source)
+    assert sum(len(b.ids) for b in base.batches(source, 100, 10_000)) == len(source)
 
 
 # Probes

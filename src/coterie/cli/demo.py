@@ -33,15 +33,15 @@ def command(ctx: click.Context, arguments: tuple[str, ...], out: Path, quiet: bo
     from coterie.recipes import get_recipe
     from coterie.train.report import report_run
     from coterie.train.run import load_run, start
-    from coterie.train.sampling import sample_run
+    from coterie.train.samples import sample_run
 
     recipe = get_recipe(RECIPE)
     config = apply(ctx, recipe.config("demo"), paths)
     fetch(DATA)
     run = start(config, out, progress=not quiet)
     with progress_bar(NUM, "sampling", quiet) as advance:
-        samples = sample_run(load_run(run), num=NUM, out=run / "samples", progress=advance)
+        shown = sample_run(load_run(run), num=NUM, out=run / "samples", progress=advance)
     page = report_run(run, run / "report", not quiet, recipe.paper.bibtex)
-    say(f"samples  {samples / 'grid.png'}")
+    say(f"samples  {shown}")
     say(f"report   {page}")
     say(f"numbers  {page.with_name('report.json')}")

@@ -59,11 +59,11 @@ def command(
       coterie sample runs/dit-moe --num 100 --labels 0-9 --guidance 2
     """
     from coterie.train.run import load_run
-    from coterie.train.sampling import sample_run
+    from coterie.train.samples import sample_run
 
     loaded = load_run(run, which=weights)
     with progress_bar(num, "sampling", quiet) as advance:
-        folder = sample_run(
+        shown = sample_run(
             loaded,
             num=num,
             labels=labels,
@@ -73,5 +73,4 @@ def command(
             out=out or run / "samples",
             progress=advance,
         )
-    shown = folder / ("samples.txt" if loaded.is_text else "grid.png")
-    say_json({"samples": folder, "shown": shown}) if as_json else say(f"samples  {shown}")
+    say_json({"samples": shown.parent, "shown": shown}) if as_json else say(f"samples  {shown}")

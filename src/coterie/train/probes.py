@@ -23,10 +23,10 @@ from coterie.data import order
 from coterie.experts import ExpertLayer, Router, RouterConfig
 from coterie.experts.dispatch.backends import experts_of
 from coterie.inspect import Place, off_diagonal_mean
+from coterie.train.judges import judge_of
 from coterie.train.run import LoadedRun, build_source
 
 DISABLED_SHARE = 1 / 8  # of all routed experts, the best of each token
-MIDDLE = 0.5  # noise level at which a denoiser is probed
 ALIKE_TOKENS = 256  # tokens on which the answers of experts are compared
 ALIKE_EXPERTS = 64  # experts of a layer that are compared
 
@@ -91,20 +91,10 @@ def without_best(config: RouterConfig, num_experts: int) -> RouterConfig:
 
 @torch.no_grad()
 def probe_loss(run: LoadedRun, limit: int = 256) -> tuple[float, tuple[Routing, ...]]:
-    """Loss on some held-out samples at one noise level (text: the objective), with routings."""
+    """Loss on some held-out samples in one look of the run's judge, with routings."""
     source = build_source(run.config, "held_out")
     batch = source.get(order(0, 0, min(limit, len(source)), len(source)))
-    objective: Any = run.config.objective.build(run.model)
-    rng = generator(0, "probe")
-    if run.is_text:
-        losses = objective(run.model, batch, rng, 1.0)
-        return float(losses.per_sample.mean()), losses.routings
-    process = run.model.process
-    t = process.time_of_unit(torch.full((len(batch.ids),), MIDDLE))
-    eps = torch.randn(batch.x.shape, generator=rng)
-    x_t = process.diffuse(batch.x, eps, t)
-    prediction = run.model(x_t, t, batch.cond, sample_ids=batch.ids)
-    return float(objective.error(prediction, batch.x, eps, t).mean()), prediction.routings
+    return judge_of(run).probe(batch)
 
 
 def measure(run: LoadedRun) -> dict[str, float]:

@@ -9,20 +9,14 @@ from typing import Any
 from coterie.core.cost import Parameters, count_parameters
 from coterie.core.machine import commit, hardware_line
 from coterie.inspect import ReportData, write_report
-from coterie.train.evaluate import (
-    HeldOut,
-    StepRecorder,
-    answers,
-    held_out,
-    make_trace,
-    measured_active,
-    score_images,
-)
+from coterie.train.evaluate import StepRecorder, held_out, measured_active
+from coterie.train.judges import HeldOut, Judge, judge_of
+from coterie.train.judges.base import make_trace
+from coterie.train.judges.text import ANSWERS
 from coterie.train.probes import expert_cosines
 from coterie.train.progress import stages
 from coterie.train.run import LoadedRun, load_run
 from coterie.train.rundir import RunDir, read_metrics
-from coterie.train.sampling import conditional, generate, to_pixels
 
 SHOWN = 64  # samples on the page; the routing of images is followed step by step
 SCORED = 500  # samples behind the distances
@@ -34,16 +28,18 @@ def report_run(
     """Write ``index.html``, pictures and ``report.json`` to ``out`` (default: the run's
     ``report/``) and return the page."""
     run = load_run(path)
+    judge = judge_of(run)
     folder = Path(out) if out is not None else run.path / "report"
     with stages(4, "report", progress) as bar:
         found = held_out(run)
         bar("held-out data at every noise level")
         trace = found.trace
         followed = make_trace(run)
-        shown = generate(run, SHOWN, callback=_recorder(run, followed))
+        recorder = StepRecorder(followed) if judge.steps else None
+        shown = judge.draw(SHOWN, callback=recorder)
         trace.steps.update(followed.steps)
         bar("samples, step by step")
-        metrics = _metrics(run, found)
+        metrics = _metrics(judge, found)
         bar("distances to real data")
         data = ReportData(
             title=f"{run.config.recipe or run.path.name}: who does what",
@@ -51,8 +47,8 @@ def report_run(
             trace=trace,
             loss_bins=found.bins,
             curve=read_metrics(RunDir(path).metrics_path),
-            samples=_texts(run, shown) if run.is_text else to_pixels(shown.x),
-            labels=None if run.is_text or not conditional(run) else shown.labels.tolist(),
+            samples=judge.show(shown),
+            labels=judge.labels(shown),
             class_names=run.source.class_names,
             similarity=expert_cosines(run),
             metrics=metrics,
@@ -72,25 +68,9 @@ def _parameters(run: LoadedRun, found: HeldOut) -> Parameters:
     return replace(count_parameters(run.model), active=measured_active(run, found.trace))
 
 
-def _recorder(run: LoadedRun, trace: Any) -> StepRecorder | None:
-    return None if run.is_text else StepRecorder(trace)
-
-
-def _texts(run: LoadedRun, shown: Any) -> list[str]:
-    tokenizer = run.source.tokenizer  # type: ignore[attr-defined]
-    return [tokenizer.decode(row) for row in shown.x]
-
-
-def _metrics(run: LoadedRun, found: HeldOut) -> dict[str, Any]:
-    unit = "bits per token" if run.is_text else f"mean squared error, {run.config.model.view}"
-    title = f"held-out loss ({unit})"
+def _metrics(judge: Judge, found: HeldOut) -> dict[str, Any]:
+    title = f"held-out loss ({judge.unit()})"
     out: dict[str, Any] = {title: found.loss}
     out |= {f"{title}, {name}": loss for name, loss in found.by_class.items()}
-    names = {
-        "answer_loss": "loss of answers (bits per token)",
-        "answer_accuracy": "answers that are right, token by token",
-    }
-    out |= {names[key]: value for key, value in answers(run).items()}
-    if not run.is_text and len(run.source.shape) == 3:
-        out |= score_images(run, generate(run, SCORED).x)
-    return out
+    out |= {ANSWERS.get(name, name): value for name, value in judge.measures().items()}
+    return out | judge.scores(SCORED)

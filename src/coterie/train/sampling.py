@@ -1,12 +1,9 @@
-"""Samples of a run: images as PNG files and a grid, text as lines; always with their seeds."""
+"""Drawing samples of a run, each from its own seed."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -141,43 +138,3 @@ def grid_image(pixels: np.ndarray, columns: int, scale: int = 2, gap: int = 2) -
         sheet[top : top + height, left : left + width] = picture
     image = Image.fromarray(sheet.squeeze(-1) if channels == 1 else sheet)
     return image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST)
-
-
-def sample_run(
-    run: LoadedRun,
-    num: int = 64,
-    labels: Sequence[int] | None = None,
-    seed: int = 0,
-    steps: int | None = None,
-    guidance: float | None = None,
-    out: str | Path | None = None,
-    progress: Callable[[int], None] | None = None,
-) -> Path:
-    """Write samples to ``out`` (default: the run's ``samples/``), in place of those of an earlier
-    draw, and return that folder."""
-    folder = Path(out) if out is not None else run.path / "samples"
-    folder.mkdir(parents=True, exist_ok=True)
-    for old in folder.glob("[0-9][0-9][0-9][0-9][0-9].png"):  # of an earlier, larger draw
-        old.unlink()
-    made = generate(run, num, labels, seed, steps, guidance, progress=progress)
-    entries: list[dict[str, Any]] = [
-        {"index": index, "label": int(label), "seed": made.seeds[index]}
-        for index, label in enumerate(made.labels)
-    ]
-    if run.is_text:
-        texts = [run.source.tokenizer.decode(row) for row in made.x]  # type: ignore[attr-defined]
-        for entry, text in zip(entries, texts, strict=True):
-            entry["text"] = text
-        (folder / "samples.txt").write_text("\n\n".join(texts), encoding="utf-8")
-    else:
-        pixels = to_pixels(made.x)
-        for entry, picture in zip(entries, pixels, strict=True):
-            entry["file"] = f"{entry['index']:05d}.png"
-            Image.fromarray(picture.squeeze(-1) if picture.shape[-1] == 1 else picture).save(
-                folder / entry["file"]
-            )
-        columns = run.source.num_classes if labels is None and conditional(run) else 8
-        side = pixels.shape[2]
-        grid_image(pixels, min(columns, 16), scale=max(1, 64 // side)).save(folder / "grid.png")
-    (folder / "samples.json").write_text(json.dumps(entries, indent=2), encoding="utf-8")
-    return folder

@@ -1,0 +1,124 @@
+"""Denoisers: loss at every noise level, samples walked down the noise, distances to real data."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from coterie.core.batch import Batch
+from coterie.core.rng import generator
+from coterie.core.routing import Routing
+from coterie.data import Subset
+from coterie.metrics import NoiseBins, evaluate_images
+from coterie.train.features import feature_network, reference_rows
+from coterie.train.judges.base import (
+    LEVELS,
+    HeldOut,
+    Judge,
+    batches,
+    judges,
+    loss_bins,
+    make_trace,
+)
+from coterie.train.run import build_source
+from coterie.train.sampling import Samples, conditional, grid_image, to_pixels
+
+MIDDLE = 0.5  # noise level at which a denoiser is probed
+REAL = 1000  # real pictures behind a distance
+
+
+@judges("vector")
+class NoiseJudge(Judge):
+    """Anything that is denoised and has no better judge: losses only."""
+
+    steps = True
+
+    def unit(self) -> str:
+        return f"mean squared error, {self.run.config.model.view}"
+
+    def at(self, batch: Batch, unit: float, seed: torch.Generator) -> tuple[torch.Tensor, Any]:
+        """(error per sample f32 [B], prediction) at one noise level in [0, 1]."""
+        process = self.run.model.process
+        t = process.time_of_unit(torch.full((len(batch.ids),), unit))
+        eps = torch.randn(batch.x.shape, generator=seed)
+        x_t = process.diffuse(batch.x, eps, t)
+        prediction = self.run.model(x_t, t, batch.cond, sample_ids=batch.ids)
+        return self.objective.error(prediction, batch.x, eps, t), prediction
+
+    def probe(self, batch: Batch) -> tuple[float, tuple[Routing, ...]]:
+        error, prediction = self.at(batch, MIDDLE, generator(0, "probe"))
+        return float(error.mean()), prediction.routings
+
+    @torch.no_grad()
+    def held_out(self, limit: int = 512, size: int = 128) -> HeldOut:
+        """Every held-out sample at every one of ``LEVELS`` noise levels, with fixed noise.
+
+        The noise depends on the batch (always the same ones) and the level only: two runs on the
+        same data are compared on the same noisy inputs. The loss is conditional; where the model
+        has a null condition, one batch is also traced without its labels.
+        """
+        source, trace = build_source(self.run.config, "held_out"), make_trace(self.run)
+        bins = NoiseBins(LEVELS)
+        for number, batch in enumerate(batches(source, size, limit)):
+            first = int(batch.ids[0])
+            for level in range(LEVELS):
+                unit = (level + 0.5) / LEVELS
+                error, prediction = self.at(batch, unit, generator(0, "held_out", first, level))
+                bins.add(error, torch.full_like(error, unit))
+                trace.add(prediction.routings)
+                if number == 0 and conditional(self.run) and prediction.routings:
+                    null = Batch(batch.x, batch.cond.as_null(len(batch.ids)), batch.ids)
+                    again = self.at(null, unit, generator(0, "held_out", first, level))
+                    trace.add(again[1].routings)
+        rows = loss_bins(bins)
+        return HeldOut(float(np.mean([row["loss"] for row in rows])), rows, trace)
+
+    def show(self, samples: Samples) -> np.ndarray | None:
+        x = samples.x
+        return x.float().cpu().numpy() if x.dim() == 2 and x.shape[1] == 2 else None
+
+    def write(self, samples: Samples, entries: list[dict[str, Any]], folder: Path) -> Path:
+        path = folder / "samples.npy"
+        np.save(path, samples.x.float().cpu().numpy(), allow_pickle=False)
+        return path
+
+
+@judges("image")
+class ImageJudge(NoiseJudge):
+    """Frechet and kernel distance, precision and recall; floors are what real pictures reach."""
+
+    def scores(self, num: int) -> dict[str, Any]:
+        """Features of the network that suits the source."""
+        run = self.run
+        reference = Subset(run.source, reference_rows(len(run.source)))
+        real, fresh = (
+            torch.cat([batch.x for batch in batches(source, 250, REAL)])
+            for source in (reference, build_source(run.config, "held_out"))
+        )
+        return evaluate_images(feature_network(run.config.data), self.draw(num).x, real, fresh)
+
+    def show(self, samples: Samples) -> np.ndarray:
+        return to_pixels(samples.x)
+
+    def write(self, samples: Samples, entries: list[dict[str, Any]], folder: Path) -> Path:
+        """One PNG each, and all of them on a sheet."""
+        pixels = self.show(samples)
+        for entry, picture in zip(entries, pixels, strict=True):
+            entry["file"] = f"{entry['index']:05d}.png"
+            flat = picture.squeeze(-1) if picture.shape[-1] == 1 else picture
+            Image.fromarray(flat).save(folder / entry["file"])
+        columns = min(self.columns(samples), 16)
+        path = folder / "grid.png"
+        grid_image(pixels, columns, scale=max(1, 64 // pixels.shape[2])).save(path)
+        return path
+
+    def columns(self, samples: Samples) -> int:
+        """One per class where the samples have the classes in turn."""
+        classes = self.run.source.num_classes
+        turn = torch.arange(len(samples.labels)) % max(1, classes)
+        in_turn = conditional(self.run) and torch.equal(samples.labels, turn)
+        return classes if in_turn else 8

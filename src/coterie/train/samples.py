@@ -1,0 +1,40 @@
+"""Samples of a run as files: pictures on a sheet, texts, clouds; always with their seeds."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from coterie.train.judges import judge_of
+from coterie.train.run import LoadedRun
+
+
+def sample_run(
+    run: LoadedRun,
+    num: int = 64,
+    labels: Sequence[int] | None = None,
+    seed: int = 0,
+    steps: int | None = None,
+    guidance: float | None = None,
+    out: str | Path | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> Path:
+    """Write samples to ``out`` (default: the run's ``samples/``), in place of those of an earlier
+    draw, and return what people open: a sheet of pictures, a file of texts."""
+    folder = Path(out) if out is not None else run.path / "samples"
+    folder.mkdir(parents=True, exist_ok=True)
+    for old in folder.glob("[0-9][0-9][0-9][0-9][0-9].png"):  # of an earlier, larger draw
+        old.unlink()
+    judge = judge_of(run)
+    made = judge.draw(
+        num, labels=labels, seed=seed, steps=steps, guidance=guidance, progress=progress
+    )
+    entries: list[dict[str, Any]] = [
+        {"index": index, "label": int(label), "seed": made.seeds[index]}
+        for index, label in enumerate(made.labels)
+    ]
+    shown = judge.write(made, entries, folder)
+    (folder / "samples.json").write_text(json.dumps(entries, indent=2), encoding="utf-8")
+    return shown
