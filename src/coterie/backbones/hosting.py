@@ -209,6 +209,15 @@ class NetworkHost(ExpertHost):
             parent, _, name = path.rpartition(".")
             setattr(self.network.get_submodule(parent), name, slot)
 
+    def detach(self) -> nn.Module:
+        """The network with its own modules in their places again."""
+        for parent in list(self.network.modules()):
+            for name, child in list(parent._modules.items()):  # also under a second name
+                if isinstance(child, ExpertSlot):
+                    setattr(parent, name, child.experts.shared)
+        self._systems.clear()
+        return self.network
+
     def slots(self) -> list[ExpertSlot]:
         return [module for module in self.network.modules() if isinstance(module, ExpertSlot)]
 

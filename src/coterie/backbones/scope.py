@@ -24,12 +24,13 @@ from coterie.core.routing import Routing
 @dataclass(eq=False)
 class Call:
     """One call of a network with slots: what they are told (None: not known yet), what they
-    answered, the state of recurrent routers by slot, and the scope around this one."""
+    answered, the state of recurrent routers by slot, the scope around this one, who opened it."""
 
     ctx: Context | None
     routings: list[Routing] = field(default_factory=list)
     states: dict[str, Tensor] = field(default_factory=dict)
     outer: Call | None = None
+    owner: object = None
 
 
 _CALL: ContextVar[Call | None] = ContextVar("coterie_call", default=None)
@@ -39,9 +40,9 @@ def current() -> Call | None:
     return _CALL.get()
 
 
-def enter(ctx: Context | None, routings: list[Routing] | None = None) -> Call:
+def enter(ctx: Context | None, routings: list[Routing] | None = None, owner: object = None) -> Call:
     """Open a scope; its routings go to a new list, or to a given one. Close it by :func:`leave`."""
-    call = Call(ctx, [] if routings is None else routings, outer=_CALL.get())
+    call = Call(ctx, [] if routings is None else routings, outer=_CALL.get(), owner=owner)
     _CALL.set(call)
     return call
 

@@ -1,0 +1,8 @@
+"""Models of diffusers: experts in their modules' places, seen through the same records.
+
+Importing this loads nothing of diffusers: places are found by structure.
+"""
+
+from coterie.interop.diffusers.attach import DiffusersHost, attach
+
+__all__ = ["DiffusersHost", "attach"]

@@ -1,0 +1,129 @@
+"""Experts inside any model of diffusers, found by name; it and its pipelines stay as they are.
+
+    host = attach(pipeline.unet, [SlotConfig(slot="conv", names=("mid_block.*conv1",), expert=...)])
+    with host.recording() as routings:
+        pipeline("a cat")                  # or a training step of one's own
+    loss = loss + sum(aux.weight * aux.value for aux in host.aux_losses(routings))
+    host.after_step(routings)
+    host.detach()                          # the model without experts again
+
+The model computes what it did before until the experts are trained. Slots: ``conv`` in the place of
+a convolution, ``ffn`` in the place of a feed-forward network of a transformer block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from coterie.backbones import scope
+from coterie.backbones.base import BackboneOutput
+from coterie.backbones.conditioning import embed_condition
+from coterie.backbones.hosting import NetworkHost
+from coterie.backbones.slots import SlotConfig
+from coterie.core.context import NULL_LABEL, Context
+from coterie.core.errors import ConfigError, DataError, describe
+from coterie.core.prediction import Condition
+from coterie.core.routing import Routing
+from coterie.interop.diffusers.facts import embed_time, read_call, takes, time_width
+
+
+class Opener:
+    """Hooks of a model that open a scope where nobody has: calls from outside this library."""
+
+    def __init__(self, num_steps: int, null_label: int | None) -> None:
+        self.num_steps, self.null_label = num_steps, null_label
+
+    def before(self, model: nn.Module, args: Any, kwargs: Any) -> None:
+        around = scope.current()
+        if around is None or around.ctx is None:
+            ctx = read_call(model, args, kwargs, self.num_steps, self.null_label)
+            scope.enter(ctx, None if around is None else around.routings, owner=model)
+
+    def after(self, model: nn.Module, args: Any, output: Any) -> None:
+        call = scope.current()
+        if call is not None and call.owner is model:
+            scope.leave(call)
+
+
+class DiffusersHost(NetworkHost):
+    """A model of diffusers with experts. It is a backbone too: ``host(x, ctx, cond)``."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        slots: Sequence[SlotConfig] = (),
+        *,
+        num_steps: int = 1000,
+        null_label: int | None = None,
+    ) -> None:
+        width = time_width(model)
+        for place, slot in enumerate(slots):
+            score = slot.expert.router.score.kind
+            if width is None and score == "noise_level":
+                hint = f"{type(model).__name__} has no time embedding that is known"
+                where = f"slots.{place}.expert.router.score"
+                raise ConfigError(describe(where, score, "another score", hint))
+        super().__init__(model, slots, width)
+        self.null_label = null_label
+        opener = Opener(num_steps, null_label)
+        self._hooks = [
+            model.register_forward_pre_hook(opener.before, with_kwargs=True),
+            model.register_forward_hook(opener.after, always_call=True),
+        ]
+
+    @contextmanager
+    def recording(self) -> Iterator[list[Routing]]:
+        """Inside the block every call of the model appends its routings to the list."""
+        with scope.scope(None) as call:
+            yield call.routings
+
+    def detach(self) -> nn.Module:
+        """The model with its own modules in their places, and without hooks."""
+        for hook in self._hooks:
+            hook.remove()
+        return super().detach()
+
+    def forward(self, x: Tensor, ctx: Context, cond: Condition) -> BackboneOutput:
+        """x [B, C, H, W]. Labels go to ``class_labels``, tokens to ``encoder_hidden_states``."""
+        network: Any = self.network
+        ctx = embed_condition(ctx, cond, embed_time(network), None, 0)
+        given: dict[str, Any] = {"timestep": ctx.time_input}
+        if cond.label is not None and takes(network, "class_labels"):
+            given["class_labels"] = self._classes(cond.label)
+        if cond.tokens is not None:
+            given["encoder_hidden_states"] = cond.tokens
+        if cond.tokens_mask is not None:
+            given["encoder_attention_mask"] = cond.tokens_mask
+        with scope.scope(ctx) as call:
+            (sample,) = network(x, **given, return_dict=False)
+        variance = None
+        if sample.shape[1] == 2 * x.shape[1]:  # learned variances come as further channels
+            sample, variance = sample.chunk(2, dim=1)
+        return BackboneOutput(sample, tuple(call.routings), variance)
+
+    def _classes(self, label: Tensor) -> Tensor:
+        """Our labels as theirs."""
+        if self.null_label is not None:
+            return torch.where(label == NULL_LABEL, self.null_label, label)
+        if label.device.type == "cpu" and bool((label == NULL_LABEL).any()):
+            hint = "say null_label, the model's class number for no condition"
+            raise DataError(describe("label", NULL_LABEL, "a class of the model", hint))
+        return label
+
+
+def attach(
+    model: nn.Module,
+    slots: Sequence[SlotConfig],
+    *,
+    num_steps: int = 1000,
+    null_label: int | None = None,
+) -> DiffusersHost:
+    """Put experts into ``model``, in place. ``num_steps``: length of the grid that its timesteps
+    count; ``null_label``: its class number for no condition. ConfigError where a name fits nothing.
+    """
+    return DiffusersHost(model, slots, num_steps=num_steps, null_label=null_label)
