@@ -37,7 +37,12 @@ REFUSED = [
     ({"router": {"edits": [{"kind": "candidates", "allowed": [8]}]}}, r"router\.edits\.0\.allowed"),
     ({"router": {"edits": [{"kind": "candidates"}]}}, r"allowed: \(\)"),
     ({"router": {"edits": [{"kind": "progressive", "start": 9}]}}, r"edits\.0\.start: 9"),
-    ({"router": {"edits": [{"kind": "progressive", "start": 1}]}}, r"select\.k: 2 .*1 candidates"),
+    ({"router": {"edits": [{"kind": "progressive", "start": 1}]}}, r"router\.select: .top_k. .*at most 1, not 2.*1 candidates"),
+    ({"router": {"edits": [{"kind": "progressive", "start": 1}],
+                 "select": {"kind": "rank", "ranks": [1]}}}, r"router\.select: .rank. .*not 2"),
+    ({"router": {"edits": [{"kind": "progressive"}], "select": "fixed"}},
+     r"router\.select: .fixed. .*edits\.0 \(progressive\) may close"),
+    ({"router": {"edits": [{"kind": "jitter", "masks": "probs"}]}}, r"masks: .probs. .*no cand"),
     ({"router": {"edits": [{"kind": "progressive", "begin": 0.5}]}}, r"edits\.0.*end: 0\.3"),
     ({"router": {"edits": [{"kind": "candidates"}]}}, r"edits\.0.*allowed"),
     ({"balance": [{"kind": "switch", "pooled": True, "statistics": "sequence"}]}, "statistics"),
@@ -74,8 +79,9 @@ def test_number_of_windows_belongs_to_the_experts() -> None:
 
 
 @pytest.mark.parametrize("fields", [{"weight": "renorm"}, {"when": "after"}])
-def test_one_renormalised_choice_warns_of_its_missing_gradient(fields: dict) -> None:
-    one = {"select": {"kind": "top_k", "k": 1}, **fields}
+@pytest.mark.parametrize("select", [{"kind": "top_k", "k": 1}, {"kind": "rank", "ranks": [0]}])
+def test_one_renormalised_choice_warns_of_its_missing_gradient(fields: dict, select: dict) -> None:
+    one = {"select": select, **fields}
     with pytest.warns(UserWarning, match="gives the router no gradient"):
         made = RouterConfig.from_dict(one)
     with warnings.catch_warnings():

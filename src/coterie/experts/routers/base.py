@@ -115,11 +115,18 @@ class SelectPart(Part):
     """Whether a row's choice depends on the other tokens of its sample."""
     by_probability: ClassVar[bool] = False
     """Whether scores must be probabilities."""
+    ignores_scores: ClassVar[bool] = False
+    """Whether a choice does not depend on the scores, but for closed candidates."""
 
     def select(
         self, scores: Tensor, ctx: Context, shape: tuple[int, int], valid: Tensor | None
     ) -> Tensor:
         raise NotImplementedError
+
+    @property
+    def least(self) -> int:
+        """How many candidates a row must find open."""
+        return 1
 
     def expected(self, num_experts: int) -> float:
         """Experts used per row (an upper limit where it varies), for active counts."""

@@ -13,7 +13,7 @@ from coterie.core.errors import ConfigError, describe
 from coterie.core.registry import Part
 from coterie.experts.routers.base import EDITS, SCORES, SELECTS, EditPart, ScorePart, SelectPart
 from coterie.experts.routers.scores import LinearScore
-from coterie.experts.routers.selections import RandomK, TopK
+from coterie.experts.routers.selections import TopK
 
 if TYPE_CHECKING:
     from coterie.experts.routers.router import Router
@@ -76,17 +76,22 @@ class RouterConfig(Config):
         if select.by_probability and self.when == "after":
             hint = f"{select.kind} selects by probability"
             raise ConfigError(describe("when", self.when, "before", hint))
+        for place, edit in enumerate(self.edits):
+            if select.ignores_scores and cast(EditPart, edit).closes:
+                hint = f"edits.{place} ({edit.kind}) may close what {select.kind} always takes"
+                raise ConfigError(describe("select", select.kind, "a selection by score", hint))
         if score.learned and self._gate_is_constant():
             warnings.warn(
                 "router: one expert per row with a renormalised gate is always 1, so the task "
-                "loss gives the router no gradient; use weight=raw",
+                "loss gives the router no gradient; use weight=raw or straight_through",
                 UserWarning,
                 stacklevel=2,
             )
         return self
 
     def _gate_is_constant(self) -> bool:
-        one = isinstance(self.select, TopK | RandomK) and self.select.k == 1
+        select = self.select_part
+        one = not select.needs_tokens and select.expected(2) == 1
         return one and (self.weight == "renorm" or self.when == "after")
 
     @property
@@ -128,10 +133,11 @@ class RouterConfig(Config):
         for place, edit in enumerate(self.edits):
             part = cast(EditPart, edit)
             within(f"edits.{place}", lambda part=part: part.check(num_experts))  # type: ignore[misc]
-            k, left = getattr(self.select, "k", 1), part.fewest(num_experts)
-            if k > left:
+            need, left = self.select_part.least, part.fewest(num_experts)
+            if need > left:
                 hint = f"edits.{place} ({part.kind}) leaves {left} candidates open"
-                raise ConfigError(describe("select.k", k, f"1..{left}", hint))
+                allowed = f"one that needs at most {left}, not {need}"
+                raise ConfigError(describe("select", self.select.kind, allowed, hint))
 
     def build(self, width: int, num_experts: int, time_width: int | None = None) -> Router:
         """A router over ``num_experts`` candidates (the reserved expert not counted)."""

@@ -41,6 +41,10 @@ def _drop_masked(scores: Tensor, ids: Tensor) -> Tensor:
 class _K(SelectPart):
     k: PositiveInt = 2
 
+    @property
+    def least(self) -> int:
+        return self.k
+
     def expected(self, num_experts: int) -> float:
         return float(self.k)
 
@@ -150,6 +154,10 @@ class Rank(SelectPart):
     kind: Literal["rank"] = "rank"
     ranks: tuple[NonNegativeInt, ...] = (0, 1)
 
+    @property
+    def least(self) -> int:
+        return 1 + max(self.ranks, default=0)
+
     def select(
         self, scores: Tensor, ctx: Context, shape: tuple[int, int], valid: Tensor | None
     ) -> Tensor:
@@ -174,6 +182,7 @@ class Fixed(SelectPart):
 
     kind: Literal["fixed"] = "fixed"
     ids: tuple[NonNegativeInt, ...] = (0,)
+    ignores_scores: ClassVar[bool] = True
 
     def select(
         self, scores: Tensor, ctx: Context, shape: tuple[int, int], valid: Tensor | None
