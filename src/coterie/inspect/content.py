@@ -10,6 +10,7 @@ import numpy as np
 
 from coterie.core.cost import Parameters
 from coterie.core.errors import DataError, describe
+from coterie.inspect.routers import FACETS
 from coterie.inspect.tables import Place
 from coterie.inspect.trace import Trace
 
@@ -34,6 +35,7 @@ class ReportData:
     metrics: Mapping[str, Any] = field(default_factory=dict)  # numbers, or {value, floor, ...}
     parameters: Parameters | None = None
     config: Mapping[str, Any] = field(default_factory=dict)
+    facets: Sequence[str] = FACETS  # what a row of this model can have; others are not missed
     notes: Sequence[str] = ()  # what a reader must know to read the numbers rightly
     citation: str = ""
     hardware: str = ""

@@ -11,7 +11,7 @@ import numpy as np
 
 from coterie.inspect import page as html
 from coterie.inspect.amounts import Amounts, analyse_amounts
-from coterie.inspect.findings import experts, findings, sentences
+from coterie.inspect.findings import Finding, experts, findings, sentences
 from coterie.inspect.numbers import plain
 from coterie.inspect.page import Cell, Section
 from coterie.inspect.pairs import PairStats, analyse_pairs
@@ -19,6 +19,7 @@ from coterie.inspect.plots.style import Picture
 from coterie.inspect.routers import FACETS, RouterStats
 from coterie.inspect.stats import UNEVEN_ENTROPY
 from coterie.inspect.trace import Trace
+from coterie.inspect.words import listing
 
 if TYPE_CHECKING:
     from coterie.inspect.content import ReportData
@@ -67,7 +68,9 @@ def build_sections(
     """Sections without content are left out, with the reason where a reader may look for them."""
     out = [Section("summary", "Summary", _summary(data, trace, items))]
     if items:
-        out.append(Section("specialisation", "Who does what", _specialisation(items, pictures)))
+        out.append(
+            Section("specialisation", "Who does what", _specialisation(data, items, pictures))
+        )
         out.append(Section("balance", "How the work is shared", _balance(items, pictures)))
         if several := _show(pictures, *AMOUNTS):
             table = html.card(_amount_table(analyse_amounts(trace)))
@@ -105,9 +108,9 @@ def _told(items: Sequence[RouterStats], facet: str) -> bool:
     return not items or any(facet in item.information for item in items)
 
 
-def _specialisation(items: Sequence[RouterStats], pictures: Pictures) -> str:
+def _specialisation(data: ReportData, items: Sequence[RouterStats], pictures: Pictures) -> str:
     reasons = {}
-    for facet in FACETS:
+    for facet in data.facets:
         missing = {item.omitted[facet] for item in items if facet in item.omitted}
         if missing and not any(facet in item.information for item in items):
             reasons[f"Experts by {facet}"] = ", ".join(sorted(missing))
@@ -121,12 +124,13 @@ def _specialisation(items: Sequence[RouterStats], pictures: Pictures) -> str:
 
 def _information_table(items: Sequence[RouterStats]) -> str:
     head = ["Layer"]
-    for facet in FACETS:
+    facets = [facet for facet in FACETS if _told(items, facet)]
+    for facet in facets:
         head += [f"{facet.capitalize()} (bits)", "chance", "share"]
     rows: list[list[str | Cell]] = []
     for item in items:
         row: list[str | Cell] = [item.name]
-        for facet in FACETS:
+        for facet in facets:
             info = item.information.get(facet)
             if info is None:
                 row += [Cell("–", "faint")] * 3
@@ -305,11 +309,13 @@ def _metric_table(metrics: Mapping[str, Any], entries: list[tuple[str, dict[str,
     notes = [f"{key}: {value}" for key, value in metrics.items() if isinstance(value, str)]
     if isinstance(metrics.get("n"), int):
         notes.append(f"{metrics['n']:,} samples")
+    caption = "; ".join(notes)
     head = ["Metric", "Value"]
     if floors:
         head.append("Floor")
-        notes.insert(0, "Floor: what real held-out data score in the place of the samples.")
-    return html.table(" ".join(notes[:1]) + "; ".join(["", *notes[1:]]), head, rows)
+        floor = "Floor: what real held-out data score in the place of the samples. "
+        caption = floor + caption
+    return html.table(caption or "What was measured.", head, rows)
 
 
 def _run(data: ReportData) -> str:

@@ -52,12 +52,18 @@ def plot_load(items: Sequence[RouterStats], routers: Sequence[RouterTrace]) -> P
         return fig
 
     worst = max(items, key=lambda item: item.max_over_mean)
+    labelled = any(router.has_labels for router in routers)
+    rows = "conditional rows" if labelled else "the rows"
+    caption = (
+        f"Choices each expert receives from {rows}, relative to the uniform share (dashed line)."
+    )
+    if labelled:
+        caption += " Open circles: unconditional rows, where there are any."
+    caption += " A red cross marks a dead expert (load below 1 % of uniform)."
     return Plot(
         "load",
         "Load of the experts",
-        "Choices each expert receives from conditional rows, relative to the uniform share (dashed "
-        "line). Open circles: unconditional rows, where there are any. A red cross marks a dead "
-        "expert (load below 1 % of uniform)." + left_out(len(items)),
+        caption + left_out(len(items)),
         f"Bar charts for {len(shown)} layers. Largest imbalance: layer {worst.name}, the busiest "
         f"expert has {worst.max_over_mean:.2f} times the mean load.",
         draw,

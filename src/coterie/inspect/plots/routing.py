@@ -25,9 +25,11 @@ from coterie.inspect.routers import FACETS, RouterStats
 from coterie.inspect.stats import Array
 from coterie.inspect.tables import RouterTrace
 from coterie.inspect.trace import Trace
+from coterie.inspect.words import listing
 
 MAX_CLASSES = 40
 FACET_COLORS = dict(zip(FACETS, PALETTE))
+OF_A_ROW = {"noise": "the noise level", "class": "the class", "position": "the position"}
 SHARE = "share of choices"
 
 
@@ -38,13 +40,14 @@ def plot_information(items: Sequence[RouterStats]) -> Plot | None:
 
     best = max(items, key=lambda item: max(info.bits for info in item.information.values()))
     facet, info = max(best.information.items(), key=lambda pair: pair[1].bits)
+    known = [OF_A_ROW[f] for f in FACETS if any(f in item.information for item in items)]
     return Plot(
         "information",
         "What the choice of expert tells",
-        "Mutual information between the expert of a choice and the noise level, the class and the "
-        "position of its row, one group per layer. 0 bits: the expert is chosen without regard to "
-        "it. The short line is what unrelated variables give by chance; a bar below it is "
-        "drawn pale and is not evidence.",
+        f"Mutual information between the expert of a choice and {listing(known)} of its row, one "
+        "group per layer. 0 bits: the expert is chosen without regard to it. The short line is "
+        "what unrelated variables give by chance; a bar below it is drawn pale and is not "
+        "evidence.",
         f"Bar chart over {len(items)} layers. Highest: {facet} in layer {best.name}, "
         f"{info.corrected:.2f} bits.",
         lambda: _draw_information(items),
