@@ -16,6 +16,7 @@ VERBS = {
     "upcycle": "Make experts of a dense model, and keep what it computes.",
     "sample": "Draw samples from a run.",
     "report": "Who does what: experts over layers, noise levels and classes of a run.",
+    "sweep": "Quality against cost of a run when its routers choose more or fewer experts.",
     "verify": "Measure the claims of recipes against their baselines.",
     "bench": "Time the expert layers on this machine.",
     "data": "List data sets, or get one.",
