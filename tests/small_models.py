@@ -60,7 +60,10 @@ def small(name: str) -> RunConfig:
 
 
 RECIPES = tuple(list_recipes())
-IMAGES = (*RECIPES, "promoe:expert-choice", "promoe:token-choice", "dtr:random")
+IMAGES = (
+    *(name for name in RECIPES if get_recipe(name).config().model.backbone.kind == "dit"),
+    *("promoe:expert-choice", "promoe:token-choice", "dtr:random"),
+)
 TEXTS = ("deepseekmoe/text", "text:top-2-of-8")
 
 

@@ -108,6 +108,7 @@ def test_solids_show_the_outer_surface_of_their_parts(name):
     points = sample_union(parts, 700, rng(4))
     assert points.shape == (700, 3)
     assert not any(part.inside(points).any() for part in parts)
+    assert [len(sample_union(parts, few, rng(few))) for few in (1, 2, 3, 5)] == [1, 2, 3, 5]
 
 
 def test_solids_are_new_in_every_row_and_split_and_the_same_when_read_again():

@@ -19,6 +19,7 @@ ARMS = [(name, arm) for name in RECIPES for arm in get_recipe(name).arms()]
 
 METRICS = {"held_out_loss", "frechet", "kid", "precision", "recall", "active_parameters"}
 ANSWER_METRICS = {"answer_loss", "answer_accuracy"}
+CLOUD_METRICS = {f"{score}_cd" for score in ("one_nn", "coverage", "mmd")}
 ROUTING_METRICS = {
     "load_cv",
     "load_entropy",
@@ -26,6 +27,7 @@ ROUTING_METRICS = {
     "always_on_per_layer",
     "place_minus_class_bits_first",
     "position_bits_fade",
+    "class_bits_last",
     "separation",
     "first_choice_cost",
     "adjacent_bits",
@@ -45,6 +47,7 @@ def test_all_recipes_are_there() -> None:
         "dit-moe",
         "dtr",
         "dynamic-routing",
+        "fastdit-3d",
         "promoe",
         "rexmoe",
         "rmoe",
@@ -97,6 +100,8 @@ def can_be_measured(metric: str, config: RunConfig) -> bool:
         if label:
             return name in METRICS | ROUTING_METRICS and label in source.class_names
         return hasattr(source, "answer_mask")
+    if name in CLOUD_METRICS:
+        return config.data.kind == "solids"
     if name in ROUTING_METRICS:
         return any(isinstance(module, Router) for module in build_model(config).modules())
     return name in METRICS
@@ -104,12 +109,16 @@ def can_be_measured(metric: str, config: RunConfig) -> bool:
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_arms_of_a_claim_share_their_training(name: str) -> None:
-    """Equal data, steps, batch, rate, schedule: what differs is the model or the objective."""
+    """Equal data, steps (or seconds), batch, rate, schedule: what differs is the model or the
+    objective."""
     recipe = get_recipe(name)
     arms = recipe.arms()
     for claim in recipe.claims:
         if claim.baseline:
             ours, theirs = arms[claim.ours], arms[claim.baseline]
+            if claim.equal == "seconds":
+                steps = ours.train.steps
+                theirs = theirs.replace(train=theirs.train.replace(steps=steps))
             for field in ("data", "train", "sample", "seed"):
                 assert getattr(ours, field) == getattr(theirs, field), claim.claim
             for field in ("process", "view", "precondition", "masking"):
@@ -185,7 +194,7 @@ def test_cite_prints_an_entry_that_bibtex_can_read(name: str) -> None:
 @pytest.mark.parametrize("name", RECIPES)
 def test_paper_presets_learn_a_variance_exactly_where_there_is_one(name: str) -> None:
     config = get_recipe(name).config("paper")
-    if config.model.kind == "denoiser":
+    if config.model.kind == "denoiser" and config.model.backbone.kind == "dit":
         discrete = config.model.process.build().discrete
         assert config.model.backbone.learned_variance is discrete
         assert config.model.view == (DDPM if discrete else RECTIFIED_FLOW)["view"]

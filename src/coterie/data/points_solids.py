@@ -82,7 +82,7 @@ class Part:
     def _ellipsoid(self, count: int, rng: Rng) -> Array:
         """Directions, of which those stay (more often) where the sphere is stretched more."""
         half = np.asarray(self.half)
-        found: list[Array] = []
+        found = [np.zeros((0, 3))]
         missing = count
         while missing > 0:
             unit = rng.standard_normal((4 * missing, 3))

@@ -50,7 +50,8 @@ class Claim:
 
     ``factor`` scales the baseline first: ``ours < 0.5 * baseline`` is ``factor=0.5``. A claim
     about one arm alone compares with the number ``target``, or with another metric of this arm,
-    ``against``.
+    ``against``. ``equal``: what the arms share; with ``seconds`` their steps are in inverse
+    proportion to the measured time of a step.
     """
 
     claim: str
@@ -62,6 +63,7 @@ class Claim:
     better: Literal["lower", "higher"] = "lower"
     factor: float = 1.0
     tolerance: float = 0.0  # how far behind still counts, relative ("no worse than")
+    equal: Literal["steps", "seconds"] = "steps"
 
 
 @dataclass(frozen=True)
