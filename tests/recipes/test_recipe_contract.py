@@ -18,6 +18,7 @@ PRESETS = [(name, preset) for name in RECIPES for preset in get_recipe(name).pre
 ARMS = [(name, arm) for name in RECIPES for arm in get_recipe(name).arms()]
 
 METRICS = {"held_out_loss", "frechet", "kid", "precision", "recall", "active_parameters"}
+INITIAL_METRICS = {"initial_loss", "initial_load_cv"}
 ANSWER_METRICS = {"answer_loss", "answer_accuracy"}
 CLOUD_METRICS = {f"{score}_cd" for score in ("one_nn", "coverage", "mmd")}
 ROUTING_METRICS = {
@@ -52,6 +53,7 @@ def test_all_recipes_are_there() -> None:
         "rexmoe",
         "rmoe",
         "switch-dit",
+        "upcycling",
     )
     with pytest.raises(ConfigError, match=r"recipe: 'dit-mo' .*did you mean 'dit-moe'"):
         get_recipe("dit-mo")
@@ -102,9 +104,11 @@ def can_be_measured(metric: str, config: RunConfig) -> bool:
         return hasattr(source, "answer_mask")
     if name in CLOUD_METRICS:
         return config.data.kind == "solids"
-    if name in ROUTING_METRICS:
+    if name in INITIAL_METRICS and config.init is None:
+        return False
+    if name in {*ROUTING_METRICS, "initial_load_cv"}:
         return any(isinstance(module, Router) for module in build_model(config).modules())
-    return name in METRICS
+    return name in METRICS | INITIAL_METRICS
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -186,7 +190,9 @@ def test_cite_prints_an_entry_that_bibtex_can_read(name: str) -> None:
     fields = dict(re.findall(r"^  (\w+) = \{(.*)\},$", entry, flags=re.MULTILINE))
     assert fields["title"] == paper.title and fields["author"] == paper.authors
     assert fields["eprint"] == paper.arxiv and re.fullmatch(r"\d{4}\.\d{4,5}", paper.arxiv)
-    assert fields["year"] == str(paper.year) and paper.key.endswith(("moe", "dtr", "dit", "coe"))
+    assert fields["year"] == str(paper.year) and paper.key.endswith(
+        ("moe", "dtr", "dit", "coe", "upcycling")
+    )
     names = [author.split(", ") for author in paper.authors.split(" and ") if author != "others"]
     assert all(len(parts) == 2 for parts in names)
 

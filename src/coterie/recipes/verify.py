@@ -2,8 +2,10 @@
 
 Arms run in worker processes of one thread each, resume where they stopped, and leave their
 numbers in ``<work>/<commit>/<hash of the configuration>/measures.json``: an arm that two recipes
-share is run once, and no number of another commit is reused. The verdict uses differences paired
-by seed:
+share is run once, and no number of another commit is reused. An arm whose ``init.path`` names
+another arm starts from what that one has learnt under the same seed, and is run after it; what its
+first weights are worth is measured too (``initial_...``). The verdict uses differences paired by
+seed:
 
     shown = the mean difference has the right sign, every seed agrees,
             and the mean exceeds one standard deviation of the differences.
@@ -19,10 +21,12 @@ import os
 import statistics
 import time
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from coterie.core.errors import ConfigError, unknown
 from coterie.core.folder import digest, write_text
 from coterie.core.machine import commit, hardware
 from coterie.recipes.base import Claim, Recipe, get_recipe
@@ -112,6 +116,32 @@ def _cores() -> int:
     return max(1, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1)
 
 
+@dataclass(frozen=True)
+class Job:
+    """One arm under one seed, in the folder it is trained in, and the arm it starts from."""
+
+    arm: str
+    seed: int
+    config: RunConfig
+    folder: Path
+    after: str | None = None
+
+
+def job_of(recipe: Recipe, arm: str, seed: int, root: Path) -> Job:
+    """The folder's name depends on the configuration, and on that of the arm before, alone."""
+    arms = recipe.arms()
+    config = arms[arm].replace(seed=seed)
+    init = config.init
+    if init is None:
+        return Job(arm, seed, config, root / digest(config.to_json())[:16])
+    if init.path not in arms:
+        raise ConfigError(unknown(f"{recipe.name}: {arm}: init.path", init.path, arms))
+    before = job_of(recipe, init.path, seed, root).folder
+    named = config.replace(init=init.replace(path=before.name))
+    placed = config.replace(init=init.replace(path=str(before)))
+    return Job(arm, seed, placed, root / digest(named.to_json())[:16], init.path)
+
+
 def _run_arms(
     recipe: Recipe,
     root: Path,
@@ -119,21 +149,24 @@ def _run_arms(
     workers: int,
     progress: Callable[[str, int, int], None] | None,
 ) -> dict[str, list[dict[str, float]]]:
-    arms = recipe.arms()
-    jobs = [(arm, seed) for seed in range(seeds) for arm in arms]
+    arms = list(recipe.arms())
+    left = [job_of(recipe, arm, seed, root) for seed in range(seeds) for arm in arms]
+    total = len(left)
     results: dict[tuple[str, int], dict[str, float]] = {}
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(max_workers=workers, mp_context=spawn) as pool:
-        waiting = {}
-        for arm, seed in jobs:
-            config = arms[arm].replace(seed=seed)
-            folder = root / digest(config.to_json())[:16]
-            waiting[pool.submit(run_arm, config.to_json(), str(folder))] = (arm, seed)
-        for count, future in enumerate(as_completed(waiting), start=1):
-            arm, seed = waiting[future]
-            results[arm, seed] = future.result()
-            if progress is not None:
-                progress(f"{arm} seed {seed}", count, len(jobs))
+        waiting: dict[Future[dict[str, float]], Job] = {}
+        while left or waiting:
+            ready = [job for job in left if job.after is None or (job.after, job.seed) in results]
+            left = [job for job in left if job not in ready]
+            for job in ready:
+                waiting[pool.submit(run_arm, job.config.to_json(), str(job.folder))] = job
+            done, _ = wait(waiting, return_when=FIRST_COMPLETED)
+            for future in done:
+                job = waiting.pop(future)
+                results[job.arm, job.seed] = future.result()
+                if progress is not None:
+                    progress(f"{job.arm} seed {job.seed}", len(results), total)
     return {arm: [results[arm, seed] for seed in range(seeds)] for arm in arms}
 
 
@@ -151,9 +184,27 @@ def run_arm(config_json: str, folder: str) -> dict[str, float]:
     if stored.is_file():
         found = json.loads(stored.read_text(encoding="utf-8"))
         return {str(key): float(value) for key, value in found["measures"].items()}
+    first = {} if config.init is None else _initial(config, Path(folder))
     began = time.process_time()
     path = start(config, folder, progress=False)
     seconds = time.process_time() - began
-    measures = {**measure(load_run(path)), "train_cpu_seconds": seconds}
+    measures = {**measure(load_run(path)), **first, "train_cpu_seconds": seconds}
     write_text(stored, json.dumps({"config": config.to_json(), "measures": measures}, indent=1))
     return measures
+
+
+def _initial(config: RunConfig, folder: Path) -> dict[str, float]:
+    """Held-out loss and load of the weights an arm starts from; kept, as training moves on."""
+    from coterie.train.evaluate import held_out
+    from coterie.train.routing_measures import routing_measures
+    from coterie.train.run import load_run, prepare
+
+    stored = folder / "initial.json"
+    if not stored.is_file():
+        found = held_out(load_run(prepare(config, folder)))
+        measures = {"initial_loss": found.loss}
+        loads = routing_measures(found.trace)
+        if loads:
+            measures["initial_load_cv"] = loads["load_cv"]
+        write_text(stored, json.dumps(measures, indent=1))
+    return {str(k): float(v) for k, v in json.loads(stored.read_text(encoding="utf-8")).items()}
