@@ -269,6 +269,24 @@ def test_cosines_of_equal_opposite_and_any_experts() -> None:
     assert some[3, 4] == pytest.approx(float(expected), abs=1e-4)
 
 
+def test_experts_are_compared_on_what_they_read_and_a_stem_costs_too() -> None:
+    changes = {f"{SLOT}.expert.stem": "star", f"{SLOT}.expert.adaptor": 0.5}
+    run = as_run(text_config(**changes))
+    with probes.observed(run.model) as seen:
+        probes.probe_loss(run, limit=4)
+    layer, h = seen[0].layer, seen[0].h.flatten(0, 1)
+    with torch.no_grad():
+        answers = torch.stack([expert(layer.stem(h)) for expert in layer.pool.unpack()])
+    expected = F.cosine_similarity(answers[3], answers[4], dim=-1).mean()
+    found = probes.cosines_of(seen)[Place("ffn", 0, 0)][3, 4]
+    assert found == pytest.approx(float(expected), abs=1e-4)
+    always = [p for part in (layer.stem, layer.adaptor) for p in part.parameters() if p.dim() > 1]
+    sites = {layer: ("ffn", 0)}
+    plain = active.expert_multiply_adds(sites, {Place("ffn", 0, 0): 0.0})
+    router = sum(p.numel() for p in layer.routers.parameters())
+    assert plain == router + sum(p.numel() for p in always) > router
+
+
 def sites_stack(run: LoadedRun) -> dict[str, torch.Tensor]:
     layer = next(module for module in run.model.modules() if isinstance(module, ExpertLayer))
     return layer.pool.stacks()

@@ -119,14 +119,15 @@ def layer_cost(config: ExpertLayerConfig, width: int) -> LayerCost:
 
 
 def multiply_adds(layer: ExpertLayer, chosen: float) -> float:
-    """Of a layer for one row that chose ``chosen`` experts in all its rounds: these, the shared
-    experts and the routers, each as often as it runs."""
+    """Of a layer for one row that chose ``chosen`` experts in all its rounds: these, what is always
+    on around them (shared experts, stem, adaptor) and the routers, each as often as it runs."""
     width, rounds = layer.width, layer.config.rounds
     total = _matrix_elements(layer.pool.kind.shapes(width)) * chosen
     runs = rounds if layer.config.round_routing == "shared" else 1
     total += runs * sum(p.numel() for r in layer.routers for p in r.parameters() if p.dim() > 1)
-    if layer.shared is not None:
-        total += rounds * sum(p.numel() for p in layer.shared.parameters() if p.dim() > 1)
+    for part in (layer.shared, layer.stem, layer.adaptor):
+        if part is not None:
+            total += rounds * sum(p.numel() for p in part.parameters() if p.dim() > 1)
     return total
 
 

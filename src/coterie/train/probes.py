@@ -143,6 +143,7 @@ def _answer_cosines(item: Seen, num_experts: int) -> np.ndarray:
     rows = torch.randperm(len(h_RD), generator=rng)[:ALIKE_TOKENS]
     some = torch.randperm(num_experts, generator=rng)[:ALIKE_EXPERTS].sort().values
     x_TD, experts = h_RD[rows.to(h_RD.device)], experts_of(item.layer.pool)
+    x_TD = x_TD if item.layer.stem is None else item.layer.stem(x_TD)  # what the experts read
     answers = [item.layer.pool.kind.forward(x_TD, experts[e]).float() for e in some.tolist()]
     unit_ETD = F.normalize(torch.stack(answers), dim=-1)
     cosine: np.ndarray = torch.einsum("etd,ftd->ef", unit_ETD, unit_ETD).double().cpu().numpy()
