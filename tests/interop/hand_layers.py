@@ -68,9 +68,11 @@ def full_row_gates(kind: str, router: Any, logits: list[float], k: int) -> dict[
     assert kind == "deepseek_v3"
     scores = [1 / (1 + math.exp(-v)) if v > -math.inf else -math.inf for v in logits]
     keys = [s + b for s, b in zip(scores, router.e_score_correction_bias.tolist())]
-    groups = best([sum(keys[2 * g : 2 * g + 2]) for g in range(4)], 2)
+    pairs = [[key for key in keys[2 * g : 2 * g + 2] if key > -math.inf] for g in range(4)]
+    groups = best([sum(pair) if pair else -math.inf for pair in pairs], 2)
     open_ = [e for g in groups for e in (2 * g, 2 * g + 1)]
     chosen = best(keys, k, open_)
+    chosen = [e for e in chosen if keys[e] > -math.inf]
     total = sum(scores[e] for e in chosen)
     return {e: 1.5 * scores[e] / total for e in chosen}
 

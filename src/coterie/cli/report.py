@@ -1,29 +1,95 @@
-"""``coterie report``: who does what in a run."""
+"""``coterie report``: who does what in a run, or in a Hugging Face model that reads a text."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import click
 
-from coterie.cli.output import say, say_json
+from coterie.cli.output import facts, progress_bar, say, say_json
+from coterie.core.errors import CheckpointError, ConfigError
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 @click.command("report")
 @click.argument("run", type=click.Path(path_type=Path))
 @click.option("--out", type=click.Path(path_type=Path), help="Folder. [RUN/report]")
+@click.option("--text", type=click.Path(path_type=Path), help="Text that a model is to read.")
+@click.option("--tokens", type=click.IntRange(1), help="Tokens of the text to read. [8192]")
+@click.option("--batch", type=click.IntRange(1), help="Windows at once. [4]")
+@click.option("--context", type=click.IntRange(1), help="Tokens per window. [512, or fewer]")
+@click.option("--dtype", type=click.Choice(DTYPES), help="Type of the weights. [as stored]")
+@click.option("-n", "--dry-run", is_flag=True, help="A model: sizes and projected minutes only.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report's numbers as JSON.")
 @click.option("-q", "--quiet", is_flag=True, help="No progress bar.")
-def command(run: Path, out: Path | None, as_json: bool, quiet: bool) -> None:
+def command(
+    run: Path, out: Path | None, dry_run: bool, as_json: bool, quiet: bool, **reading: Any
+) -> None:
     """Which experts answer in RUN, over layers, noise levels and classes: a page and its numbers.
+
+    RUN is a run directory, or the folder of a Hugging Face MoE model, which reads --text:
 
     \b
       coterie report runs/dit-moe
+      coterie report models/olmoe --text book.txt --tokens 20000
     """
+    given = {name: value for name, value in reading.items() if value is not None}
+    if given and not run.is_dir():
+        raise CheckpointError(f"{run}: no such folder")
+    if _is_model(run):
+        _report_model(run, out or run / "report", given, dry_run, as_json, quiet)
+        return
+    if given or dry_run:
+        name = "dry-run" if dry_run else next(iter(given))
+        raise ConfigError(f"--{name}: only for the folder of a Hugging Face model, not {run}")
     from coterie.train.report import report_run
 
-    page = report_run(run, out or run / "report", not quiet, citation_of(run))
+    _say_report(report_run(run, out or run / "report", not quiet, citation_of(run)), as_json)
+
+
+def _report_model(
+    folder: Path, out: Path, given: dict[str, Any], dry_run: bool, as_json: bool, quiet: bool
+) -> None:
+    if "text" not in given:
+        raise ConfigError(f"--text: missing; {folder} is a model, say what it is to read")
+    from coterie.inspect import write_report
+    from coterie.interop.transformers.report import Reading, writable
+
+    reading = Reading.prepare(folder, given.pop("text"), **given)
+    if dry_run:
+        planned = reading.measure()
+        say_json(planned) if as_json else say(facts(planned))
+        return
+    writable(out)
+    for note in reading.notes():
+        click.echo(f"note: {note}", err=True)
+    if not quiet:
+        weights = reading.sizes()["weights_gib"]
+        click.echo(f"loading and checking {folder} ({weights:g} GiB)", err=True)
+    _ = reading.model
+    with progress_bar(len(reading.windows), "windows", quiet) as advance:
+        data = reading.read(advance)
+    if not quiet:
+        click.echo("drawing the page", err=True)
+    page = write_report(out, data)
+    if not as_json:
+        say(facts(_values(data.metrics)))
+    _say_report(page, as_json)
+
+
+def _values(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """Losses without their standard errors, nested as they are."""
+    return {
+        name: entry.get("value", _values(entry)) if isinstance(entry, Mapping) else entry
+        for name, entry in metrics.items()
+    }
+
+
+def _say_report(page: Path, as_json: bool) -> None:
     numbers = page.with_name("report.json")
     found = json.loads(numbers.read_text(encoding="utf-8"))
     if as_json:
@@ -33,6 +99,15 @@ def command(run: Path, out: Path | None, as_json: bool, quiet: bool) -> None:
         say(sentence)
     say(f"report   {page}")
     say(f"numbers  {numbers}")
+
+
+def _is_model(folder: Path) -> bool:
+    """Whether ``config.json`` there is one of transformers: a run's names no model_type."""
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(config, dict) and "model_type" in config
 
 
 def citation_of(run: Path) -> str:

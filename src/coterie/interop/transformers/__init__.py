@@ -2,7 +2,7 @@
 
 Importing this loads nothing of transformers: layers are found by structure. Only loading a model
 from a folder (:mod:`.load`) needs the library. Classes: Mixtral, OLMoE, Qwen2-MoE, Qwen3-MoE,
-DeepSeek-V2, DeepSeek-V3, DiffusionGemma, as they are in transformers 5.13 and later.
+DeepSeek-V2, DeepSeek-V3, DiffusionGemma, as they are in transformers 5.18 and later.
 """
 
 from coterie.interop.transformers.experts import PoolExperts

@@ -271,7 +271,10 @@ def _site(model: nn.Module, path: str, block: nn.Module) -> MoESite:
     slot = "ffn"
     if family.kind == "diffusion_gemma":
         slot = "encoder" if "Encoder" in type(block).__name__ else "decoder"
-    return MoESite(model, path, int(numbers[-1]) if numbers else 0, slot, family, block, name)
+    layer = int(numbers[-1]) if numbers else 0
+    site = MoESite(model, path, layer, slot, family, block, name)
+    site.rule.router_config("given")  # a rule that cannot be is refused here, not in a forward pass
+    return site
 
 
 def _fused(experts: Any) -> bool:
