@@ -10,6 +10,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # the same names as in _HOME, for editors and type checkers
+    from coterie.convert import UpcycleConfig as UpcycleConfig
+    from coterie.convert import upcycle as upcycle
     from coterie.core.batch import Batch as Batch
     from coterie.core.batch import Losses as Losses
     from coterie.core.config import Config as Config
@@ -35,7 +37,6 @@ if TYPE_CHECKING:  # the same names as in _HOME, for editors and type checkers
     from coterie.hub import save_pretrained as save_pretrained
     from coterie.inspect import Trace as Trace
     from coterie.process import Process as Process
-    from coterie.process import convert as convert
     from coterie.recipes import get_recipe as get_recipe
     from coterie.recipes import list_recipes as list_recipes
     from coterie.solvers import GuidanceConfig as GuidanceConfig
@@ -75,8 +76,8 @@ _HOME = {
     "TrainConfig": "train",
     "Trainer": "train",
     "TrainingError": "core.errors",
+    "UpcycleConfig": "convert",
     "build_source": "data",
-    "convert": "process",
     "get_recipe": "recipes",
     "guide": "solvers",
     "list_recipes": "recipes",
@@ -86,6 +87,7 @@ _HOME = {
     "sample_run": "train.samples",
     "save_pretrained": "hub",
     "start": "train.run",
+    "upcycle": "convert",
 }
 """Public name -> the module that defines it."""
 

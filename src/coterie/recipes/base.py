@@ -1,7 +1,8 @@
 """What a recipe is: a paper, presets, claims, departures. No mechanism lives here.
 
 A recipe file defines ``PAPER``, ``SUMMARY``, ``tiny()``, ``paper()`` (and more presets if it
-likes), ``arms()`` (the configurations its claims compare), ``CLAIMS`` and ``DEPARTURES``.
+likes), ``arms()`` (the configurations its claims compare; an arm whose ``init.path`` names another
+arm goes on from it), ``CLAIMS`` and ``DEPARTURES``.
 """
 
 from __future__ import annotations

@@ -21,7 +21,6 @@ from coterie.core.config import Config
 from coterie.core.cost import count_parameters
 from coterie.core.errors import CheckpointError, ConfigError, describe
 from coterie.core.folder import (
-    MANIFEST,
     atomic_folder,
     canonical,
     file_digest,
@@ -128,6 +127,7 @@ def load_upcycled(path: str | Path) -> Any:
 def plan_directory(path: str | Path, config: UpcycleConfig) -> dict[str, Any]:
     """What upcycling the model in a folder gives: its blocks, parameters before and after. No
     weight is read or made."""
+    _refuse_upcycled(Path(path))
     with torch.device("meta"):
         model = _empty(Path(path))
     dense = count_parameters(model)
@@ -196,8 +196,7 @@ def _empty(path: Path, dtype: torch.dtype = torch.float32) -> Any:
 
 def _load(path: Path) -> Any:
     """The dense model in float32, whatever it is stored in: the comparison is of functions."""
-    if (path / MANIFEST).is_file():
-        raise ConfigError(describe("source", str(path), "a dense model", "it is upcycled already"))
+    _refuse_upcycled(path)
     theirs = _transformers()
     try:
         model = theirs.AutoModelForCausalLM.from_pretrained(
@@ -206,6 +205,11 @@ def _load(path: Path) -> Any:
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}: not a causal language model ({error})") from None
     return model.eval()
+
+
+def _refuse_upcycled(path: Path) -> None:
+    if (path / PLAN).is_file():
+        raise ConfigError(describe("source", str(path), "a dense model", "it is upcycled already"))
 
 
 def _transformers() -> Any:
