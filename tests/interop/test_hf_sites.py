@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import warnings
 from typing import Any
 
@@ -238,3 +240,12 @@ def test_one_expert_per_row_raises_no_warning_while_it_is_only_watched() -> None
         warnings.simplefilter("error")
         model(tokens())
     assert torch.equal(records[0].gates, torch.ones(24, 1))
+
+
+def test_the_bridge_itself_loads_nothing_of_transformers() -> None:
+    code = (
+        "import sys; import coterie.interop.transformers, coterie.interop.transformers.report; "
+        "print('transformers' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
