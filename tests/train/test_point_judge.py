@@ -7,8 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from coterie.core.config import override
+from coterie.hub import load_pretrained
 from coterie.recipes import fastdit_3d
 from coterie.train.evaluate import measure
 from coterie.train.judges import judge_of
@@ -42,6 +44,13 @@ def test_the_numbers_of_a_run_are_those_of_sets_of_clouds(run: LoadedRun) -> Non
         assert np.isfinite([found[score], found[f"{score}_floor"]]).all()
     assert found["mmd_cd"] > found["mmd_cd_floor"] > 0
     assert found["held_out_loss"] > 0 and "class_bits_last" in found
+
+
+def test_the_model_folder_holds_encoder_and_decoder(run: LoadedRun) -> None:
+    model = load_pretrained(run.path / "model")
+    ours, theirs = run.model.state_dict(), model.state_dict()
+    assert ours.keys() == theirs.keys() and any(".decoder." in name for name in ours)
+    assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
 
 
 def test_clouds_are_drawn_with_the_labels_they_are_compared_with(
