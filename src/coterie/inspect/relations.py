@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -10,6 +10,7 @@ from coterie.inspect.amounts import Amounts, analyse_amounts
 from coterie.inspect.pairs import PairStats, analyse_pairs
 from coterie.inspect.pools import PoolStats, analyse_pools
 from coterie.inspect.stats import Array
+from coterie.inspect.tables import Place
 from coterie.inspect.trace import Trace
 from coterie.inspect.words import bits, label_name, listing
 
@@ -46,7 +47,7 @@ def amount_sentences(amounts: Sequence[Amounts], class_names: Sequence[str] = ()
             f"A row uses {only.mean:.2g} experts in layer {only.name}; 95 of 100 rows use at "
             f"most {only.p95}."
         )
-    for item in _widest(varying, "by_class"):
+    for item in _widest(varying, {item.place: item.by_class for item in varying}):
         seen = [
             i for i in np.argsort(item.by_class, kind="stable") if np.isfinite(item.by_class[i])
         ]
@@ -54,9 +55,9 @@ def amount_sentences(amounts: Sequence[Amounts], class_names: Sequence[str] = ()
         parts = [f"{item.by_class[i]:.2g} for {label_name(int(i), class_names)}" for i in told]
         what = "by class" if len(seen) <= FEW else "for the classes with the fewest and the most"
         out.append(f"Experts per row in layer {item.name} {what}: {listing(parts)}.")
-    for item in _widest(varying, "by_noise"):
-        known = np.flatnonzero(np.isfinite(item.by_noise))
-        first, last = item.by_noise[known[0]], item.by_noise[known[-1]]
+    ends = {item.place: _ends(item.by_noise) for item in varying}
+    for item in _widest(varying, ends):
+        first, last = ends[item.place]
         out.append(
             f"Layer {item.name} uses {first:.2g} experts near the data and {last:.2g} where "
             "the noise is strongest."
@@ -64,12 +65,17 @@ def amount_sentences(amounts: Sequence[Amounts], class_names: Sequence[str] = ()
     return out
 
 
-def _widest(items: Sequence[Amounts], facet: str) -> list[Amounts]:
-    """Routers whose amounts differ most over ``facet``, in order of depth; [] where none does."""
-    spread = {item.place: _spread(getattr(item, facet)) for item in items}
-    telling = [item for item in items if spread[item.place] > WORTH_SAYING]
-    best = sorted(telling, key=lambda item: -spread[item.place])[:FEW]
+def _widest(items: Sequence[Amounts], values: Mapping[Place, Array]) -> list[Amounts]:
+    """Routers whose ``values`` differ most, in order of depth; [] where none do."""
+    telling = [item for item in items if _spread(values[item.place]) > WORTH_SAYING]
+    best = sorted(telling, key=lambda item: -_spread(values[item.place]))[:FEW]
     return sorted(best, key=lambda item: item.place)
+
+
+def _ends(values: Array) -> Array:
+    """The first and the last known value; [] for fewer than two."""
+    known = values[np.isfinite(values)]
+    return known[[0, -1]] if known.size > 1 else known[:0]
 
 
 def _spread(values: Array) -> float:
