@@ -146,7 +146,8 @@ def check_slot(slot: SlotConfig) -> None:
     if slot.slot not in FITS:
         raise ConfigError(describe("slot", slot.slot, " or ".join(FITS), "it belongs to a trunk"))
     if not slot.names:
-        raise ConfigError(describe("names", slot.names, "one or more patterns of module names"))
+        hint = "the network numbers no blocks"
+        raise ConfigError(describe("names", slot.names, "patterns of module names", hint))
     if not slot.residual:
         raise ConfigError(describe("residual", False, "true", "the network adds by itself"))
     if not expert.kind.ends:

@@ -7,13 +7,19 @@ Shapes: B batch, C channels, H x W pixels.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 from torch import Tensor
 
-from coterie.backbones.base import BACKBONES, BackboneOutput
+from coterie.backbones.base import (
+    BACKBONES,
+    TOLD_BY_DENOISERS,
+    BackboneOutput,
+    BackbonePart,
+)
+from coterie.backbones.checks import check_told
 from coterie.backbones.conditioning import embed_condition
 from coterie.backbones.hosting import NetworkHost, check_slot, zero
 from coterie.backbones.scope import scope
@@ -21,13 +27,12 @@ from coterie.backbones.slots import SlotConfig
 from coterie.core.context import Context
 from coterie.core.errors import ConfigError, DataError, describe
 from coterie.core.prediction import Condition
-from coterie.core.registry import Part
 from coterie.experts.routers.config import within
 from coterie.nn.embed import LabelEmbedding
 
 
 @BACKBONES.register
-class UNetConfig(Part):
+class UNetConfig(BackbonePart):
     """``widths``: channels of each level, from full resolution down; each halves the side.
 
     ``layers``: residual blocks per level on the way down (one more on the way up). ``attention``:
@@ -37,6 +42,7 @@ class UNetConfig(Part):
     """
 
     kind: Literal["unet"] = "unet"
+    told: ClassVar[frozenset[str]] = TOLD_BY_DENOISERS
     image_size: PositiveInt = 28
     channels: PositiveInt = 1
     num_classes: NonNegativeInt = 10
@@ -71,6 +77,7 @@ class UNetConfig(Part):
                 hint = "a U-Net of images has convolutions, and no feed-forward networks"
                 raise ConfigError(describe(f"slots.{index}.slot", slot.slot, "conv", hint))
             within(f"slots.{index}", lambda slot=slot: check_slot(slot))  # type: ignore[misc]
+        check_told(self.slots, self.told)
         return self
 
     @property

@@ -116,7 +116,6 @@ class ExpertLayerConfig(Config):
 
     def check(self, width: int) -> None:
         """Raise ConfigError where a layer of this width cannot be built."""
-        self._check_count(self.candidates(width), width)
         if self.kind.fixed_count(width) is not None:
             hint = f"the number of {self.kind.kind} experts is fixed, one per candidate"
             if self.slot_map is not None:
@@ -124,6 +123,7 @@ class ExpertLayerConfig(Config):
             if self.router.num_reserved:
                 partition = self.router.partition
                 raise ConfigError(describe("router.partition", partition, "none", hint))
+        self._check_count(self.candidates(width), width)
 
     def _check_kind(self) -> None:
         """What the kind of expert asks of the rest."""

@@ -61,6 +61,6 @@ class ContrastiveBalance(BalancePart):
 
     def check(self, router: RouterConfig, num_experts: int | None) -> None:
         if not isinstance(router.score, CosineScore):
-            hint = f"a {router.score.kind} score has none"
+            hint = "it moves prototypes towards the rows that chose them"
             allowed = "a router with cosine prototypes"
             raise ConfigError(describe("kind", self.kind, allowed, hint))
