@@ -70,7 +70,8 @@ class Control:
         self.routes: list[RouteFn] = []
         self.taps: list[Collector] = []
         self._handles: list[Any] = []
-        self._masks = MaskReader(site.model, site.path, site.mask_name)
+        mask = "decoder_attention_mask" if site.slot == "decoder" else "attention_mask"
+        self._masks = MaskReader(site.model, site.path, mask)
         self._shape = (1, 0)
         self._flag: bool | None = None  # what an experts module said before a change of ours
         self._raw: Tensor | None = None

@@ -107,23 +107,11 @@ class MoESite:
         """The linear map whose sigmoid weighs ``shared``, or None."""
         return getattr(self.block, self.family.shared_gate) if self.family.shared_gate else None
 
-    @property
-    def mask_name(self) -> str:
-        """The model's argument that says which of this layer's rows are padding."""
-        return "decoder_attention_mask" if self.slot == "decoder" else "attention_mask"
-
     def expert(self, expert: int) -> tuple[Tensor, Tensor, Tensor]:
         """Views of one expert's gate [F, D], up [F, D] and down [D, F]."""
         if not 0 <= expert < self.num_experts:
             raise ConfigError(describe("expert", expert, f"0..{self.num_experts - 1}"))
-        held = self.experts
-        if isinstance(held, PoolExperts):
-            place = held.tensor_of(expert)
-            gate_up, down = held.pool.gate_up[place], held.pool.down[place]  # type: ignore[index]
-        elif not hasattr(held, "gate_up_proj"):
-            raise ConfigError(f"{self.path}: its experts are replaced by {type(held).__name__}")
-        else:
-            gate_up, down = held.gate_up_proj[expert], held.down_proj[expert]
+        gate_up, down = _tensors(self, expert)
         gate, up = gate_up.chunk(2, dim=0)
         return gate, up, down
 
@@ -196,6 +184,17 @@ class MoESite:
         from coterie.interop.transformers.convert import load_expert_layer
 
         load_expert_layer(self, layer)
+
+
+def _tensors(site: MoESite, expert: int) -> tuple[Tensor, Tensor]:
+    """One expert's gate_up [2F, D] and down [D, F], in their module or in a pool of ours."""
+    held = site.experts
+    if isinstance(held, PoolExperts):
+        stacks, expert = held.pool.stacks(), held.tensor_of(expert)
+        return stacks["gate_up"][expert], stacks["down"][expert]
+    if not hasattr(held, "gate_up_proj"):
+        raise ConfigError(f"{site.path}: its experts are replaced by {type(held).__name__}")
+    return held.gate_up_proj[expert], held.down_proj[expert]
 
 
 def _swap(site: MoESite, experts: nn.Module) -> Callable[[], None]:
