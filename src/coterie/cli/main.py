@@ -15,7 +15,7 @@ VERBS = {
     "train": "Train a recipe, or go on with a run.",
     "upcycle": "Make experts of a dense model, and keep what it computes.",
     "sample": "Draw samples from a run.",
-    "report": "Who does what: experts over layers, noise levels and classes of a run.",
+    "report": "Who does what in a run, or in a Hugging Face model that reads a text.",
     "sweep": "Quality against cost of a run when its routers choose more or fewer experts.",
     "verify": "Measure the claims of recipes against their baselines.",
     "bench": "Time the expert layers on this machine.",
