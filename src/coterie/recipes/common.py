@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from coterie.backbones import DiTConfig, SlotConfig, TrunkConfig
+from coterie.backbones import DiTConfig, SlotConfig, TrunkConfig, UNetConfig
 from coterie.backbones.causal import TEXT_TRUNK, CausalConfig
+from coterie.core.registry import Part
 from coterie.denoiser import DenoiserConfig, TokenDenoiserConfig
 from coterie.solvers import GuidanceConfig, ThresholdConfig
 from coterie.train.config import TrainConfig
@@ -80,6 +81,34 @@ def image_tiny(
     one to two minutes on one core."""
     sizes = {"width": 64, "depth": 4, "heads": 4, **(trunk or {})}
     backbone = DiTConfig(trunk=TrunkConfig(**sizes, slots=slots))
+    return _digits(recipe, backbone, flow, steps, objective, changes)
+
+
+def unet_tiny(
+    recipe: str,
+    *slots: SlotConfig,
+    flow: bool = True,
+    steps: int = 300,
+    sizes: dict[str, Any] | None = None,
+    objective: dict[str, Any] | None = None,
+    **changes: Any,
+) -> RunConfig:
+    """The same digits by a U-Net of 16, 32 and 32 channels at 28, 14 and 7 pixels: two to three
+    minutes on one core. It learns more per step than the small transformer, which has eight of
+    them in the same time."""
+    backbone = UNetConfig.from_dict({"widths": (16, 32, 32), **(sizes or {}), "slots": slots})
+    return _digits(recipe, backbone, flow, steps, objective, {"batch": 32, **changes})
+
+
+def _digits(
+    recipe: str,
+    backbone: Part,
+    flow: bool,
+    steps: int,
+    objective: dict[str, Any] | None,
+    changes: dict[str, Any],
+) -> RunConfig:
+    """A short run on 5,000 digits of MNIST."""
     kind = RECTIFIED_FLOW if flow else DDPM
     times = "logit_normal" if flow else "uniform"
     sampler = {"solver": "heun" if flow else "dpmpp_2m", "steps": 12 if flow else 24}
