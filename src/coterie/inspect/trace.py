@@ -74,7 +74,8 @@ class Trace:
     whom, from each router to the next of its slot (the next round, or the next layer).
 
     ``noise_to_unit`` maps ``Routing.noise`` to [0, 1] (needed where the process time is a standard
-    deviation); ``grid`` = (height, width) of the tokens of an image, in row-major order.
+    deviation); ``grid`` = (height, width) of the tokens of an image, or (x, y upwards, z) of a
+    volume, in row-major order.
     Conditional and unconditional rows (label NULL_LABEL) are kept apart everywhere.
     """
 
@@ -83,7 +84,7 @@ class Trace:
         *,
         noise_bins: int = NOISE_BINS,
         noise_to_unit: Callable[[Tensor], Tensor] | None = None,
-        grid: tuple[int, int] | None = None,
+        grid: tuple[int, ...] | None = None,
     ) -> None:
         if noise_bins < 1:
             raise DataError(describe("noise_bins", noise_bins, ">= 1"))

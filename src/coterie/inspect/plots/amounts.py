@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from coterie.inspect.amounts import Amounts
+from coterie.inspect.plots.positions import face, scene
 from coterie.inspect.plots.style import (
     FULL_WIDTH,
     PALETTE,
@@ -127,7 +129,7 @@ def _telling(table: Array) -> list[int]:
 
 
 def plot_amounts_by_position(
-    amounts: Sequence[Amounts], grid: tuple[int, int] | None
+    amounts: Sequence[Amounts], grid: tuple[int, ...] | None
 ) -> Plot | None:
     have = [item for item in amounts if item.varies and np.isfinite(item.by_position).sum() > 1]
     if not have:
@@ -136,14 +138,14 @@ def plot_amounts_by_position(
     caption = "Mean number of experts that the token at each {} uses." + left_out(len(have))
     alt = f"Mean experts per row by position in {len(shown)} layers."
     name, title = "experts_per_row_by_position", "Experts per row over {}"
-    if grid is not None and all(len(item.by_position) == grid[0] * grid[1] for item in have):
-        panels = [Panel(f"layer {i.name}", i.by_position.reshape(grid)) for i in shown]
+    if grid is not None and all(len(item.by_position) == math.prod(grid) for item in have):
+        panels = [Panel(f"layer {i.name}", face(i.by_position, grid)) for i in shown]
         values = np.stack([panel.values for panel in panels])
         limits = (float(np.nanmin(values)), float(np.nanmax(values)))
         return Plot(
             name,
-            title.format("the image"),
-            caption.format("place of the image"),
+            title.format(f"the {scene(grid)[0]}"),
+            caption.format("place of the {}{}".format(*scene(grid))),
             alt,
             lambda: heat_panels(
                 panels, Axis("column"), Axis("row"), "experts per row", limits, square=True

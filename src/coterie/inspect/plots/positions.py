@@ -1,4 +1,4 @@
-"""Pictures of where experts work: maps over the image, or curves over a sequence."""
+"""Pictures of where experts work: maps over an image or a volume, or curves over a sequence."""
 
 from __future__ import annotations
 
@@ -29,13 +29,12 @@ MAX_POSITIONS = 64
 
 
 def plot_positions(
-    routers: Sequence[RouterTrace], names: Sequence[str], grid: tuple[int, int] | None
+    routers: Sequence[RouterTrace], names: Sequence[str], grid: tuple[int, ...] | None
 ) -> Plot | None:
     have = [i for i, r in enumerate(routers) if r.positions.rows[r.main].any()]
     if not have:
         return None
-    fits = grid is not None and all(routers[i].positions.columns == grid[0] * grid[1] for i in have)
-    if grid is not None and fits:
+    if grid is not None and all(routers[i].positions.columns == math.prod(grid) for i in have):
         return _maps([routers[i] for i in have], [names[i] for i in have], grid)
     counts = [_pool(routers[i].positions.counts[routers[i].main]) for i in have]
     panels = share_panels(counts, [c.sum(1) for c in counts], [names[i] for i in have])
@@ -53,14 +52,34 @@ def plot_positions(
     )
 
 
-def _maps(routers: Sequence[RouterTrace], names: Sequence[str], grid: tuple[int, int]) -> Plot:
+def face(values: Array, grid: tuple[int, ...]) -> Array:
+    """Values [..., N] of tokens on a grid as a map [..., height, width]: an image as it is, a
+    volume (x to the side, y upwards, z to the front) from the front, mean over its depth."""
+    placed = values.reshape(*values.shape[:-1], *grid)
+    if len(grid) == 2:
+        return placed
+    known = np.isfinite(placed)
+    total = np.where(known, placed, 0).sum(-1)
+    mean = np.divide(total, known.sum(-1), out=np.full(total.shape, np.nan), where=known.any(-1))
+    return np.swapaxes(mean, -1, -2)[..., ::-1, :]
+
+
+def scene(grid: tuple[int, ...]) -> tuple[str, str]:
+    """What the tokens show, and what a caption adds on how it is seen."""
+    flat = len(grid) == 2
+    return ("image", "") if flat else ("volume", " (seen from the front, mean over its depth)")
+
+
+def _maps(routers: Sequence[RouterTrace], names: Sequence[str], grid: tuple[int, ...]) -> Plot:
     shown = pick(len(routers))
+    tall, wide = grid if len(grid) == 2 else (grid[1], grid[0])
+    what, view = scene(grid)
 
     def draw() -> Any:
         rates = [_rates(routers[i], grid) for i in shown]
         tiles = max(len(ids) for ids, _ in rates)
         inch = min(0.82, (FULL_WIDTH - 1.4) / tiles)
-        height = inch * grid[0] / grid[1] + 0.36
+        height = inch * tall / wide + 0.36
         fig = figure(min(FULL_WIDTH, 1.9 + inch * tiles), max(1.3, height * len(shown) + 0.3))
         axes = fig.subplots(len(shown), 1, squeeze=False)[:, 0]
         top = max(float(np.nanmax(values)) for _, values in rates) or 1.0
@@ -74,26 +93,26 @@ def _maps(routers: Sequence[RouterTrace], names: Sequence[str], grid: tuple[int,
         return fig
 
     caption = (
-        "For every expert (numbered below its map) how often the token at each place of the image "
-        "chooses it. A map of one colour: the expert works everywhere alike."
+        f"For every expert (numbered below its map) how often the token at each place of the {what}"
+        f"{view} chooses it. A map of one colour: the expert works everywhere alike."
     )
     if max(r.num_experts for r in routers) > MAX_TILES:
         caption += f" The {MAX_TILES} busiest experts of a layer are drawn."
     return Plot(
         "expert_by_position",
-        "Experts over the image",
+        f"Experts over the {what}",
         caption + left_out(len(routers)),
-        f"Maps of {grid[0]} by {grid[1]} tokens per expert for {len(shown)} layers.",
+        f"Maps of {tall} by {wide} tokens per expert for {len(shown)} layers.",
         draw,
     )
 
 
-def _rates(router: RouterTrace, grid: tuple[int, int]) -> tuple[list[int], Array]:
+def _rates(router: RouterTrace, grid: tuple[int, ...]) -> tuple[list[int], Array]:
     """Experts shown, in their own order, and their rates [tiles, h, w]."""
     counts, rows = router.positions.counts[router.main], router.positions.rows[router.main]
     busiest = np.argsort(-counts.sum(0), kind="stable")[:MAX_TILES]
     ids = sorted(int(i) for i in busiest)
-    return ids, stats.usage_rate(counts, rows)[:, ids].T.reshape(len(ids), *grid)
+    return ids, face(stats.usage_rate(counts, rows)[:, ids].T, grid)
 
 
 def _mosaic(ax: Any, ids: list[int], values: Array, tiles: int, top: float) -> Any:
