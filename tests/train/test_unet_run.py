@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from small_runs import SHORT
+from torch import nn
 
 from coterie.backbones import SlotConfig
 from coterie.core.config import override
@@ -127,7 +128,26 @@ def test_the_backbone_is_one_flag_of_any_image_recipe() -> None:
     changed = override(get_recipe("dit").config("tiny"), {"model.backbone": "unet"})
     assert changed.model.backbone.kind == "unet"
     assert build_source(changed).shape == changed.model.backbone.sample_shape
-    planned = plan(changed, measure=False)
-    assert planned["parameters_total"] > 900_000
+    assert plan(changed, measure=False)["parameters_total"] > 900_000
     with pytest.raises(ConfigError, match=r"model\.backbone.*\(1, 8, 8\)"):
         build_source(override(changed, {"data": {"kind": "digits"}}))
+
+
+def test_the_cost_of_a_step_counts_every_place_of_a_kernel() -> None:
+    backbone, batch = config().model.backbone, images(1)
+    model = build_model(config())
+    counts: list[int] = []
+
+    def count(module: nn.Module, given: Any, out: torch.Tensor) -> None:
+        counts.append(module.weight[0].numel() * out.numel())  # type: ignore[union-attr]
+
+    plain = backbone.build_network()
+    for module in plain.modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            module.register_forward_hook(count)
+    plain(batch.x, 3)
+    pools = sum(p.numel() for n, p in model.named_parameters() if ".pool." in n)
+    expected, found = sum(counts) + pools, backbone.multiply_adds()
+    assert expected < found < 1.01 * expected, "attention's own products are the rest"
+    planned = plan(config(), measure=False)
+    assert planned["flops_per_step"] == 6 * found * config().train.batch

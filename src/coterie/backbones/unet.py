@@ -109,6 +109,18 @@ class UNetConfig(BackbonePart):
     def build(self) -> UNet:
         return UNet(self)
 
+    def multiply_adds(self) -> int:
+        """Of one sample's forward pass, from shapes alone. Experts cost the sum of their kernels:
+        the convolution with it is the network's own."""
+        from torch.utils.flop_counter import FlopCounterMode
+
+        with torch.device("meta"), torch.no_grad():
+            network, whole = self.build_network(), self.build()
+            with FlopCounterMode(display=False) as counted:
+                network(torch.empty(1, *self.sample_shape), torch.zeros(1))
+        kernels = sum(p.numel() for slot in whole.slots() for p in slot.experts.pool.parameters())
+        return counted.get_total_flops() // 2 + kernels
+
 
 class UNet(NetworkHost):
     """``forward(x [B, C, H, W], ctx, cond) -> BackboneOutput`` with a sample of x's shape."""

@@ -228,6 +228,8 @@ def plan(config: RunConfig, measure: bool = True) -> dict[str, Any]:
         counted = count_parameters(config.model.build())
     backbone = getattr(config.model, "backbone", None)
     tokens = int(getattr(backbone, "tokens", 1))
+    own = getattr(backbone, "multiply_adds", None)  # where a parameter serves many places
+    work = counted.active * tokens if own is None else own()
     out: dict[str, Any] = {
         "recipe": config.recipe,
         "preset": config.preset,
@@ -237,7 +239,7 @@ def plan(config: RunConfig, measure: bool = True) -> dict[str, Any]:
         "steps": config.train.steps,
         "batch": config.train.batch,
         # 2 FLOPs per multiply-add, forward + twice that backward, active parameters only.
-        "flops_per_step": 6 * counted.active * tokens * config.train.batch,
+        "flops_per_step": 6 * work * config.train.batch,
     }
     if measure:
         # What a step costs does not depend on where the first weights come from.
