@@ -15,6 +15,7 @@ from coterie.backbones.points import PointTransformer
 from coterie.backbones.voxels import voxelise
 from coterie.core.batch import Batch
 from coterie.core.context import Context
+from coterie.core.cost import count_parameters
 from coterie.core.errors import ConfigError, DataError
 from coterie.core.prediction import Condition
 from coterie.core.rng import SampleNoise, generator
@@ -91,7 +92,7 @@ def test_each_cloud_keeps_its_own_share_of_foreground_and_background() -> None:
     model = built()
     x = clouds()
     voxels = voxelise(x, 8)
-    foreground = model._foreground(voxels)
+    foreground = model.config.foreground(voxels)
     ids = model.config.mask.draw(foreground, context())
     for row in range(3):
         place = voxels.coordinates[row].round().long() // 2
@@ -110,7 +111,7 @@ def test_foreground_is_that_of_the_noisy_input() -> None:
     """Noise fills the cube: a flat cloud has more occupied patches after it is noised."""
     model, x = built(), clouds()[-1:]
     noisy = 0.5 * x + torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
-    clean, full = (int(model._foreground(voxelise(cloud, 8)).sum()) for cloud in (x, noisy))
+    clean, full = (int(model.config.foreground(voxelise(cloud, 8)).sum()) for cloud in (x, noisy))
     assert full >= 1.5 * clean
     seen: list[int] = []
     model.trunk.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[1]))
@@ -123,7 +124,7 @@ def test_the_encoder_reads_visible_tokens_only() -> None:
     model = built()
     voxels = voxelise(clouds(), 8)
     ctx = context(embedding=torch.randn(3, 24, dtype=torch.float64))
-    ids = model.config.mask.draw(model._foreground(voxels), ctx)
+    ids = model.config.mask.draw(model.config.foreground(voxels), ctx)
     before, _ = model._encode(voxels, ids, ctx)
     tokens = model.patches.split(voxels.means).reshape(3, L, -1).clone()
     seen = torch.zeros(3, L + 1, dtype=torch.bool).scatter(1, ids, True)[:, :L]
@@ -191,7 +192,7 @@ def test_padding_is_never_routed() -> None:
     model = built(trunk={**SMALL["trunk"], "slots": [{"expert": MOE}]})
     x = clouds()
     out = model(x, context(), labels())
-    foreground = model._foreground(voxelise(x, 8)).sum(1)
+    foreground = model.config.foreground(voxelise(x, 8)).sum(1)
     wanted = sum(round(0.5 * n) + round(0.1 * (L - n)) for n in foreground.tolist())
     for routing in out.routings:
         assert routing.mask is not None and int(routing.mask.sum()) == wanted
@@ -202,7 +203,7 @@ def test_visible_points_lie_in_patches_that_were_kept() -> None:
     model, x = built(), clouds()
     out = model(x, context(), labels())
     voxels = voxelise(x, 8)
-    ids = model.config.mask.draw(model._foreground(voxels), context())
+    ids = model.config.mask.draw(model.config.foreground(voxels), context())
     place = voxels.coordinates.round().long() // 2
     token = (place[..., 0] * 4 + place[..., 1]) * 4 + place[..., 2]
     for row in range(3):
@@ -259,6 +260,19 @@ def test_attention_of_the_encoder_costs_the_square_of_what_it_sees() -> None:
         return sum(found.values())
 
     assert attention(0.75) * 16 == attention(0.0) > 0
+
+
+def test_the_stated_cost_falls_with_what_the_encoder_sees() -> None:
+    full, half = (config({"kind": "random", "r": r}) for r in (0.0, 0.5))
+    assert (full.visible_tokens(), half.visible_tokens()) == (L, L // 2)
+    assert config({"kind": "none"}).multiply_adds() == full.multiply_adds()
+    model = full.build()
+    encoder = count_parameters(model.trunk).total + count_parameters(model.patch_in).total
+    assert full.multiply_adds() - half.multiply_adds() == encoder * L // 2
+    aware = config()
+    noise = torch.randn(1, POINTS, 3, generator=torch.Generator().manual_seed(0))
+    n = int(aware.foreground(voxelise(noise, 8)).sum())
+    assert aware.visible_tokens() == round(0.5 * n) + round(0.1 * (L - n))
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field, model_validator
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 
 from coterie.backbones.base import (
     BACKBONES,
@@ -30,6 +30,7 @@ from coterie.backbones.trunk import Trunk, TrunkConfig, modulate
 from coterie.backbones.voxels import Voxels, check_clouds, devoxelise, voxelise
 from coterie.core.config import Config
 from coterie.core.context import Context
+from coterie.core.cost import count_parameters
 from coterie.core.errors import ConfigError, DataError, describe
 from coterie.core.prediction import Condition
 from coterie.core.routing import Routing
@@ -65,12 +66,9 @@ class MaskConfig(Config):
         if self.kind == "none" or over or rng is None:
             return None
         scores = torch.rand(foreground_BL.shape, generator=rng, device=rng.device)
-        groups = (
-            foreground_BL.long()
-            if self.kind == "fgbg"
-            else torch.zeros_like(foreground_BL, dtype=torch.long)
-        )
-        drop = (self.rb, self.rf) if self.kind == "fgbg" else (self.r,)
+        aware = self.kind == "fgbg"
+        groups = (foreground_BL if aware else torch.zeros_like(foreground_BL)).long()
+        drop = (self.rb, self.rf) if aware else (self.r,)
         return draw_subset(scores.to(groups.device), groups, drop)
 
 
@@ -126,8 +124,40 @@ class PointsConfig(BackbonePart):
     def sample_shape(self) -> tuple[int, ...]:
         return self.num_points, 3
 
+    @property
+    def patches(self) -> Windows:
+        """How the grid of cells is cut into patches, in the order of the tokens."""
+        return Windows((self.voxels,) * 3, self.patch)
+
+    def foreground(self, voxels: Voxels) -> Tensor:
+        """bool [B, L]: patches with a point in them."""
+        cells = self.patches.split(voxels.counts[:, :, None])
+        return (cells > 0).any(dim=1).view(-1, self.tokens)
+
     def build(self) -> PointTransformer:
         return PointTransformer(self)
+
+    def visible_tokens(self) -> int:
+        """What the encoder sees of a cloud in training: of one of pure noise, drawn always alike.
+        Clouds with less noise in them fill about as many patches."""
+        rng = Generator().manual_seed(0)
+        cloud = torch.randn(1, self.num_points, 3, generator=rng)
+        ctx = Context(1, self.tokens, training=True, rng=rng, progress=0.0)
+        ids_BK = self.mask.draw(self.foreground(voxelise(cloud, self.voxels)), ctx)
+        return self.tokens if ids_BK is None else ids_BK.shape[1]
+
+    def multiply_adds(self) -> int:
+        """Of one sample's forward pass in training, from parameters alone, as those of a DiT."""
+        with torch.device("meta"):
+            model = self.build()
+        encoder, decoder = (
+            sum(count_parameters(part).active for part in parts)
+            for parts in (
+                (model.patch_in, model.trunk),
+                (model.bridge, model.decoder, model.head_modulation, model.head),
+            )
+        )
+        return encoder * self.visible_tokens() + decoder * self.tokens
 
 
 class PointTransformer(nn.Module):
@@ -141,7 +171,7 @@ class PointTransformer(nn.Module):
         self.config = config
         width, inner = config.trunk.width, config.decoder.width
         values = 3 * config.patch**3
-        self.patches = Windows((config.voxels,) * 3, config.patch)
+        self.patches = config.patches
         self.patch_in = nn.Linear(values, width)
         self.time = TimeEmbedding(width)
         self.label = LabelEmbedding(config.num_classes, width) if config.num_classes else None
@@ -176,17 +206,12 @@ class PointTransformer(nn.Module):
         check_clouds(x)
         ctx = embed_condition(ctx, cond, self.time, self.label, self.config.tokens)
         voxels = voxelise(x, self.config.voxels)
-        ids_BK = self.config.mask.draw(self._foreground(voxels), ctx)
+        ids_BK = self.config.mask.draw(self.config.foreground(voxels), ctx)
         z_BKD, routings = self._encode(voxels, ids_BK, ctx)
         grid_BVC = self._decode(z_BKD, ids_BK, ctx)
         sample = devoxelise(grid_BVC, voxels.coordinates, self.config.voxels)
         visible = None if ids_BK is None else self._visible(voxels, ids_BK)
         return BackboneOutput(sample.to(x.dtype), routings, visible=visible)
-
-    def _foreground(self, voxels: Voxels) -> Tensor:
-        """bool [B, L]: patches with a point in them."""
-        cells = self.patches.split(voxels.counts[:, :, None])
-        return (cells > 0).any(dim=1).view(-1, self.config.tokens)
 
     def _encode(
         self, voxels: Voxels, ids_BK: Tensor | None, ctx: Context
