@@ -95,7 +95,7 @@ def test_other_initialisations() -> None:
 
 def test_inner_size_from_ratio() -> None:
     assert SwiGLU(ratio=2.5).size(8) == 20 and SwiGLU(hidden=7).size(8) == 7
-    with pytest.raises(ConfigError, match="affine.*inner size"):
+    with pytest.raises(ConfigError, match=r"affine.*inner size"):
         Affine().with_hidden(4)
 
 
