@@ -120,6 +120,7 @@ def test_a_tokenizer_is_used_and_begins_every_window(folder_of, book: Path, tmp_
     """Every token of the text is counted and predicted once, padding never."""
     folder = edited(folder_of("qwen2_moe"), tmp_path / "model")
     add_tokenizer(folder)
+    book.write_text(TEXT + " Nobody reads as far as that." * 100, encoding="utf-8")
     reading = Reading.prepare(folder, book, tokens=90, batch=3, context=17)
     data = reading.read()
     ids = ModelFolder.open(folder).tokenizer()(TEXT, add_special_tokens=False)["input_ids"][:90]
@@ -172,6 +173,16 @@ def test_a_block_diffusion_model_is_read_at_every_noise_level(folder_of, book: P
     assert data.metrics["encoder, next token"]["tokens predicted"] == 21 * 11
 
 
+def test_a_canvas_needs_a_few_tokens(folder_of, tmp_path: Path) -> None:
+    short = tmp_path / "short.txt"
+    short.write_text("abcd")
+    data = Reading.prepare(folder_of("diffusion_gemma"), short).read()
+    told = [entry["tokens predicted"] for entry in data.metrics.values()]
+    assert told == [1, 2]
+    with pytest.raises(DataError, match=r"tokens of a window: 3 is not allowed; allowed: 4 or"):
+        Reading.prepare(folder_of("diffusion_gemma"), short, tokens=3)
+
+
 def test_the_noise_on_a_canvas_is_what_it_is_said_to_be(folder_of, book: Path) -> None:
     reading = Reading.prepare(folder_of("diffusion_gemma"), book, tokens=420, context=20)
     assert reading.blocks is not None
@@ -209,6 +220,18 @@ def test_a_model_that_is_not_understood_is_not_reported(folder_of, book: Path, m
 
     monkeypatch.setattr(ModelFolder, "load", other)
     with pytest.raises(MismatchError, match="not computed as olmoe layers are known to be"):
+        reading.read()
+
+
+def test_a_model_too_large_for_the_machine_is_told_its_size(
+    folder_of, book: Path, monkeypatch
+) -> None:
+    reading = Reading.prepare(folder_of("olmoe"), book, tokens=60)
+    monkeypatch.setattr(ModelFolder, "weight_bytes", lambda self: 2**50)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    told = reading.measure()
+    assert told["projected_minutes"] is None and "1,048,576.0 GiB" in told["note"]
+    with pytest.raises(ConfigError, match=r"its weights take 1,048,576\.0 GiB, this machine has"):
         reading.read()
 
 

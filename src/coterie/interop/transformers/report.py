@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from coterie.core.errors import ConfigError, describe
+from coterie.core.errors import ConfigError, DataError, describe
 from coterie.core.machine import commit, hardware, hardware_line
 from coterie.core.routing import Routing
 from coterie.inspect import ReportData, Trace, write_report
@@ -71,6 +71,9 @@ class Reading:
         blocks = None
         if getattr(folder.config, "canvas_length", None):
             size = min(size, len(read.ids) + len(read.prefix))
+            if size < 4:
+                hint = "the encoder and the canvas need two each"
+                raise DataError(describe("tokens of a window", size, "4 or more", hint))
             blocks = Blocks(min(int(folder.config.canvas_length), size // 2))
         windows = Windows(read, size, whole=blocks is not None)
         return cls(folder, Path(text), windows, batch, dtype, blocks)
@@ -78,6 +81,8 @@ class Reading:
     @cached_property
     def model(self) -> Any:
         """The loaded model, whose layers compute what the bridge takes them to compute."""
+        if note := self.too_large():
+            raise ConfigError(f"{self.folder.path}: {note}")
         model = self.folder.load(self.dtype)
         _, ids, _ = next(self.windows.batches(2))
         selfcheck(model, ids[:, :CHECKED])
@@ -107,15 +112,21 @@ class Reading:
         ``projected_minutes`` is None, with the reason as ``note``, where the weights do not fit
         the memory of this machine.
         """
-        sizes, here = self.sizes(), hardware()["memory_gib"]
-        if here is not None and sizes["weights_gib"] > here:
-            note = f"this machine has {here} GiB"
+        sizes = self.sizes()
+        if note := self.too_large():
             return {**sizes, "projected_minutes": None, "note": note}
         _ = self.model  # loading and the first pass are not part of what is projected
         start = time.perf_counter()
         next(self.answers(Trace(noise_bins=LEVELS)))
         seconds = (time.perf_counter() - start) * math.ceil(len(self.windows) / self.batch)
         return {**sizes, "projected_minutes": round(seconds / 60, 2)}
+
+    def too_large(self) -> str:
+        """Why the weights cannot be held here; "" if they can, as far as their files tell."""
+        here, needed = hardware()["memory_gib"], self.folder.weight_bytes() / 2**30
+        if here is None or needed <= here or torch.cuda.is_available():
+            return ""
+        return f"its weights take {needed:,.1f} GiB, this machine has {here} GiB"
 
     def answers(self, trace: Trace) -> Iterator[tuple[range, Answer]]:
         """Losses of one batch of windows after the other; routings go to ``trace``."""

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from coterie.interop.transformers.load import ModelFolder
 
 BYTES = 256
+SPARE = 32
+CHARACTERS = 8  # tried first for a token; more where tokens are longer
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,7 +42,10 @@ def read_tokens(folder: ModelFolder, path: Path, limit: int) -> Tokens:
     if not data.strip():
         raise DataError(f"{path}: no text in it")
     tokenizer = folder.tokenizer()
-    tokens = _bytes(folder, data, limit) if tokenizer is None else _tokens(tokenizer, path, data)
+    if tokenizer is None:
+        tokens = _bytes(folder, data, limit)
+    else:
+        tokens = _tokens(tokenizer, path, data, limit)
     ids = tokens.ids[:limit]
     if len(ids) + len(tokens.prefix) < 2:
         raise DataError(f"{path}: {len(ids)} tokens; at least 2 are needed to predict one")
@@ -59,12 +64,16 @@ def _bytes(folder: ModelFolder, data: bytes, limit: int) -> Tokens:
     return Tokens(torch.tensor(list(data[:limit])), raw=True)
 
 
-def _tokens(tokenizer: Any, path: Path, data: bytes) -> Tokens:
+def _tokens(tokenizer: Any, path: Path, data: bytes, limit: int) -> Tokens:
     try:
         text = data.decode("utf-8")
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from None
-    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    size, ids = 0, list[int]()
+    # A library is not read for a page; the last word may be cut, so some tokens more are wanted.
+    while len(ids) <= limit + SPARE and size < len(text):
+        size = max(4 * size, CHARACTERS * limit)
+        ids = tokenizer(text[:size], add_special_tokens=False, verbose=False)["input_ids"]
     plain = tokenizer("a", add_special_tokens=False)["input_ids"]
     whole = tokenizer("a")["input_ids"]
     before = next((i for i in range(len(whole)) if whole[i : i + len(plain)] == plain), 0)
