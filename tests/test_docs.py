@@ -12,6 +12,8 @@ from coterie.cli.main import cli
 from coterie.recipes.tables import BEGIN, END, claims_table, read_results, update_page
 
 ROOT = Path(__file__).parents[1]
+NEEDS = {"import transformers": "transformers", "UNet": "diffusers"}
+"""What a block with this text needs of the optional libraries."""
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
@@ -22,8 +24,9 @@ def blocks(page: Path, language: str) -> list[str]:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_python_blocks_run(page: Path) -> None:
     for block in blocks(page, "python"):
-        if "import transformers" in block:
-            pytest.importorskip("transformers")
+        for sign, library in NEEDS.items():
+            if sign in block:
+                pytest.importorskip(library)
         exec(compile(block, page.name, "exec"), {})
 
 

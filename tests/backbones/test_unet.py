@@ -32,7 +32,12 @@ ROUTERS: dict[str, dict[str, Any]] = {
 }
 
 
-def slot(names: str | list[str] = "*", router: dict[str, Any] = DENSE, **fields: Any) -> dict:
+@pytest.fixture(autouse=True)
+def library() -> None:
+    pytest.importorskip("diffusers")
+
+
+def slot(names: str | list[str] = "*.conv2", router: dict[str, Any] = DENSE, **fields: Any) -> dict:
     expert = {"num_experts": 3, "experts": "conv", "router": router, **fields.pop("expert", {})}
     wanted = [names] if isinstance(names, str) else names
     return {"slot": "conv", "names": wanted, "expert": expert, **fields}
@@ -117,8 +122,16 @@ def test_experts_change_nothing_at_first_whatever_the_router(router: dict[str, A
     plain, _ = plain_and_weights()
     model = with_weights(unet(slot(router=router)))
     answer = model(x, ctx, cond)
-    assert len(answer.routings) == len(places(unet().network, "conv")) == 25
+    assert len(answer.routings) == 8
     torch.testing.assert_close(answer.sample, plain(x, ctx, cond).sample, atol=1e-6, rtol=1e-5)
+
+
+def test_every_convolution_may_have_experts() -> None:
+    model = with_weights(unet(slot("*")))
+    answer = model(*inputs())
+    assert len(answer.routings) == len(places(unet().network, "conv")) == 25
+    expected = plain_and_weights()[0](*inputs()).sample
+    torch.testing.assert_close(answer.sample, expected, atol=1e-6, rtol=1e-5)
 
 
 def test_at_one_noise_level_not_even_a_bit_changes() -> None:
@@ -154,7 +167,7 @@ def test_mixed_kernels_equal_the_loop_through_the_whole_network() -> None:
     x, ctx, cond = inputs()
     found = []
     for backend in ("auto", "loop"):
-        model = wake(with_weights(unet(slot(expert={"dispatch": backend}))), "pool")
+        model = wake(with_weights(unet(slot("*", expert={"dispatch": backend}))), "pool")
         y = model(x, ctx, cond).sample
         y.square().sum().backward()
         found.append([y.detach(), *(p.grad for p in model.parameters())])
@@ -184,9 +197,9 @@ def test_every_other_named_place() -> None:
     model = unet(slot("*.conv2", layers="odd"))
     assert [item.name for item in model.slots()] == [
         "down.1.0.conv2",
+        "mid.1.conv2",
         "up.0.1.conv2",
         "up.1.1.conv2",
-        "mid.1.conv2",
     ]
 
 
@@ -249,7 +262,7 @@ def test_a_copy_is_independent() -> None:
 
 def test_contexts_of_two_threads_do_not_mix() -> None:
     model = wake(
-        with_weights(unet(slot(router={"score": "noise_window", "probability": "identity"})))
+        with_weights(unet(slot("*in*", {"score": "noise_window", "probability": "identity"})))
     )
     results: dict[int, Any] = {}
     together = threading.Barrier(2)

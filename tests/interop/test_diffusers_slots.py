@@ -21,6 +21,11 @@ SMALL = {"sample_size": 8, "in_channels": 2, "out_channels": 2}
 UNET = {**SMALL, "block_out_channels": (8, 16), "layers_per_block": 1, "norm_num_groups": 4}
 
 
+@pytest.fixture(autouse=True)
+def library() -> None:
+    pytest.importorskip("diffusers")
+
+
 def plain_unet() -> Any:
     from diffusers import UNet2DModel
 

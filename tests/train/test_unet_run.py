@@ -34,6 +34,11 @@ DENSE = {"unit": "sample", "select": "dense"}
 NOISE = {"score": "noise_level", "select": {"kind": "top_k", "k": 2}, "selection_bias": True}
 
 
+@pytest.fixture(autouse=True, scope="module")
+def library() -> None:
+    pytest.importorskip("diffusers")
+
+
 def slot(name: str, router: dict[str, Any], *balance: Any) -> SlotConfig:
     expert = {"num_experts": 3, "experts": "conv", "router": router, "balance": balance}
     return SlotConfig.from_dict({"slot": "conv", "names": [name], "expert": expert})

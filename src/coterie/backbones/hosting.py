@@ -220,7 +220,9 @@ class NetworkHost(ExpertHost):
         return self.network
 
     def slots(self) -> list[ExpertSlot]:
-        return [module for module in self.network.modules() if isinstance(module, ExpertSlot)]
+        """By slot, then in the order in which data pass them."""
+        found = [module for module in self.network.modules() if isinstance(module, ExpertSlot)]
+        return sorted(found, key=lambda item: (item.slot, item.layer))
 
     def expert_layer(self, slot: str, layer: int) -> ExpertLayer:
         return {(item.slot, item.layer): item.experts for item in self.slots()}[slot, layer]
