@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from coterie.backbones import SlotConfig, TrunkConfig
 from coterie.backbones.causal import TEXT_TRUNK, CausalConfig
 from coterie.denoiser import TokenDenoiserConfig
@@ -62,14 +64,16 @@ def paper(size: str = "16B") -> RunConfig:
     if size == "2B":
         slots = (slot(16, 2, 3412),)
         sizes = {"depth": 9, "width": 1280, "heads": 10, "mlp_hidden": 3412}
-        vocabulary, train = 8192, {"lr": 1.08e-3, "batch": 2048}
+        vocabulary = 8192
+        train: dict[str, Any] = {"lr": 1.08e-3, "batch": 2048}
     else:
         fine = slot(16, 2, 4 * 1408, shared=2, balance=0.001, statistics="sequence")
         # The released model routes among 64 beside the shared two: 66 experts in all.
         expert = fine.expert.replace(num_experts=64)
         slots = (SlotConfig(slot="ffn", layers="except_first", expert=expert),)
         sizes = {"depth": 28, "width": 2048, "heads": 16, "mlp_hidden": 10944}
-        vocabulary, train = 102_400, {"lr": 4.2e-4, "batch": 4608}
+        vocabulary = 102_400
+        train = {"lr": 4.2e-4, "batch": 4608}
     trunk = TrunkConfig.from_dict(
         {**TEXT_TRUNK.model_dump(), **sizes, "init_std": 0.006, "slots": slots}
     )
