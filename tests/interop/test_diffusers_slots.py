@@ -186,6 +186,16 @@ def test_a_call_that_fails_leaves_nothing_behind() -> None:
     assert call("plain_unet", model).isfinite().all()
 
 
+def test_gradient_checkpointing_is_refused_where_it_would_go_wrong() -> None:
+    model = made(plain_unet).train()
+    host = attach(model, [conv("mid_block.*.conv1")])
+    model.enable_gradient_checkpointing()
+    with host.recording():
+        answer = call("plain_unet", model)
+    with pytest.raises(DataError, match=r"slot mid\.1\.conv1: no context; .*checkpointing"):
+        answer.sum().backward()
+
+
 def test_a_pipeline_runs_with_experts_inside() -> None:
     from diffusers import DDPMScheduler, DiTPipeline
     from diffusers.models import AutoencoderKL
@@ -254,7 +264,7 @@ def test_half_precision_and_a_second_name_for_one_module() -> None:
     host.detach()
     assert model.alias is conv_of is model.down_blocks[0].downsamplers[0].conv
     half = made(plain_unet).to(torch.bfloat16)
-    host = attach(half, [conv("*.conv1")])
+    host = attach(half, [conv("conv_in"), conv("mid_block.*.conv1", reuse=2)])
     assert {p.dtype for p in host.parameters()} == {torch.bfloat16}
     given = {**GIVEN["plain_unet"]}
     answer = half(rand(3, 2, 8, 8).to(torch.bfloat16), **given).sample

@@ -205,7 +205,8 @@ class NetworkHost(ExpertHost):
 
     def _put(self, place: Place, slot: ExpertSlot) -> None:
         like = next(place.module.parameters())
-        slot.experts.to(device=like.device, dtype=like.dtype)
+        for part in (slot.experts, slot.experts.pool):  # a shared pool is no part of its layers
+            part.to(device=like.device, dtype=like.dtype)
         for path in place.paths:
             parent, _, name = path.rpartition(".")
             setattr(self.network.get_submodule(parent), name, slot)
