@@ -7,6 +7,7 @@ Shapes: B batch, C channels, H x W pixels.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -76,7 +77,9 @@ class UNetConfig(BackbonePart):
             if slot.slot != "conv":
                 hint = "a U-Net of images has convolutions, and no feed-forward networks"
                 raise ConfigError(describe(f"slots.{index}.slot", slot.slot, "conv", hint))
-            within(f"slots.{index}", lambda slot=slot: check_slot(slot))  # type: ignore[misc]
+            within(f"slots.{index}", partial(check_slot, slot))
+            for width in self.widths:
+                within(f"slots.{index}.expert", partial(slot.expert.check, width))
         check_told(self.slots, self.told)
         return self
 
