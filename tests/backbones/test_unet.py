@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 import threading
 from functools import cache
 from typing import Any
@@ -366,6 +367,12 @@ def test_networks_that_cannot_be_are_refused(changes: dict[str, Any], message: s
 def test_names_that_do_not_fit_are_refused_while_building(slots: list, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         unet(*slots)
+
+
+def test_without_the_library_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "diffusers", None)
+    with pytest.raises(ConfigError, match=r"unet needs diffusers .*coterie\[interop\]"):
+        UNetConfig().build()
 
 
 def test_shapes_alone_are_enough_to_count() -> None:
