@@ -6,13 +6,17 @@ expert slots; it knows nothing about processes, views or losses.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar, Literal
 
 from torch import Tensor
 
+from coterie.backbones.checks import check_told
 from coterie.core.registry import Part, Registry
 from coterie.core.routing import Routing
+from coterie.experts.routers.config import within
 
 BACKBONES = Registry("backbone", "coterie.backbones")
 
@@ -28,6 +32,15 @@ class BackbonePart(Part):
     told: ClassVar[frozenset[str]] = frozenset()
     """Fields of the Context that its slots find set wherever the model runs (``label`` and
     ``task`` where the data have them)."""
+
+    def check_told(self, told: Collection[str], teller: str = "this backbone") -> None:
+        """ConfigError where a router reads what is not among ``told``."""
+        trunk = getattr(self, "trunk", None)
+        slots = getattr(self if trunk is None else trunk, "slots", ())
+        if trunk is None:
+            check_told(slots, told, teller)
+        else:
+            within("trunk", partial(check_told, slots, told, teller))
 
 
 @dataclass(frozen=True, eq=False)

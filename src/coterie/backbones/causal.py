@@ -12,7 +12,6 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from coterie.backbones.base import BACKBONES, BackboneOutput, BackbonePart
-from coterie.backbones.checks import check_told
 from coterie.backbones.trunk import Trunk, TrunkConfig
 from coterie.core.context import Context
 from coterie.core.errors import ConfigError, DataError, describe
@@ -51,7 +50,7 @@ class CausalConfig(BackbonePart):
             hint = "text has no time embedding to modulate by"
             raise ConfigError(describe("trunk.modulation", self.trunk.modulation, "none", hint))
         within("trunk", lambda: self.trunk.check_grid(None))
-        within("trunk", lambda: check_told(self.trunk.slots, self.told))
+        self.check_told(self.told)
         return self
 
     @property

@@ -59,14 +59,15 @@ def _check_slot(slot: SlotConfig, width: int, depth: int, causal: bool, modulati
         within("expert", partial(slot.pooled(slot.expert, size).check, width))
 
 
-def check_told(slots: Sequence[SlotConfig], told: Collection[str]) -> None:
-    """ConfigError where a router reads a fact of the Context that the backbone never sets."""
+def check_told(
+    slots: Sequence[SlotConfig], told: Collection[str], teller: str = "this backbone"
+) -> None:
+    """ConfigError where a router reads a fact of the Context that nobody tells it."""
     for index, slot in enumerate(slots):
-        for field, names in slot.expert.router.reads.items():
+        for field, value, names in slot.expert.router.reads:
             missing = [name for name in names if name not in told]
             if missing:
                 where = f"slots.{index}.expert.router.{field}"
-                value = getattr(slot.expert.router, field, None)
-                hint = f"this backbone tells its routers no {' or '.join(missing)}"
+                hint = f"{teller} tells routers no {' or '.join(missing)}"
                 allowed = f"what reads {', '.join(sorted(told))} or the rows"
-                raise ConfigError(describe(where, getattr(value, "kind", value), allowed, hint))
+                raise ConfigError(describe(where, value, allowed, hint))

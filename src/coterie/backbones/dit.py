@@ -16,7 +16,6 @@ from coterie.backbones.base import (
     BackboneOutput,
     BackbonePart,
 )
-from coterie.backbones.checks import check_told
 from coterie.backbones.conditioning import embed_condition
 from coterie.backbones.trunk import Trunk, TrunkConfig, modulate
 from coterie.core.context import Context
@@ -46,7 +45,7 @@ class DiTConfig(BackbonePart):
             allowed = f"a divisor of image_size = {self.image_size}"
             raise ConfigError(describe("patch", self.patch, allowed))
         within("trunk", lambda: self.trunk.check_grid(self.grid))
-        within("trunk", lambda: check_told(self.trunk.slots, self.told))
+        self.check_told(self.told)
         return self
 
     @property

@@ -24,7 +24,6 @@ from coterie.backbones.base import (
     BackboneOutput,
     BackbonePart,
 )
-from coterie.backbones.checks import check_told
 from coterie.backbones.conditioning import embed_condition
 from coterie.backbones.trunk import Trunk, TrunkConfig, modulate
 from coterie.backbones.voxels import Voxels, check_clouds, devoxelise, voxelise
@@ -108,7 +107,7 @@ class PointsConfig(BackbonePart):
             hint = "experts are in the encoder: trunk.slots"
             raise ConfigError(describe("decoder.slots", len(self.decoder.slots), "none", hint))
         within("decoder", lambda: self.decoder.check_grid(self.grid))
-        within("trunk", lambda: check_told(self.trunk.slots, self.told))
+        self.check_told(self.told)
         return self
 
     @property

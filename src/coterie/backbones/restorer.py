@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from coterie.backbones.base import BACKBONES, BackboneOutput, BackbonePart
-from coterie.backbones.checks import check_told
 from coterie.backbones.trunk import Trunk, TrunkConfig
 from coterie.core.context import Context
 from coterie.core.errors import ConfigError, DataError, describe
@@ -48,7 +47,7 @@ class RestorerConfig(BackbonePart):
             hint = "nothing modulates a picture's restoration"
             raise ConfigError(describe("trunk.modulation", self.trunk.modulation, "none", hint))
         within("trunk", lambda: self.trunk.check_grid(self.grid))
-        within("trunk", lambda: check_told(self.trunk.slots, self.told))
+        self.check_told(self.told)
         return self
 
     @property

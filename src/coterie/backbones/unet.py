@@ -20,7 +20,6 @@ from coterie.backbones.base import (
     BackboneOutput,
     BackbonePart,
 )
-from coterie.backbones.checks import check_told
 from coterie.backbones.conditioning import embed_condition
 from coterie.backbones.hosting import NetworkHost, check_slot, zero
 from coterie.backbones.scope import scope
@@ -80,7 +79,7 @@ class UNetConfig(BackbonePart):
             within(f"slots.{index}", partial(check_slot, slot))
             for width in self.widths:
                 within(f"slots.{index}.expert", partial(slot.expert.check, width))
-        check_told(self.slots, self.told)
+        self.check_told(self.told)
         return self
 
     @property

@@ -185,6 +185,7 @@ class Subset:
         self.indices = as_rows(indices, len(source), source.name)
         self.name, self.modality, self.shape = source.name, source.modality, source.shape
         self.num_classes, self.class_names = source.num_classes, source.class_names
+        self.task_names: tuple[str, ...] = getattr(source, "task_names", ())
         self.licence = source.licence
 
     def __len__(self) -> int:

@@ -7,6 +7,7 @@ averaged weights as a model directory), ``samples/`` and ``report/``.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,6 +15,7 @@ import torch
 from pydantic import Field, SerializeAsAny, model_validator
 
 from coterie.backbones import TrunkConfig
+from coterie.backbones.base import BackbonePart
 from coterie.convert import UpcycleConfig, upcycle, upcycled_config, upcycled_slot
 from coterie.core.batch import Source
 from coterie.core.config import Config
@@ -24,6 +26,7 @@ from coterie.core.rng import derive, generator
 from coterie.core.tensors import assign, module_tensors
 from coterie.data import SOURCES
 from coterie.denoiser import MODELS, DenoiserConfig
+from coterie.experts.routers.config import within
 from coterie.solvers import GRIDS, SOLVERS, GuidanceConfig, ThresholdConfig
 from coterie.train import checkpoint
 from coterie.train.config import TrainConfig
@@ -119,6 +122,10 @@ def build_source(config: RunConfig, split: str = "train") -> Source:
         hint = f"source {source.name!r} has {source.num_classes} classes"
         allowed = str(source.num_classes)
         raise ConfigError(describe("model.backbone.num_classes", classes, allowed, hint))
+    if isinstance(backbone, BackbonePart):
+        known = {"label": source.num_classes, "task": len(getattr(source, "task_names", ()))}
+        told = backbone.told - {name for name, count in known.items() if not count}
+        within("model.backbone", partial(backbone.check_told, told, f"source {source.name!r}"))
     return source
 
 

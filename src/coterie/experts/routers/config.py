@@ -118,12 +118,16 @@ class RouterConfig(Config):
         return self.select_part.needs_tokens
 
     @property
-    def reads(self) -> dict[str, tuple[str, ...]]:
-        """Field of this configuration -> fields of the Context that it needs."""
-        parts = {"score": self.score_part.reads}
-        parts |= {f"edits.{i}": cast(EditPart, e).reads for i, e in enumerate(self.edits)}
-        parts["partition"] = () if self.partition == "none" else ("label",)
-        return {field: names for field, names in parts.items() if names}
+    def reads(self) -> list[tuple[str, str, tuple[str, ...]]]:
+        """(field of this configuration, its kind, fields of the Context that it needs)."""
+        label = () if self.partition == "none" else ("label",)
+        edits = [cast(EditPart, edit) for edit in self.edits]
+        parts = [
+            ("score", self.score.kind, self.score_part.reads),
+            *((f"edits.{place}", edit.kind, edit.reads) for place, edit in enumerate(edits)),
+            ("partition", self.partition, label),
+        ]
+        return [part for part in parts if part[2]]
 
     def check(self, num_experts: int, width: int | None = None) -> None:
         """Raise ConfigError unless the parts fit ``num_experts`` candidates (and the width)."""
