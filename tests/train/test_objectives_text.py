@@ -121,3 +121,40 @@ def test_nats_of_low_precision_logits_are_computed_in_float32() -> None:
     assert nats.dtype == torch.float32
     expected = math.log(1 + math.exp(float(-logits[0, 1, 1].float())))
     assert nats[0].tolist() == pytest.approx([0.0, expected], abs=1e-6)
+
+
+def test_padding_is_neither_read_nor_predicted_nor_counted() -> None:
+    model, objective = woken(small(TEXTS[0])), NextTokenConfig().build(None)
+    mask = torch.ones(3, 24, dtype=torch.bool)
+    mask[0, 10:] = False
+    mask[1] = False
+    batch = words(3)
+    padded = Batch(batch.x, Condition(tokens_mask=mask), batch.ids)
+    losses = objective(model, padded, generator(0))
+    short = objective(model, Batch(batch.x[:1, :10], Condition(), batch.ids[:1]), generator(0))
+    whole = objective(model, Batch(batch.x[2:], Condition(), batch.ids[2:]), generator(0))
+    expected = (short.per_sample[0], torch.zeros(()), whole.per_sample[0])
+    torch.testing.assert_close(losses.per_sample, torch.stack(expected), rtol=1e-4, atol=1e-5)
+    mean = (9 * expected[0] + 23 * expected[2]) / 32
+    torch.testing.assert_close(losses.main["next_token"], mean, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("config", [NextTokenConfig(), MaskedTokenConfig()])
+def test_a_batch_of_padding_costs_nothing(config: Any) -> None:
+    batch = draw(SKEWED, 4, 6)
+    cond = Condition(tokens_mask=torch.zeros(4, 6, dtype=torch.bool))
+    losses = config.build(None)(Stub(SKEWED), Batch(batch.x, cond, batch.ids), generator(0))
+    assert losses.total == 0 and (losses.per_sample == 0).all()
+    assert losses.extras["bits_per_token"] == 0
+
+
+def test_the_masked_bound_counts_real_tokens_only() -> None:
+    batch, objective = draw(SKEWED, 6, 64), MaskedTokenConfig(lowest=0.5).build(None)
+    mask = torch.arange(64).expand(6, 64) < 40
+    padded = Batch(batch.x, Condition(tokens_mask=mask), batch.ids)
+    stub = Stub(SKEWED)
+    losses = objective(stub, padded, generator(0))
+    hidden = stub.shown["ids"] == stub.mask_token
+    assert not (hidden & ~mask).any()
+    nats = -SKEWED.log()[batch.x] * hidden
+    torch.testing.assert_close(losses.per_sample, nats.sum(1) / (stub.shown["t"] * 40))

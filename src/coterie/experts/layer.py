@@ -270,6 +270,9 @@ class ExpertLayer(nn.Module):
 
     def forward(self, h: Tensor, ctx: Context) -> ExpertOutput:
         ctx = ctx.replace(pool_layers=self.pool_layers)
+        if ctx.token_mask is not None:
+            # Padding may hold anything, also NaN, which would reach every weight's gradient.
+            h = h.masked_fill(~ctx.token_mask[:, :, None], 0.0)
         x, state = h, ctx.state
         total = torch.zeros_like(h)
         routings: list[Routing] = []

@@ -29,21 +29,27 @@ class NextTokenConfig(Part):
 
 
 class NextToken:
-    """Cross entropy of token n+1 given tokens up to n, in nats per token."""
+    """Cross entropy of token n+1 given tokens up to n, in nats per token. Padding
+    (``cond.tokens_mask`` False) is neither read nor predicted."""
 
     def __call__(self, model: Any, batch: Batch, rng: Generator, progress: float = 1.0) -> Losses:
-        ids_BN = batch.x
+        ids_BN, cond = batch.x, batch.cond
         t = torch.zeros(ids_BN.shape[0], device=ids_BN.device)
+        real_BN = real_tokens(batch)
+        if cond.tokens_mask is not None:
+            cond = cond.replace(tokens_mask=cond.tokens_mask[:, :-1])
         prediction = model(
-            ids_BN[:, :-1], t, batch.cond, sample_ids=batch.ids, rng=rng, progress=progress
+            ids_BN[:, :-1], t, cond, sample_ids=batch.ids, rng=rng, progress=progress
         )
-        nats = token_nats(prediction.value, ids_BN[:, 1:])
+        nats = token_nats(prediction.value, ids_BN[:, 1:]) * real_BN[:, 1:]
+        counts_B = real_BN[:, 1:].sum(1)
+        mean = nats.sum() / counts_B.sum().clamp_min(1)
         return Losses(
-            main={"next_token": nats.mean()},
+            main={"next_token": mean},
             aux=model.aux_losses(prediction.routings, rng),
             routings=prediction.routings,
-            per_sample=nats.detach().mean(1),
-            extras={"bits_per_token": nats.detach().mean() * BITS},
+            per_sample=nats.detach().sum(1) / counts_B.clamp_min(1),
+            extras={"bits_per_token": mean.detach() * BITS},
         )
 
 
@@ -73,11 +79,12 @@ class MaskedToken:
         B, N = ids_BN.shape
         t = (torch.rand(1, generator=rng) + torch.arange(B) / B) % 1.0
         t = (self.lowest + (1 - self.lowest) * t).to(ids_BN.device)
-        masked = torch.rand(B, N, generator=rng).to(ids_BN.device) < t[:, None]
+        real_BN = real_tokens(batch)
+        masked = (torch.rand(B, N, generator=rng).to(ids_BN.device) < t[:, None]) & real_BN
         noisy = torch.where(masked, model.mask_token, ids_BN)
         prediction = model(noisy, t, batch.cond, sample_ids=batch.ids, rng=rng, progress=progress)
         nats = token_nats(prediction.value, ids_BN) * masked
-        bound = nats.sum(1) / (t * N)
+        bound = nats.sum(1) / (t * real_BN.sum(1).clamp_min(1))
         return Losses(
             main={"masked_token": bound.mean()},
             aux=model.aux_losses(prediction.routings, rng),
@@ -86,6 +93,12 @@ class MaskedToken:
             noise=t,
             extras={"bits_per_token": bound.detach().mean() * BITS},
         )
+
+
+def real_tokens(batch: Batch) -> Tensor:
+    """bool [B, N]: False = padding."""
+    mask = batch.cond.tokens_mask
+    return torch.ones_like(batch.x, dtype=torch.bool) if mask is None else mask
 
 
 def token_nats(logits_BNV: Tensor, ids_BN: Tensor) -> Tensor:
