@@ -31,12 +31,12 @@ DDPM: dict[str, Any] = {"process": {"kind": "ddpm", "schedule": "linear"}, "view
 # Of each arm: its mask, and milliseconds of a training step on one core (benchmarks/masking.py).
 # ``random`` drops what leaves as many tokens as ``aware`` on average, 95 of 512.
 ARMS: dict[str, tuple[dict[str, Any], float]] = {
-    "no-mask": ({"kind": "none"}, 482.0),
-    "random": ({"kind": "random", "r": 0.815}, 131.0),
-    "aware": ({"kind": "fgbg", "rf": 0.5, "rb": 0.9}, 136.0),
-    "moe": ({"kind": "fgbg", "rf": 0.5, "rb": 0.9}, 156.0),
+    "no-mask": ({"kind": "none"}, 390.0),
+    "random": ({"kind": "random", "r": 0.815}, 118.0),
+    "aware": ({"kind": "fgbg", "rf": 0.5, "rb": 0.9}, 122.0),
+    "moe": ({"kind": "fgbg", "rf": 0.5, "rb": 0.9}, 148.0),
 }
-SECONDS = 75.0  # of training, the same for every arm
+SECONDS = 60.0  # of training, the same for every arm
 
 
 def slot(num_experts: int, balance: float = 0.01) -> SlotConfig:
