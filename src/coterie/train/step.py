@@ -92,10 +92,10 @@ class GradientStep:
             clip_grads_with_norm_(self.parameters.values(), self.config.clip, norm)
         return outcome
 
-    def _buffers(self) -> list[tuple[Tensor, Tensor]]:
-        """(buffer, copy) of all that a forward pass may change besides gradients."""
+    def _buffers(self) -> list[tuple[nn.Module, dict[str, Tensor]]]:
+        """Copies, by name, of all that a forward pass may change besides gradients."""
         owners = [m for m in (self.model, self.objective) if isinstance(m, nn.Module)]
-        return [(b, b.clone()) for owner in owners for b in owner.buffers()]
+        return [(owner, {n: b.clone() for n, b in owner.named_buffers()}) for owner in owners]
 
     def _batch(self, indices: np.ndarray) -> Batch:
         batch = self.source.get(indices)
@@ -136,9 +136,11 @@ class GradientStep:
         }
 
 
-def _put_back(buffers: list[tuple[Tensor, Tensor]]) -> None:
-    for buffer, before in buffers:
-        buffer.detach().copy_(before)
+def _put_back(buffers: list[tuple[nn.Module, dict[str, Tensor]]]) -> None:
+    for owner, before in buffers:
+        # By name: a forward pass may have put another tensor in a buffer's place.
+        for name, buffer in owner.named_buffers():
+            buffer.detach().copy_(before[name])
 
 
 def _tokens(batch: Batch, losses: Losses) -> int:

@@ -90,8 +90,8 @@ class _Uncertain(ScoreModule):
         logits_MRE = torch.stack([scored.logits for scored in passes])
         away_MRE = logits_MRE - logits_MRE.mean(0)
         spread_RE = (away_MRE.square().sum(0) / (config.passes - 1) + EPS).sqrt()
-        if sampling and spread_RE.numel():
-            self._remember(spread_RE.detach())
+        if sampling:
+            self._remember(spread_RE.detach()[real_rows(ctx, x)])
         whitened = logits_MRE.mean(0) / spread_RE
         if config.whiten == "full":
             whitened = whiten(logits_MRE)
@@ -103,12 +103,22 @@ class _Uncertain(ScoreModule):
 
     @torch.no_grad()
     def _remember(self, spread_RE: Tensor) -> None:
+        if not spread_RE.numel():
+            return
         # A new tensor: an earlier pass of the same step may still need the old one's value.
         self.deviation = MOMENTUM * self.deviation + (1 - MOMENTUM) * spread_RE.mean(0)
 
     def reset_parameters(self, rng: Generator | None) -> None:
         self.inner.reset_parameters(rng)
         self.deviation.fill_(1.0)
+
+
+def real_rows(ctx: Context, x: Tensor) -> Tensor:
+    """bool [R]: rows that are not padding."""
+    mask = ctx.token_mask
+    if mask is None:
+        return torch.ones(len(x), dtype=torch.bool, device=x.device)
+    return mask.flatten() if len(x) == mask.numel() else mask.any(dim=1)
 
 
 def whiten(logits_MRE: Tensor) -> Tensor:
