@@ -243,6 +243,6 @@ class PointTransformer(nn.Module):
         seen = torch.zeros(B, L + 1, dtype=torch.bool, device=ids_BK.device)
         seen_BL1 = seen.scatter(1, ids_BK, True)[:, :L, None]
         cells = self.patches.join(
-            seen_BL1.expand(-1, -1, self.config.patch**3).reshape(B * L, -1, 1)
+            seen_BL1.expand(-1, -1, self.config.patch**3).flatten(0, 1)[:, :, None]
         )
         return cells[:, :, 0].gather(1, voxels.cells)

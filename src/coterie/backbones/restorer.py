@@ -82,6 +82,13 @@ class ResidualConvolution(nn.Module):
         return x + self.second(F.relu(self.first(x)))
 
 
+def spread(x: Tensor, side: int) -> Tensor:
+    """[B, C s^2, H, W] -> [B, C, s H, s W]: ``F.pixel_shuffle``, whose gradient of an empty batch
+    has the wrong shape."""
+    tiles = x.unflatten(1, (-1, side, side)).permute(0, 1, 4, 2, 5, 3)
+    return tiles.flatten(4, 5).flatten(2, 3)
+
+
 class Restorer(nn.Module):
     """``forward(x [B, C, H, W] in [-1, 1], ctx, cond) -> BackboneOutput``, the same range."""
 
@@ -119,5 +126,5 @@ class Restorer(nn.Module):
         z_BND = self.patch_norm(self.patch_in(self.head(x)).flatten(2).transpose(1, 2))
         z_BND, routings = self.trunk(z_BND, ctx)
         patches = self.patch_out(z_BND).transpose(1, 2).unflatten(2, self.config.grid)
-        pixels = F.pixel_shuffle(patches, self.config.patch)
+        pixels = spread(patches, self.config.patch)
         return BackboneOutput(torch.tanh(self.tail(pixels)), routings)

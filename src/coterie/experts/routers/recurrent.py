@@ -101,7 +101,7 @@ class _Memory(nn.Module):
             hint = "start=time needs a network that embeds the noise level"
             raise ConfigError(describe("router.score.start", "time", "zeros", hint))
         seed = linear_f32(self.seed, F.silu(ctx.time_embedding.float()))
-        return seed.repeat_interleave(x.shape[0] // seed.shape[0], dim=0)
+        return seed.repeat_interleave(x.shape[0] // max(1, len(seed)), dim=0)
 
     def forward(self, u: Tensor, before: Tensor) -> Tensor:
         # The cell's own kernels, with float32 weights whatever they are stored in.
