@@ -52,12 +52,12 @@ class TinySource:
         cond = Condition(label=ids % (CLASSES + 1) - 1, task=ids % TASKS)
         return Batch(self.x[ids], cond, ids)
 
-    def held_out(self, model: Any) -> tuple[Tensor, Tensor, Condition]:
-        """What the model is called with outside training."""
-        batch = self.get([0, 1, 2, 3])
+    def call(self, model: Any, samples: int = 4) -> tuple[Tensor, Tensor, Condition]:
+        """What a model is called with: noisy samples, their times, their condition."""
+        batch = self.get(torch.arange(samples))
         shorter = getattr(model.config, "masking", "") == "next_token"
         x = batch.x[:, :-1] if shorter else batch.x
-        return x, torch.tensor([0.1, 0.4, 0.6, 0.9]), batch.cond
+        return x, torch.linspace(0.1, 0.9, samples), batch.cond
 
 
 class Recorder:
@@ -90,7 +90,7 @@ def build(combination: Combination, seed: int = 0) -> Any:
 def evaluate(model: Any, source: TinySource) -> tuple[Tensor, tuple[Routing, ...]]:
     """The answer on some samples outside training."""
     with torch.no_grad():
-        prediction = model.eval()(*source.held_out(model))
+        prediction = model.eval()(*source.call(model))
     return prediction.value, prediction.routings
 
 

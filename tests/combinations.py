@@ -172,6 +172,26 @@ def stroll(seed: int, steps: int) -> Iterator[Combination]:
         yield here
 
 
+@cache
+def each_level() -> tuple[Combination, ...]:
+    """A few combinations that hold every level of every factor: the diagonal of their table."""
+    found: dict[Combination, None] = {}
+    for level in range(max(len(factor.labels) for factor in factors())):
+        row = (0,) * len(factors())
+        for place, factor in enumerate(factors()):
+            near = changed(row, {place: level % len(factor.labels)})
+            row = near if refusal(near) is None else row
+        found[row] = None
+    held = {level for row in found for level in enumerate(row)}
+    for place, factor in enumerate(factors()):
+        for level in range(len(factor.labels)):
+            row = simplest(place, level)
+            if (place, level) not in held and row is not None:
+                found[row] = None
+                held |= set(enumerate(row))
+    return tuple(found)
+
+
 def told(combination: Combination) -> str:
     """The levels that are not the default, for messages."""
     named = [f"{f.name}={f.labels[level]}" for f, level in zip(factors(), combination) if level]

@@ -132,7 +132,7 @@ def smooth(row: Combination) -> bool:
 
 def value(model: Any, source: TinySource, weights: Tensor) -> tuple[Tensor, list[Tensor]]:
     """A number that depends on everything, and the choices it was made with."""
-    x, t, cond = source.held_out(model)
+    x, t, cond = source.call(model)
     prediction = model(x if source.words else x.double(), t.double(), cond)
     aux = model.aux_losses(prediction.routings, generator(0))
     total = (prediction.value * weights).sum() + sum(term.weight * term.value for term in aux)

@@ -18,6 +18,9 @@ REFUSED = [
     ({"router": {"select": {"kind": "top_k", "k": 0}}}, r"router\.select.*k"),
     ({"router": {"select": {"kind": "top_p", "p": 0.0}}}, r"router\.select.*p: 0\.0"),
     ({"router": {"select": {"kind": "top_p", "p": 1.5}}}, r"router\.select.*p: 1\.5"),
+    ({"router": {"select": {"kind": "top_p", "p": -0.1}}}, r"router\.select.*p: -0\.1"),
+    ({"router": {"select": {"kind": "top_p", "p": float("nan")}}}, r"select.*p: nan.*finite"),
+    ({"router": {"select": {"kind": "top_p", "min_k": 9}}}, r"select\.min_k: 9 .*1\.\.8"),
     ({"router": {"select": {"kind": "top_p", "min_k": 3, "max_k": 2}}}, r"select\.min_k: 3"),
     ({"router": {"select": {"kind": "top_p", "max_k": 9}}}, r"select\.max_k: 9"),
     ({"router": {"select": {"kind": "rank", "ranks": [8]}}}, r"select\.ranks"),
@@ -35,6 +38,9 @@ REFUSED = [
     ({"router": {"probability": "sigmoid", "when": "after"}}, r"router\.probability"),
     ({"router": {"probability": "identity", "select": "top_p"}}, r"router\.probability"),
     ({"router": {"edits": [{"kind": "candidates", "allowed": [8]}]}}, r"router\.edits\.0\.allowed"),
+    ({"router": {"edits": [{"kind": "candidates", "by_task": [[0], [8, 1]]}]}},
+     r"router\.edits\.0\.by_task: \(8, 1\).*0\.\.7"),
+    ({"router": {"edits": [{"kind": "candidates", "by_task": [[0], []]}]}}, r"by_task.*no expert"),
     ({"router": {"edits": [{"kind": "candidates"}]}}, r"allowed: \(\)"),
     ({"router": {"edits": [{"kind": "progressive", "start": 9}]}}, r"edits\.0\.start: 9"),
     ({"router": {"edits": [{"kind": "progressive", "start": 1}]}},
@@ -56,6 +62,9 @@ REFUSED = [
     ({"balance": ["switch"], "router": {"score": "cosine", "probability": "identity"}},
      r"balance\.0\.kind: 'switch'"),
     ({"balance": ["entropy"], "router": {"probability": "sigmoid"}}, r"balance\.0\.kind"),
+    ({"balance": [{"kind": "switch", "groups": 3}]}, r"balance\.0\.groups: 3 .*divisor of 8"),
+    ({"shared": {"hidden": 4}, "experts": "affine"}, r"affine.*inner size"),
+    ({"stem": "star", "num_experts": None, "experts": "channel_window"}, r"stem.*ignore"),
     ({"num_experts": 0}, r"num_experts"),
     ({"num_expert": 8}, r"num_expert"),
     ({"rounds": 0}, r"rounds"),
@@ -67,6 +76,31 @@ REFUSED = [
 def test_impossible_combinations_are_refused(data: dict, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         ExpertLayerConfig.from_dict(data)
+
+
+@pytest.mark.parametrize(
+    "data, message",
+    [
+        ({"router": {"partition": "null_label"}}, r"router\.partition: 'null_label' .*fixed"),
+        ({"slot_map": [0, 1, 0, 1, 2]}, r"slot_map: \(0, 1, 0, 1, 2\) .*fixed"),
+        ({"router": {"select": {"kind": "top_k", "k": 6}}}, r"router\.select\.k: 6 .*k > E"),
+        ({"balance": [{"kind": "switch", "groups": 2}]}, r"balance\.0\.groups: 2 .*divisor of 5"),
+    ],
+)
+def test_what_a_fixed_number_of_experts_rules_out(data: dict, message: str) -> None:
+    """Known once the width is, and refused before anything is built."""
+    fixed = {"num_experts": None, "experts": {"kind": "channel_window", "share": 0.75}}
+    made = ExpertLayerConfig.from_dict({**fixed, **data})
+    with pytest.raises(ConfigError, match=message):
+        made.check(WIDTH)
+
+
+def test_a_router_state_of_another_shape_is_refused() -> None:
+    score = {"kind": "recurrent", "state": 3}
+    router = RouterConfig.from_dict({"score": score}).build(WIDTH, 4)
+    for foreign in (torch.zeros(10, 2), torch.zeros(5, 3)):
+        with pytest.raises(ConfigError, match=r"router state: \(\d+, \d\) .*\(10, 3\), rows"):
+            router(torch.zeros(2, 5, WIDTH), Context(2, 5, state=foreign))
 
 
 def test_number_of_windows_belongs_to_the_experts() -> None:
