@@ -1,4 +1,4 @@
-"""Expert systems that cannot stand in a trunk, and routers that nobody would tell what they read."""
+"""Expert systems that cannot stand in a trunk; routers that nobody would tell what they read."""
 
 from __future__ import annotations
 
