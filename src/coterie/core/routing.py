@@ -54,6 +54,7 @@ class Routing:
     noise: Tensor | None = None  # f32 [B]
     step_index: Tensor | None = None  # i64 [B]
     label: Tensor | None = None  # i64 [B], after dropout
+    task: Tensor | None = None  # i64 [B] or [B, N], what routers keyed by task were told
     sample_ids: Tensor | None = None  # i64 [B]
     inputs: Tensor | None = None  # [R, D], what the router scored (contrastive losses)
     prototypes: Tensor | None = None  # [E', D], for prototype routers

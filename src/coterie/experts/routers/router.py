@@ -182,6 +182,7 @@ class Router(nn.Module):
             noise=ctx.noise,
             step_index=ctx.step_index,
             label=ctx.label,
+            task=ctx.task,
             sample_ids=ctx.sample_ids,
             inputs=x if self.config.score_part.reads_rows else None,
             prototypes=scored.prototypes,
