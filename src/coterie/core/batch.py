@@ -14,11 +14,12 @@ from coterie.core.routing import Aux, Routing
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """B samples: ``x`` f32 [B, ...] in about [-1, 1] (or i64 [B, N] token ids for text)."""
+    """B samples: ``x`` f32 [B, ...] in about [-1, 1] (or i64 [B, N]: token ids, feature ids)."""
 
     x: Tensor
     cond: Condition
     ids: Tensor  # i64 [B], index of each sample in its source
+    targets: Tensor | None = None  # f32 [B, T], an answer per task, NaN = not known
 
 
 @runtime_checkable
@@ -29,7 +30,7 @@ class Source(Protocol):
     """
 
     name: str
-    modality: str  # "image", "text", "vector", "points"
+    modality: str  # "image", "text", "vector", "points", "ratings"
     shape: tuple[int, ...]  # of one sample, without the batch
     num_classes: int  # 0 = no labels
     class_names: tuple[str, ...]

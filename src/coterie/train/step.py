@@ -104,6 +104,7 @@ class GradientStep:
             x=batch.x.to(self.device),
             cond=batch.cond.to(self.device),
             ids=batch.ids.to(self.device),
+            targets=None if batch.targets is None else batch.targets.to(self.device),
         )
 
     def _forward(self, model: Any, batch: Batch, step: int, micro: int) -> Losses:
