@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from coterie.core.errors import ConfigError, DataError
-from coterie.data import Subset, build_source, compact, kmeans_partition, shards_of
+from coterie.data import Compaction, Subset, build_source, kmeans_partition, shards_of
 
 
 def _blobs(k=4, each=60, dim=5):
@@ -84,7 +84,7 @@ def test_compact_keeps_the_leading_directions():
     rng = np.random.default_rng(0)
     plane = rng.normal(size=(300, 2))
     features = np.concatenate([plane, 1e-3 * rng.normal(size=(300, 6))], axis=1)
-    small = compact(features, 2)
+    small = Compaction.fit(features, 2)(features)
     unit = features / np.linalg.norm(features, axis=1, keepdims=True)
     gaps = [np.linalg.norm(rows[:100, None] - rows[None, :100], axis=2) for rows in (small, unit)]
     assert small.shape == (300, 2) and np.allclose(*gaps, atol=0.05)

@@ -14,6 +14,7 @@ VERBS = {
     "demo": "Train a small mixture of experts on digits, sample, report. Minutes.",
     "train": "Train a recipe, or go on with a run.",
     "upcycle": "Make experts of a dense model, and keep what it computes.",
+    "island": "Train experts apart, each on its part of the data, and make them one system.",
     "sample": "Draw samples from a run.",
     "report": "Who does what in a run, or in a Hugging Face model that reads a text.",
     "sweep": "Quality against cost of a run when its routers choose more or fewer experts.",

@@ -10,12 +10,14 @@ from coterie.data import (
     images,
     latents,
     movielens,
+    obstacle,
     photos,
     points_folder,
     points_furniture,
     points_solids,
     problems,
     ratings,
+    shard,
     text,
     text_downloads,
     toys,
@@ -23,7 +25,7 @@ from coterie.data import (
 )
 from coterie.data.catalog import SourceStatus, describe_source, status
 from coterie.data.ordering import order
-from coterie.data.partition import Partition, Shard, compact, kmeans_partition, shards_of
+from coterie.data.partition import Compaction, Partition, Shard, kmeans_partition, shards_of
 from coterie.data.source import (
     SOURCES,
     ArraySource,
@@ -40,6 +42,7 @@ __all__ = [
     "SOURCES",
     "ArraySource",
     "ByteTokenizer",
+    "Compaction",
     "Mixture",
     "Partition",
     "Shard",
@@ -49,7 +52,6 @@ __all__ = [
     "Split",
     "Subset",
     "build_source",
-    "compact",
     "describe_source",
     "emoji",
     "fetch",
@@ -60,6 +62,7 @@ __all__ = [
     "kmeans_partition",
     "latents",
     "movielens",
+    "obstacle",
     "order",
     "photos",
     "points_folder",
@@ -67,6 +70,7 @@ __all__ = [
     "points_solids",
     "problems",
     "ratings",
+    "shard",
     "shards_of",
     "status",
     "text",

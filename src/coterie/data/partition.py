@@ -83,13 +83,32 @@ def kmeans_partition(
     return Partition(shards_of(partition.assign(features), k), centers, groups)
 
 
-def compact(features: np.ndarray, dims: int = 64) -> np.ndarray:
-    """f32 [S, dims]: unit rows, then principal components; what to cluster of a wide feature."""
+@dataclass(frozen=True, eq=False)
+class Compaction:
+    """Unit rows, then principal components of the features it was fitted on: what to cluster of a
+    wide feature. ``mean`` f32 [D], ``axes`` f32 [D, dims]."""
+
+    mean: np.ndarray
+    axes: np.ndarray
+
+    @staticmethod
+    def fit(features: np.ndarray, dims: int = 64) -> Compaction:
+        unit = _unit(features)
+        mean = unit.mean(axis=0)
+        centred = unit - mean
+        _, axes = np.linalg.eigh(centred.T.astype(np.float64) @ centred)  # ascending
+        return Compaction(mean, axes[:, ::-1][:, :dims].astype(np.float32))
+
+    def __call__(self, features: np.ndarray) -> np.ndarray:
+        """f32 [S, D] -> f32 [S, dims]."""
+        return (_unit(features) - self.mean) @ self.axes
+
+
+def _unit(features: np.ndarray) -> np.ndarray:
     features = _checked(features)
-    unit = features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-12)
-    centred = unit - unit.mean(axis=0)
-    _, axes = np.linalg.eigh(centred.T.astype(np.float64) @ centred)  # ascending
-    return (centred @ axes[:, ::-1][:, :dims]).astype(np.float32)
+    norms = np.linalg.norm(features, axis=1, keepdims=True)
+    unit: np.ndarray = features / np.maximum(norms, 1e-12)
+    return unit
 
 
 def _checked(features: np.ndarray) -> np.ndarray:

@@ -46,6 +46,11 @@ class SourceConfig(Part):
 
     info: ClassVar[SourceInfo]
 
+    @property
+    def whole(self) -> SourceConfig:
+        """What these samples are a part of: itself, unless it is a part."""
+        return self
+
     def build(self, split: Split = "train") -> Source:
         raise NotImplementedError
 

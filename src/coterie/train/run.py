@@ -14,6 +14,7 @@ from typing import Annotated, Any
 import torch
 from pydantic import Field, SerializeAsAny, model_validator
 
+import coterie.train.islands  # noqa: F401 (registers its source)
 from coterie.backbones import TrunkConfig
 from coterie.backbones.base import BackbonePart
 from coterie.convert import UpcycleConfig, upcycle, upcycled_config, upcycled_slot

@@ -121,6 +121,20 @@ class RunDir:
                 self._locked = False
                 file.truncate(0)
 
+    def is_held(self) -> bool:
+        """Whether a trainer holds the directory now."""
+        import fcntl
+
+        path = self.path / "lock"
+        if not path.is_file():
+            return False
+        with path.open(encoding="utf-8") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return True
+        return False
+
     def _create(self) -> None:
         with _disk(self.path):
             self.path.mkdir(parents=True, exist_ok=True)

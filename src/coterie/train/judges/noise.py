@@ -99,7 +99,9 @@ class ImageJudge(NoiseJudge):
             torch.cat([batch.x for batch in batches(source, 250, REAL)])
             for source in (reference, build_source(run.config, "held_out"))
         )
-        return evaluate_images(feature_network(run.config.data), self.draw(num).x, real, fresh)
+        return evaluate_images(
+            feature_network(run.config.data.whole), self.draw(num).x, real, fresh
+        )
 
     def show(self, samples: Samples) -> np.ndarray:
         return to_pixels(samples.x)

@@ -1,0 +1,156 @@
+"""``coterie island``: experts trained apart, on their own part of the data, and made one system."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+from coterie.cli.output import facts, progress_bar, say, say_json, table
+from coterie.cli.overrides import ANY_FLAG, recipe_and_config, takes_paths
+
+PLAN = click.argument("plan", type=click.Path(path_type=Path), metavar="PLAN")
+JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+QUIET = click.option("-q", "--quiet", is_flag=True, help="No progress bar.")
+ENGINES = ("slurm", "skypilot")
+
+
+@click.group("island", context_settings={"help_option_names": ["-h", "--help"]})
+def command() -> None:
+    """Train experts apart and make one system of them.
+
+    \b
+      coterie island plan ddm --islands 4 --out runs/islands
+      coterie island run runs/islands            (or each on its own machine: --index 0 ...)
+      coterie island router runs/islands
+      coterie island assemble runs/islands --out runs/together
+      coterie sample runs/together
+    """
+
+
+@command.command("plan", context_settings=ANY_FLAG)
+@takes_paths("RECIPE [--PATH=VALUE]...")
+@click.option("--preset", default="tiny", show_default=True, help="Sizes: tiny, paper, gpu, ...")
+@click.option("--islands", type=int, default=4, show_default=True, help="How many.")
+@click.option(
+    "--by",
+    type=click.Choice(["features", "labels", "random"]),
+    default="features",
+    show_default=True,
+    help="Clusters of frozen features, whole classes, or at random.",
+)
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the partition.")
+@click.option(
+    "--budget",
+    type=click.Choice(["batch", "steps", "each"]),
+    default="batch",
+    show_default=True,
+    help="What the islands share, so that together they see one model's samples.",
+)
+@click.option(
+    "--for",
+    "unequal",
+    multiple=True,
+    metavar="I:PATH=VALUE",
+    help="A path into the configuration of island I alone; may be repeated.",
+)
+@click.option("--export", is_flag=True, help="Write each island's samples into its own folder.")
+@click.option("--emit", type=click.Choice(ENGINES), multiple=True, help="Job files to write.")
+@click.option("--out", type=click.Path(path_type=Path), help="Folder. [runs/RECIPE-islands]")
+@click.option("-n", "--dry-run", is_flag=True, help="Sizes and projected minutes only.")
+@JSON
+@click.pass_context
+def plan_command(
+    ctx: click.Context,
+    arguments: tuple[str, ...],
+    preset: str,
+    islands: int,
+    by: str,
+    seed: int,
+    budget: Any,
+    unequal: Sequence[str],
+    export: bool,
+    emit: Sequence[str],
+    out: Path | None,
+    dry_run: bool,
+    as_json: bool,
+) -> None:
+    """Cut the data of RECIPE into islands and write one run directory for each."""
+    recipe, base = recipe_and_config(ctx, arguments, preset)
+    from coterie.train.islands import PartitionConfig
+    from coterie.train.islands.plan import make_plan, preview
+    from coterie.train.islands.work import job_files
+
+    wanted = {"islands": islands, "by": by, "seed": seed}
+    partition = PartitionConfig.from_dict(wanted)
+    if dry_run:
+        planned = preview(base, partition, budget)
+        say_json(planned) if as_json else say(facts(planned))
+        return
+    folder = out or Path("runs") / f"{recipe.name}-islands"
+    made = make_plan(base, partition, folder, budget, _unequal(unequal), export)
+    files = job_files(folder, emit)
+    if as_json:
+        say_json({"plan": folder, "cut": made.cut, "islands": _plain(made), "jobs": files})
+        return
+    say(table(_plain(made)))
+    for path in files:
+        say(f"wrote {path}")
+    say(f"next  coterie island run {folder}")
+
+
+@command.command("run")
+@PLAN
+@click.option("--index", type=int, help="One island. [all]")
+@click.option("--jobs", type=int, default=1, show_default=True, help="Islands at a time.")
+@JSON
+@QUIET
+def run_command(plan: Path, index: int | None, jobs: int, as_json: bool, quiet: bool) -> None:
+    """Train one island, or all that are left. The same command again resumes."""
+    from coterie.train.islands.plan import read_plan
+    from coterie.train.islands.work import run_all, run_island, status
+
+    if index is not None:
+        run_island(plan, index, progress=not quiet)
+    else:
+        with progress_bar(len(read_plan(plan).islands), "islands", quiet) as advance:
+            run_all(plan, jobs, lambda _name, _done, _all: advance(1))
+    say_json(status(plan)) if as_json else say(table(status(plan)))
+
+
+@command.command("status")
+@PLAN
+@JSON
+def status_command(plan: Path, as_json: bool) -> None:
+    """How far each island is."""
+    from coterie.train.islands.work import status
+
+    rows = status(plan)
+    say_json(rows) if as_json else say(table(rows))
+
+
+def _unequal(given: Sequence[str]) -> dict[int, dict[str, str]]:
+    """``2:train.steps=800`` -> {2: {"train.steps": "800"}}."""
+    out: dict[int, dict[str, str]] = {}
+    for text in given:
+        index, colon, assignment = text.partition(":")
+        path, equals, value = assignment.partition("=")
+        if not (colon and equals and index.isdigit()):
+            raise click.UsageError(f"--for {text}: expected ISLAND:PATH=VALUE")
+        out.setdefault(int(index), {})[path] = value
+    return out
+
+
+def _plain(made: Any) -> list[dict[str, Any]]:
+    total = sum(entry.samples for entry in made.islands)
+    return [
+        {
+            "island": entry.index,
+            "samples": entry.samples,
+            "share": entry.samples / total,
+            "folder": entry.folder,
+        }
+        for entry in made.islands
+    ]

@@ -1,0 +1,162 @@
+"""Training islands, each in a process of its own, and saying how far they are."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from coterie.core.errors import ConfigError, TrainingError, describe
+from coterie.core.folder import write_text
+from coterie.train import checkpoint
+from coterie.train.islands.plan import IslandPlan, read_plan
+from coterie.train.run import RunConfig, start
+from coterie.train.rundir import RunDir, read_metrics
+
+POLL = 0.2  # seconds between looks at running islands
+
+
+def run_island(folder: str | Path, index: int | str, progress: bool = True) -> Path:
+    """Train one island; the same call again resumes. Nothing outside its folder is written."""
+    entry = entry_of(read_plan(folder), int(index))
+    run = RunDir(Path(folder) / entry.folder)
+    return start(run.read_config(RunConfig), run.path, progress=progress)
+
+
+def run_all(
+    folder: str | Path, jobs: int = 1, progress: Callable[[str, int, int], None] | None = None
+) -> list[Path]:
+    """Train every island, ``jobs`` at a time, each in a process of its own.
+
+    An island that fails does not stop the others; TrainingError names all that failed.
+    """
+    folder, plan = Path(folder), read_plan(folder)
+    left = [entry.index for entry in plan.islands]
+    running: dict[int, subprocess.Popen[str]] = {}
+    failed: dict[int, str] = {}
+    done = 0
+    try:
+        while left or running:
+            while left and len(running) < jobs:
+                index = left.pop(0)
+                running[index] = _spawn(folder, index)
+            index, process = _first_done(running)
+            said = process.communicate()[1]
+            del running[index]
+            if process.returncode:
+                failed[index] = (said.strip().splitlines() or ["no message"])[-1]
+            done += 1
+            if progress is not None:
+                progress(f"island {index}", done, len(plan.islands))
+    finally:
+        for process in running.values():  # they save and stop, like any run that is interrupted
+            process.terminate()
+        for process in running.values():
+            process.wait()
+    if failed:
+        told = "; ".join(f"island {index}: {why}" for index, why in sorted(failed.items()))
+        raise TrainingError(f"{folder}: {len(failed)} of {len(plan.islands)} failed: {told}")
+    return [folder / entry.folder for entry in plan.islands]
+
+
+def status(folder: str | Path) -> list[dict[str, Any]]:
+    """One row per island, and one for the router: samples, steps, state, last loss."""
+    folder, plan = Path(folder), read_plan(folder)
+    rows = [
+        {"part": f"island {entry.index}", "samples": entry.samples, **_state(folder / entry.folder)}
+        for entry in plan.islands
+    ]
+    if (folder / "router" / "config.json").is_file():
+        total = sum(entry.samples for entry in plan.islands)
+        rows.append({"part": "router", "samples": total, **_state(folder / "router")})
+    return rows
+
+
+def entry_of(plan: IslandPlan, index: int) -> Any:
+    if not 0 <= index < len(plan.islands):
+        raise ConfigError(describe("index", index, f"0..{len(plan.islands) - 1}"))
+    return plan.islands[index]
+
+
+def is_trained(folder: Path) -> bool:
+    """Whether the run in ``folder`` has reached its last step."""
+    return bool(_state(folder)["state"] == "done")
+
+
+def _state(folder: Path) -> dict[str, Any]:
+    run = RunDir(folder)
+    config = run.read_config(RunConfig)
+    saved = [step for step, _ in checkpoint.steps(folder)]
+    records = read_metrics(run.metrics_path) if run.metrics_path.is_file() else []
+    step = max([0, *saved, *(record["step"] for record in records[-1:])])
+    finished = max(saved, default=0) >= config.train.steps
+    state = "done" if finished else "running" if run.is_held() else "stopped"
+    return {
+        "state": "waiting" if state == "stopped" and not step else state,
+        "step": step,
+        "steps": config.train.steps,
+        "loss": records[-1].get("loss") if records else None,
+    }
+
+
+ALONE = """\
+import sys
+from coterie.train.islands.work import run_island
+run_island(*sys.argv[1:], False)
+"""
+
+
+def _spawn(folder: Path, index: int) -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", ALONE, str(folder), str(index)]
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+
+
+def _first_done(running: dict[int, subprocess.Popen[str]]) -> tuple[int, subprocess.Popen[str]]:
+    """Wait until one process has ended."""
+    while True:
+        for index, process in running.items():
+            if process.poll() is not None:
+                return index, process
+        time.sleep(POLL)
+
+
+def job_files(folder: str | Path, engines: Sequence[str]) -> list[Path]:
+    """Write what schedulers submit: each job calls ``coterie island run PLAN --index i``."""
+    folder, plan = Path(folder), read_plan(folder)
+    count = len(plan.islands)
+    texts: dict[Path, str] = {}
+    if "slurm" in engines:
+        texts[folder / "islands.slurm"] = SLURM.format(last=count - 1, plan=folder)
+    if "skypilot" in engines:
+        for index in range(count):
+            texts[folder / f"island-{index}.sky.yaml"] = SKYPILOT.format(index=index, plan=folder)
+    for path, text in texts.items():
+        write_text(path, text)
+    return list(texts)
+
+
+SLURM = """\
+#!/bin/bash
+#SBATCH --job-name=islands
+#SBATCH --array=0-{last}
+#SBATCH --nodes=1
+#SBATCH --gpus-per-node=1
+#SBATCH --requeue
+#SBATCH --output={plan}/island-%a.log
+# An island shares nothing with the others; requeued, it resumes from its own checkpoint.
+srun coterie island run {plan} --index "$SLURM_ARRAY_TASK_ID" --quiet
+"""
+
+SKYPILOT = """\
+name: island-{index}
+resources:
+  accelerators: 1
+  use_spot: true
+workdir: .
+setup: pip install coterie
+# After a spot machine is lost the same command resumes from the island's own checkpoint.
+run: coterie island run {plan} --index {index} --quiet
+"""
