@@ -8,7 +8,7 @@ sorted rows at once (``grouped``).
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import ClassVar, Literal, NamedTuple, Protocol
 
 import torch
@@ -93,6 +93,15 @@ class ExpertKind(Part):
         """The parameters of a module that is one expert of this kind, by our names; else None."""
         return None
 
+    def fuse(self, experts: Sequence[Mapping[str, Tensor]], gates: Tensor) -> dict[str, Tensor]:
+        """One expert that answers ``sum_k gates[k] expert_k(x)``: its parameters and buffers.
+
+        ``experts``: those of at least one expert, by our names, of any inner sizes; ``gates`` f32
+        [k]. Exact but for rounding. ConfigError where this kind has no such expert.
+        """
+        hint = "its experts do not add up to one"
+        raise ConfigError(describe("experts", self.kind, "a kind that can be fused", hint))
+
     def buffers(self, width: int) -> dict[str, Tensor]:
         """Constant per-expert tables [E, ...], computed from the configuration."""
         return {}
@@ -105,6 +114,21 @@ class ExpertKind(Part):
         """The same kind with another inner size; ConfigError for kinds without one."""
         hint = "shared experts and segments have an inner size of their own"
         raise ConfigError(describe("experts", self.kind, "a feed-forward network", hint))
+
+
+def weighted_sum(
+    experts: Sequence[Mapping[str, Tensor]], gates: Tensor, names: Iterable[str]
+) -> dict[str, Tensor]:
+    """``sum_k gates[k] expert_k[name]`` for parameters in which an expert's answer is linear."""
+    return {
+        name: torch.stack([scaled(one[name], gate) for one, gate in zip(experts, gates)]).sum(0)
+        for name in names
+    }
+
+
+def scaled(weight: Tensor, gate: Tensor) -> Tensor:
+    """``gate * weight`` in float32 at least, rounded once to the type of ``weight``."""
+    return (gate.to(torch.promote_types(weight.dtype, torch.float32)) * weight).to(weight.dtype)
 
 
 def xavier_uniform(weight: Tensor, rng: Generator | None) -> None:

@@ -8,7 +8,7 @@ affine map on tokens is the 1 x 1 case.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import ClassVar, Literal, Self
 
 import torch
@@ -16,7 +16,7 @@ from pydantic import NonNegativeInt, PositiveInt
 from torch import Generator, Tensor, nn
 
 from coterie.core.errors import ConfigError, describe
-from coterie.experts.kinds.base import EXPERTS, ExpertKind, Geometry, Weights
+from coterie.experts.kinds.base import EXPERTS, ExpertKind, Geometry, Weights, weighted_sum
 
 
 @EXPERTS.register
@@ -69,6 +69,9 @@ class Conv(ExpertKind):
         reach = dilation * (self.size - 1)
         sides = [(side + 2 * padding - reach - 1) // stride + 1 for side in shape[2:]]
         return (shape[0], self.out or shape[1], *sides)
+
+    def fuse(self, experts: Sequence[Mapping[str, Tensor]], gates: Tensor) -> dict[str, Tensor]:
+        return weighted_sum(experts, gates, experts[0])
 
     def reset(self, name: str, parameter: Tensor, rng: Generator | None) -> None:
         """The rule of ``nn.Conv2d`` for kernels, expert by expert; biases start at zero."""

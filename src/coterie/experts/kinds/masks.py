@@ -7,6 +7,7 @@ keeps and -1 on the others, so m is the binary mask.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import ClassVar, Literal
 
 import torch
@@ -14,7 +15,7 @@ from pydantic import Field, PositiveInt
 from torch import Generator, Tensor, nn
 
 from coterie.core.rng import generator
-from coterie.experts.kinds.base import EXPERTS, ExpertKind, Weights
+from coterie.experts.kinds.base import EXPERTS, ExpertKind, Weights, weighted_sum
 from coterie.experts.windows import window_masks, window_size
 
 
@@ -34,6 +35,9 @@ class Affine(ExpertKind):
 
     def reset(self, name: str, parameter: Tensor, rng: Generator | None) -> None:
         torch.nn.init.zeros_(parameter)
+
+    def fuse(self, experts: Sequence[Mapping[str, Tensor]], gates: Tensor) -> dict[str, Tensor]:
+        return weighted_sum(experts, gates, experts[0])
 
     def module(self, width: int) -> nn.Module:
         return nn.Linear(width, width)
@@ -78,6 +82,9 @@ class ChannelWindow(ExpertKind):
 
     def forward(self, x: Tensor, weights: Weights) -> Tensor:
         return weights.constant("delta").to(x.dtype).expand(x.shape)
+
+    def fuse(self, experts: Sequence[Mapping[str, Tensor]], gates: Tensor) -> dict[str, Tensor]:
+        return weighted_sum(experts, gates, ["delta"])
 
     def reset(self, name: str, parameter: Tensor, rng: Generator | None) -> None:
         raise TypeError("channel windows have no parameters")

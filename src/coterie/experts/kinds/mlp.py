@@ -6,13 +6,22 @@ first, ``down`` [E, D, F]; so a converter is a slice.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import ClassVar, Literal, Self
 
 import torch
 from pydantic import PositiveInt
 from torch import Generator, Tensor, nn
 
-from coterie.experts.kinds.base import EXPERTS, ExpertKind, Weights, normal, xavier_uniform
+from coterie.experts.kinds.base import (
+    EXPERTS,
+    ExpertKind,
+    Weights,
+    normal,
+    scaled,
+    weighted_sum,
+    xavier_uniform,
+)
 from coterie.nn import mlp
 
 
@@ -58,6 +67,13 @@ class SwiGLU(_HiddenKind):
         gate, up = weights.linear(x, "gate_up").chunk(2, dim=-1)
         return weights.linear(mlp.GLU_ACTIVATIONS[self.activation](gate) * up, "down")
 
+    def fuse(self, experts: Sequence[Mapping[str, Tensor]], gates: Tensor) -> dict[str, Tensor]:
+        """All gate rows, then all up rows; columns of ``down`` times their expert's gate."""
+        halves = zip(*(one["gate_up"].chunk(2) for one in experts))
+        down = [scaled(one["down"], gate) for one, gate in zip(experts, gates)]
+        rows = [part for half in halves for part in half]
+        return {"gate_up": torch.cat(rows), "down": torch.cat(down, dim=1)}
+
     def module(self, width: int) -> nn.Module:
         return mlp.SwiGLU(width, self.size(width), self.activation)
 
@@ -84,6 +100,16 @@ class GeluMLP(_HiddenKind):
     def forward(self, x: Tensor, weights: Weights) -> Tensor:
         inner = mlp.gelu_tanh(weights.linear(x, "up", "up_bias"))
         return weights.linear(inner, "down", "down_bias")
+
+    def fuse(self, experts: Sequence[Mapping[str, Tensor]], gates: Tensor) -> dict[str, Tensor]:
+        """Rows of ``up`` one expert after another; columns of ``down`` times its gate."""
+        down = [scaled(one["down"], gate) for one, gate in zip(experts, gates)]
+        return {
+            "up": torch.cat([one["up"] for one in experts]),
+            "up_bias": torch.cat([one["up_bias"] for one in experts]),
+            "down": torch.cat(down, dim=1),
+            **weighted_sum(experts, gates, ["down_bias"]),
+        }
 
     def module(self, width: int) -> nn.Module:
         return mlp.GeluMLP(width, self.size(width))

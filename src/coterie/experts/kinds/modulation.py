@@ -5,12 +5,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import ClassVar, Literal
 
 import torch
 from torch import Generator, Tensor, nn
 
-from coterie.experts.kinds.base import EXPERTS, ExpertKind, Weights, xavier_uniform
+from coterie.experts.kinds.base import EXPERTS, ExpertKind, Weights, weighted_sum, xavier_uniform
 from coterie.nn import mlp
 
 
@@ -34,6 +35,10 @@ class Modulation(ExpertKind):
             return weights.vector("gamma_bias", x) * x + weights.vector("beta_bias", x)
         gamma = weights.linear(x, "gamma", "gamma_bias")
         return gamma * x + weights.linear(x, "beta", "beta_bias")
+
+    def fuse(self, experts: Sequence[Mapping[str, Tensor]], gates: Tensor) -> dict[str, Tensor]:
+        """An answer is linear in gamma and beta, though not in u."""
+        return weighted_sum(experts, gates, experts[0])
 
     def reset(self, name: str, parameter: Tensor, rng: Generator | None) -> None:
         if parameter.dim() == 2:
