@@ -3,6 +3,7 @@
 from coterie.process import discrete, learned_weightings, schedules
 from coterie.process.base import PROCESSES, Process, expand
 from coterie.process.closed_form import ExactDenoiser, Mixture
+from coterie.process.contrast import ContrastConfig, contrast, with_and_without
 from coterie.process.preconditioning import PRECONDITIONS, Precondition
 from coterie.process.times import TIMES, Times, cluster_of
 from coterie.process.transport import Transported, transport
@@ -21,6 +22,7 @@ __all__ = [
     "PROCESSES",
     "TIMES",
     "WEIGHTINGS",
+    "ContrastConfig",
     "ExactDenoiser",
     "Mixture",
     "Precondition",
@@ -32,6 +34,7 @@ __all__ = [
     "as_view",
     "check_view",
     "cluster_of",
+    "contrast",
     "convert",
     "discrete",
     "elbo_weights",
@@ -44,4 +47,5 @@ __all__ = [
     "transition",
     "transport",
     "vlb_bits",
+    "with_and_without",
 ]

@@ -1,0 +1,130 @@
+"""The one operator behind guidance: away from a weaker answer, through a stronger one.
+
+    D = D_base + (w - 1) (D_strong - D_weak),
+
+with base = strong unless said otherwise: then it is D_weak + w (D_strong - D_weak). Weak is the
+answer without condition (classifier-free guidance, Ho and Salimans 2022, arXiv:2207.12598), of a
+worse denoiser (autoguidance, Karras et al. 2024, arXiv:2406.02507), or of the same network with
+other experts. Linear, so the view does not matter, but for ``rescale`` (Lin et al. 2023,
+arXiv:2305.08891, eq. 15-16). Interval: Kynkaanniemi et al. 2024 (arXiv:2404.07724).
+"""
+
+from __future__ import annotations
+
+from typing import Literal, Self
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from coterie.core.config import Config
+from coterie.core.errors import ConfigError, describe
+from coterie.core.prediction import Condition, DenoiserLike, Prediction
+from coterie.process.base import Process, expand
+from coterie.process.views import as_view, convert
+
+
+class ContrastConfig(Config):
+    """How far to move, where, and what is kept as it was."""
+
+    weight: float = 1.0
+    interval: tuple[float, float] | None = None
+    """Only where lo <= noise level <= hi; None: everywhere."""
+    interval_in: Literal["t", "sigma"] = "t"
+    """What the interval counts: time t, or sigma / alpha."""
+    rescale: float = Field(0.0, ge=0, le=1)
+    """Share of rescaling to the strong answer's standard deviation, per sample."""
+    rescale_view: Literal["x0", "eps", "flow", "v"] = "x0"
+    """Rescaling is not linear, so the view it is done in matters."""
+    channels: int | None = Field(None, ge=1)
+    """Change the first channels only (DiT guides 3 of 4); None: all."""
+
+    @model_validator(mode="after")
+    def _check_interval(self) -> Self:
+        if self.interval is not None and not 0.0 <= self.interval[0] < self.interval[1]:
+            raise ConfigError(describe("interval", self.interval, "[lo, hi] with 0 <= lo < hi"))
+        return self
+
+    def weights(self, process: Process, t: Tensor) -> Tensor:
+        """f64 [B]: the weight inside the interval, 1 outside."""
+        level = t.double()
+        if self.interval_in == "sigma":
+            level = torch.exp(-process.lam(level))
+        inside = torch.ones_like(level, dtype=torch.bool)
+        if self.interval is not None:
+            low, high = self.interval
+            inside = (level >= low) & (level <= high)
+        return torch.ones_like(level).masked_fill(inside, self.weight)
+
+
+def contrast(
+    process: Process,
+    config: ContrastConfig,
+    x: Tensor,
+    t: Tensor,
+    strong: Prediction,
+    weak: Prediction,
+    base: Prediction | None = None,
+) -> Prediction:
+    """``base`` (None: ``strong``) moved by the difference; all three at the same x [B, ...], t [B]
+    of ``process``. Answers in the view of ``base``, with its routings."""
+    base = strong if base is None else base
+    upper = as_view(process, strong, base.view, x, t).value
+    lower = as_view(process, weak, base.view, x, t).value
+    weight = config.weights(process, t)
+    factor = expand(weight, x).to(upper)
+    if base is strong:
+        moved = torch.lerp(lower, upper, factor)
+    else:
+        moved = base.value + (factor - 1.0) * (upper - lower)
+    if config.rescale:
+        moved = _rescale(process, config, moved, base, x, t, weight)
+    if config.channels is not None:
+        moved = torch.cat([moved[:, : config.channels], base.value[:, config.channels :]], dim=1)
+    return base.replace(value=moved)
+
+
+def _rescale(
+    process: Process,
+    config: ContrastConfig,
+    moved: Tensor,
+    base: Prediction,
+    x: Tensor,
+    t: Tensor,
+    weight: Tensor,
+) -> Tensor:
+    view, place, share = base.view, config.rescale_view, config.rescale
+    inner = convert(process, moved, view, place, x, t)
+    goal = convert(process, base.value, view, place, x, t).flatten(1).std(1)
+    now = inner.flatten(1).std(1).clamp_min(torch.finfo(x.dtype).tiny)
+    factor = torch.where(weight != 1.0, share * goal / now + (1.0 - share), 1.0)
+    scaled = expand(factor, x).to(x) * inner
+    return convert(process, scaled, place, view, x, t)
+
+
+def with_and_without(
+    denoiser: DenoiserLike, x: Tensor, t: Tensor, cond: Condition
+) -> tuple[Prediction, Prediction]:
+    """The answers to the condition and to its null form, from one stacked batch (conditional
+    first). Both carry the routings and auxiliary losses of the whole batch.
+
+    A denoiser that chooses among others answers both halves with the choice of the first, if it
+    has ``paired(x, t, cond, null) -> Prediction`` of the stacked batch.
+    """
+    batch = x.shape[0]
+    if not cond.tensors():
+        raise ConfigError(describe("cond", "no fields", "a condition to guide towards"))
+    paired = getattr(denoiser, "paired", None)
+    null = cond.as_null(batch)
+    if paired is not None:
+        stacked: Prediction = paired(x, t, cond, null)
+    else:
+        stacked = denoiser(torch.cat([x, x]), torch.cat([t, t]), Condition.cat(cond, null))
+    return _rows(stacked, slice(0, batch)), _rows(stacked, slice(batch, None))
+
+
+def _rows(prediction: Prediction, rows: slice) -> Prediction:
+    variance = prediction.variance
+    return prediction.replace(
+        value=prediction.value[rows], variance=None if variance is None else variance[rows]
+    )
