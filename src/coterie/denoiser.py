@@ -25,8 +25,8 @@ from coterie.process import PRECONDITIONS, PROCESSES, Process, expand
 MODELS = Registry("model", "coterie.models")
 
 
-class _Model(nn.Module):
-    """What both kinds of denoiser share: a backbone whose expert slots have balance losses."""
+class Model(nn.Module):
+    """What all models share: a backbone whose expert slots have balance losses."""
 
     backbone: nn.Module
 
@@ -39,6 +39,25 @@ class _Model(nn.Module):
         """Called by training after each optimiser step with the routings of all its batches."""
         for host in hosts(self.backbone):
             host.after_step(routings)
+
+
+def time_inputs(process: Process) -> Tensor:
+    """f32 [num_steps]: what a network's time embedding is fed at every step of the grid."""
+    steps = torch.arange(process.num_steps)
+    return process.time_input(process.time_of_index(steps)).float()
+
+
+def context_at(process: Process, t: Tensor, inputs: Tensor) -> Context:
+    """What a network is told of the noise level t [B]; ``inputs``: :func:`time_inputs`."""
+    return Context(
+        batch=t.shape[0],
+        tokens=0,
+        noise=process.unit_time(t),
+        step_index=process.step_index(t),
+        num_steps=process.num_steps,
+        time_input=process.time_input(t).float(),
+        time_inputs=inputs,
+    )
 
 
 @MODELS.register
@@ -70,7 +89,7 @@ class DenoiserConfig(Part):
         return Denoiser(self)
 
 
-class Denoiser(_Model):
+class Denoiser(Model):
     """``forward(x [B, ...], t f32 [B], cond) -> Prediction`` of x's shape, in ``config.view``.
 
     ``sample_ids``, ``rng`` and ``progress`` reach the routers through the Context; none is needed
@@ -83,9 +102,7 @@ class Denoiser(_Model):
         self.process: Process = config.process.build()
         self.precondition = config.precondition.build(self.process)
         self.backbone = config.backbone.build()
-        steps = torch.arange(self.process.num_steps)
-        inputs = self.process.time_input(self.process.time_of_index(steps))
-        self.register_buffer("time_inputs", inputs.float(), persistent=False)
+        self.register_buffer("time_inputs", time_inputs(self.process), persistent=False)
 
     @property
     def _dtype(self) -> torch.dtype:
@@ -102,18 +119,8 @@ class Denoiser(_Model):
     ) -> Prediction:
         if t.shape != x.shape[:1]:
             raise DataError(describe("t", tuple(t.shape), f"[B] with B = {x.shape[0]}"))
-        ctx = Context(
-            batch=x.shape[0],
-            tokens=0,
-            noise=self.process.unit_time(t),
-            step_index=self.process.step_index(t),
-            num_steps=self.process.num_steps,
-            time_input=self.process.time_input(t).float(),
-            time_inputs=self.get_buffer("time_inputs"),
-            sample_ids=sample_ids,
-            training=self.training,
-            rng=rng,
-            progress=progress,
+        ctx = context_at(self.process, t, self.get_buffer("time_inputs")).replace(
+            sample_ids=sample_ids, training=self.training, rng=rng, progress=progress
         )
         c_in, c_skip, c_out = (expand(c, x).to(x) for c in self.precondition.coefficients(t))
         out = self.backbone((c_in * x).to(self._dtype), ctx, cond)
@@ -151,7 +158,7 @@ class TokenDenoiserConfig(Part):
         return TokenDenoiser(self)
 
 
-class TokenDenoiser(_Model):
+class TokenDenoiser(Model):
     """``forward(ids i64 [B, N], t f32 [B], cond) -> Prediction`` with logits f32 [B, N, V].
 
     t is the share of masked tokens (0 for an autoregressive model). The mask token is the last

@@ -21,6 +21,7 @@ from coterie.backbones.trunk import Trunk, TrunkConfig, modulate
 from coterie.core.context import Context
 from coterie.core.errors import ConfigError, DataError, describe
 from coterie.core.prediction import Condition
+from coterie.core.routing import Routing
 from coterie.experts.routers.config import within
 from coterie.nn.embed import LabelEmbedding, TimeEmbedding, sincos_grid
 from coterie.nn.init import zero_linear
@@ -65,26 +66,23 @@ class DiTConfig(BackbonePart):
         return DiT(self)
 
 
-class DiT(nn.Module):
-    """``forward(x [B, C, H, W], ctx, cond) -> BackboneOutput`` with a sample of x's shape."""
+class PatchEncoder(nn.Module):
+    """Patches, time and label through the trunk: everything of a DiT but its head."""
 
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
         self.config = config
         width = config.trunk.width
-        values = config.channels * config.patch**2
-        self.patch_in = nn.Linear(values, width)
+        self.patch_in = nn.Linear(config.channels * config.patch**2, width)
         self.time = TimeEmbedding(width)
         self.label = LabelEmbedding(config.num_classes, width) if config.num_classes else None
         self.trunk = Trunk(config.trunk, config.tokens, config.grid)
         self.head_norm = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
         self.head_modulation = nn.Linear(width, 2 * width)
-        self.head = nn.Linear(width, values * (2 if config.learned_variance else 1))
         self.register_buffer("positions", sincos_grid(config.grid, width), persistent=False)
-        self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """adaLN and head start at zero: the output is exactly 0, every block the identity."""
+        """adaLN starts at zero: every block is the identity."""
         self.trunk.reset_parameters()
         nn.init.xavier_uniform_(self.patch_in.weight)
         nn.init.zeros_(self.patch_in.bias)
@@ -92,9 +90,11 @@ class DiT(nn.Module):
         if self.label is not None:
             self.label.reset_parameters()
         zero_linear(self.head_modulation)
-        zero_linear(self.head)
 
-    def forward(self, x: Tensor, ctx: Context, cond: Condition) -> BackboneOutput:
+    def encode(
+        self, x: Tensor, ctx: Context, cond: Condition
+    ) -> tuple[Tensor, tuple[Routing, ...]]:
+        """x [B, C, H, W] -> normalised, modulated tokens [B, N, D], ready for a head."""
         if x.shape[1:] != self.config.sample_shape:
             raise DataError(describe("x", tuple(x.shape), f"[B, {self.config.sample_shape}]"))
         ctx = embed_condition(ctx, cond, self.time, self.label, self.config.tokens)
@@ -102,15 +102,33 @@ class DiT(nn.Module):
         z_BND = self.patch_in(self._patchify(x)) + self.get_buffer("positions")
         z_BND, routings = self.trunk(z_BND, ctx)
         shift, scale = self.head_modulation(nn.functional.silu(ctx.embedding)).chunk(2, dim=-1)
-        out = self.head(modulate(self.head_norm(z_BND), shift, scale))
-        sample, variance = self._unpatchify(out)
-        return BackboneOutput(sample, routings, variance)
+        return modulate(self.head_norm(z_BND), shift, scale), routings
 
     def _patchify(self, x: Tensor) -> Tensor:
         B, C = x.shape[:2]
         P, (rows, columns) = self.config.patch, self.config.grid
         x = x.reshape(B, C, rows, P, columns, P).permute(0, 2, 4, 1, 3, 5)
         return x.reshape(B, rows * columns, C * P * P)
+
+
+class DiT(PatchEncoder):
+    """``forward(x [B, C, H, W], ctx, cond) -> BackboneOutput`` with a sample of x's shape."""
+
+    def __init__(self, config: DiTConfig) -> None:
+        super().__init__(config)
+        values = config.channels * config.patch**2
+        self.head = nn.Linear(config.trunk.width, values * (2 if config.learned_variance else 1))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """adaLN and head start at zero: the output is exactly 0, every block the identity."""
+        super().reset_parameters()
+        zero_linear(self.head)
+
+    def forward(self, x: Tensor, ctx: Context, cond: Condition) -> BackboneOutput:
+        z_BND, routings = self.encode(x, ctx, cond)
+        sample, variance = self._unpatchify(self.head(z_BND))
+        return BackboneOutput(sample, routings, variance)
 
     def _unpatchify(self, out: Tensor) -> tuple[Tensor, Tensor | None]:
         B = out.shape[0]
