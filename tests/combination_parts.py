@@ -69,6 +69,7 @@ SAMPLES: dict[str, dict[str, list[dict[str, Any]]]] = {
         "channel_window": [{"share": 0.5, "mode": "random", "num_masks": WIDTH}, {"share": 0.5}],
     },
     "balance": {"switch": [{}, {"groups": 2}]},
+    "model": {"cluster_router": [{"num_clusters": TASKS}]},
     "backbone": {
         "dit": [
             {**IMAGE, "num_classes": CLASSES, "trunk": TRUNK},

@@ -27,7 +27,12 @@ SAMPLES, BATCH, STEPS = 12, 6, 2
 TRAIN = TrainConfig(
     steps=STEPS, batch=BATCH, lr=0.01, clip=None, ema=(), threads=1, device="cpu", log_every=1
 )
-OBJECTIVE = {"denoiser": "denoising", "next_token": "next_token", "masked": "masked_token"}
+OBJECTIVE = {
+    "denoiser": "denoising",
+    "cluster_router": "cluster_posterior",
+    "next_token": "next_token",
+    "masked": "masked_token",
+}
 
 
 class TinySource:

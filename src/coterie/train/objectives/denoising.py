@@ -59,7 +59,8 @@ class Denoising(nn.Module):
         device = batch.x.device
         t = self.times.sample(B, rng).to(device)
         eps = torch.randn(batch.x.shape, generator=rng).to(device)
-        cond = self._drop(batch.cond, torch.rand(B, generator=rng).to(device))
+        chance = torch.rand(B, generator=rng).to(device)
+        cond = drop_some(batch.cond, chance, self.config.label_dropout)
         x_t = self.process.diffuse(batch.x, eps, t)
         prediction = model(x_t, t, cond, sample_ids=batch.ids, rng=rng, progress=progress)
         per_sample = self.error(prediction, batch.x, eps, t)
@@ -85,16 +86,18 @@ class Denoising(nn.Module):
         gap = (prediction.value.float() - target.float()).square()
         return mean_over(gap, prediction.visible if self.config.support == "visible" else None)
 
-    def _drop(self, cond: Condition, chance: Tensor) -> Condition:
-        if self.config.label_dropout == 0 or not cond.tensors():
-            return cond
-        return cond.drop(chance < self.config.label_dropout)
-
     def _vlb(self, prediction: Prediction, x0: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
         """The variational bound with the mean detached (improved DDPM): trains the variance."""
         assert prediction.variance is not None
         denoised = convert(self.process, prediction.value.detach(), prediction.view, "x0", x_t, t)
         return vlb_bits(self.process, x0, x_t, t, denoised, prediction.variance)
+
+
+def drop_some(cond: Condition, chance: Tensor, share: float) -> Condition:
+    """The null condition where ``chance`` [B], uniform in [0, 1), is below ``share``."""
+    if share == 0 or not cond.tensors():
+        return cond
+    return cond.drop(chance < share)
 
 
 def mean_over(values: Tensor, where: Tensor | None) -> Tensor:

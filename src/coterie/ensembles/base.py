@@ -1,0 +1,209 @@
+"""Several denoisers are one: an ensemble has a process, answers in a view, and says who was asked.
+
+The choice among members is a :class:`Routing` of unit ``sample`` in slot ``ensemble``, so traces
+and reports read it like any other. Members keep their own process, view and preconditioning. Those
+of another process are asked at the same log signal-to-noise ratio, t_A = lam_A^-1(lam), with
+x alpha_A / alpha_B (:mod:`coterie.process.transport`).
+
+All views are affine in x0 given x, so a convex combination may be made in any of them. Members that
+share process and view are combined in that view: nothing is converted, and what one member answers
+alone is passed on bit for bit. Otherwise they are combined in x0: it is bounded by the data at
+every noise level, and needs no division by sigma (nor by alpha, from x0, flow and v). Shapes: B
+batch, K members, k of them chosen.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import SerializeAsAny
+from torch import Generator, Tensor, nn
+
+from coterie.core.errors import ConfigError, DataError, describe
+from coterie.core.prediction import Condition, DenoiserLike, Prediction, View
+from coterie.core.registry import Part, Registry
+from coterie.core.routing import Aux, Routing
+from coterie.ensembles.members import Members, check_alike
+from coterie.process import PROCESSES, Process, Transported, as_view, expand
+
+ENSEMBLES = Registry("ensemble", "coterie.ensembles")
+
+SLOT = "ensemble"
+"""Slot of the routings that say which member was asked."""
+
+
+class EnsembleConfig(Part):
+    """``process``: the one it is sampled in; None: that of its first member. ``view`` ``auto``: the
+    members' own where all agree in process and view, else x0."""
+
+    process: Annotated[SerializeAsAny[Part], PROCESSES.validator] | None = None
+    view: Literal["auto", "x0", "eps", "score", "flow", "v"] = "auto"
+
+    def build(
+        self,
+        members: Members | Mapping[str, DenoiserLike | None] | Sequence[DenoiserLike | None],
+        router: Any = None,
+    ) -> Ensemble:
+        """ConfigError where the members do not fit each other or this configuration."""
+        raise NotImplementedError
+
+
+class Ensemble(nn.Module):
+    """``forward(x [B, ...], t f32 [B], cond) -> Prediction``, as of any denoiser.
+
+    Subclasses say in :meth:`choose` who answers for which sample, and with what weight. ``aux`` and
+    balance losses there are none: members are trained alone.
+    """
+
+    def __init__(self, config: EnsembleConfig, members: Members) -> None:
+        super().__init__()
+        check_alike(members)
+        self.config = config
+        self.members = members
+        self.networks = nn.ModuleList(members.modules)
+        first = next(facts.process for facts in members.facts if facts.process is not None)
+        self.process: Process = first if config.process is None else config.process.build()
+        self.view: View = _view(config.view, self.process, members)
+        self.missing = tuple(facts.name for facts in members.facts if facts.missing)
+        for facts in members.facts:
+            if facts.missing:
+                warnings.warn(
+                    f"ensemble without {facts.name}: {facts.reason}; the others answer for it",
+                    stacklevel=3,
+                )
+
+    @property
+    def present(self) -> Tensor:
+        """bool [K]: members that are there."""
+        return torch.tensor([not facts.missing for facts in self.members.facts])
+
+    def choose(self, x: Tensor, t: Tensor, cond: Condition) -> Routing:
+        """Who answers for each row of x [B, ...] at t [B]."""
+        raise NotImplementedError
+
+    def forward(
+        self,
+        x: Tensor,
+        t: Tensor,
+        cond: Condition,
+        sample_ids: Tensor | None = None,
+        rng: Generator | None = None,
+        progress: float = 1.0,
+    ) -> Prediction:
+        """``sample_ids`` go to the routing; ``rng`` and ``progress`` have no meaning here."""
+        if t.shape != x.shape[:1]:
+            raise DataError(describe("t", tuple(t.shape), f"[B] with B = {x.shape[0]}"))
+        routing = self.choose(x, t, cond)
+        return self.answer(x, t, cond, routing.replace(sample_ids=sample_ids))
+
+    def paired(self, x: Tensor, t: Tensor, cond: Condition, null: Condition) -> Prediction:
+        """The stacked answer to a condition and its null form: both by the choice of the first."""
+        routing = twice(self.choose(x, t, cond), null)
+        both = Condition.cat(cond, null)
+        return self.answer(torch.cat([x, x]), torch.cat([t, t]), both, routing)
+
+    def aux_losses(
+        self, routings: Sequence[Routing], rng: Generator | None = None
+    ) -> tuple[Aux, ...]:
+        return ()
+
+    def answer(self, x: Tensor, t: Tensor, cond: Condition, routing: Routing) -> Prediction:
+        """Each chosen member is called once with its rows; their answers are added up, weighted."""
+        value = torch.zeros_like(x)
+        variance: Tensor | None = None
+        routings = [routing]
+        for index in self.order(routing):
+            at = (routing.ids == index).nonzero()
+            rows, gate = at[:, 0], routing.gates[at[:, 0], at[:, 1]].to(x)
+            part = self._ask_rows(index, x, t, cond, rows)
+            value = value.index_add(0, rows, expand(gate, x) * part.value.to(x))
+            routings += part.routings
+            if part.variance is not None:
+                # -1 = the posterior variance: what solvers take where nothing was learnt.
+                variance = torch.full_like(x, -1.0) if variance is None else variance
+                shift = expand(gate, x) * (part.variance.to(x) + 1.0)
+                variance = variance.index_add(0, rows, shift)
+        return Prediction(value, self.view, tuple(routings), variance=variance)
+
+    def order(self, routing: Routing) -> list[int]:
+        """Chosen members, in the order in which they are called."""
+        chosen = routing.ids[routing.ids < routing.num_experts]
+        return [int(index) for index in chosen.unique()]
+
+    def _ask_rows(
+        self, index: int, x: Tensor, t: Tensor, cond: Condition, rows: Tensor
+    ) -> Prediction:
+        name = self.members.names[index]
+        if len(rows) == len(x):  # every row, in order
+            part = self.ask(index, x, t, cond)
+        else:
+            part = self.ask(index, x[rows], t[rows], cond.index(rows))
+        inner = tuple(made.replace(slot=f"{name}/{made.slot}") for made in part.routings)
+        return part.replace(routings=inner)
+
+    def ask(self, index: int, x: Tensor, t: Tensor, cond: Condition) -> Prediction:
+        """One member's answer in the ensemble's process and view."""
+        member = self.members.get(index)
+        if member.process == self.process:
+            return as_view(self.process, member(x, t, cond), self.view, x, t)
+        moved = Transported(member, self.process)(x, t, cond)
+        # A variance is learnt on the grid of the member's own process.
+        return as_view(self.process, moved.replace(variance=None), self.view, x, t)
+
+    def record(
+        self, logits: Tensor, probs: Tensor, ids: Tensor, gates: Tensor, t: Tensor, cond: Condition
+    ) -> Routing:
+        """The choice as data; logits and probs [B, K], ids and gates [B, k]."""
+        return Routing(
+            unit="sample",
+            num_experts=len(self.members),
+            ids=ids,
+            gates=gates,
+            probs=probs,
+            logits=logits,
+            batch=(t.shape[0], 1),
+            slot=SLOT,
+            name=SLOT,
+            noise=t,
+            step_index=self.process.step_index(t),
+            label=cond.label,
+            task=cond.task,
+        )
+
+
+def _view(wanted: str, process: Process, members: Members) -> View:
+    if wanted != "auto":
+        return wanted  # type: ignore[return-value]
+    present = [facts for facts in members.facts if not facts.missing]
+    own = [facts.view if facts.process == process else "x0" for facts in present]
+    agreed = own[0] if len(set(own)) == 1 else None
+    return agreed or "x0"  # type: ignore[return-value]
+
+
+def twice(routing: Routing, null: Condition) -> Routing:
+    """The routing of a batch stacked on itself; the second half carries the null labels."""
+    changes: dict[str, Any] = {"batch": (2 * routing.batch[0], 1)}
+    for item in dataclasses.fields(routing):
+        value = getattr(routing, item.name)
+        if isinstance(value, Tensor):
+            second = null.label if item.name == "label" and null.label is not None else value
+            changes[item.name] = torch.cat([value, second])
+    return routing.replace(**changes)
+
+
+def as_members(
+    given: Members | Mapping[str, DenoiserLike | None] | Sequence[DenoiserLike | None],
+) -> Members:
+    return given if isinstance(given, Members) else Members(given)
+
+
+def check_share(field: str, share: Sequence[float], count: int) -> None:
+    """ConfigError unless ``share`` holds ``count`` positive numbers that add up to 1."""
+    good = len(share) == count and all(value > 0 for value in share)
+    if not good or abs(sum(share) - 1.0) > 1e-6:
+        allowed = f"{count} positive numbers that add up to 1"
+        raise ConfigError(describe(field, tuple(share), allowed))

@@ -1,0 +1,98 @@
+"""A network that reads x_t and tells which cluster the clean sample is from.
+
+With cross-entropy on samples of the whole data, diffused by the experts' process, its softmax is
+the posterior r_k(x, t) that joins them (Decentralized Diffusion Models, McAllister et al. 2025).
+Shapes: B batch, N tokens, D width, K clusters.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field, SerializeAsAny
+from torch import Generator, Tensor, nn
+
+from coterie.backbones.dit import DiTConfig, PatchEncoder
+from coterie.core.context import Context
+from coterie.core.errors import DataError, describe
+from coterie.core.prediction import Condition, Prediction
+from coterie.core.registry import Part
+from coterie.core.routing import Routing
+from coterie.denoiser import MODELS, Model, context_at, time_inputs
+from coterie.process import PRECONDITIONS, PROCESSES, Process, expand
+
+
+class PosteriorNetwork(PatchEncoder):
+    """A DiT's encoder; the mean of its tokens becomes K logits, f32."""
+
+    def __init__(self, config: DiTConfig, num_clusters: int) -> None:
+        super().__init__(config)
+        self.head = nn.Linear(config.trunk.width, num_clusters)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """The head starts small: probabilities near 1 / K everywhere."""
+        super().reset_parameters()
+        nn.init.normal_(self.head.weight, std=0.02)
+        nn.init.zeros_(self.head.bias)
+
+    def forward(
+        self, x: Tensor, ctx: Context, cond: Condition
+    ) -> tuple[Tensor, tuple[Routing, ...]]:
+        z_BND, routings = self.encode(x, ctx, cond)
+        return self.head(z_BND.mean(1)).float(), routings
+
+
+@MODELS.register
+class ClusterRouterConfig(Part):
+    """``num_clusters``: experts to choose among. ``process``: that of the experts, or any other:
+    an ensemble matches noise levels. ``precondition`` scales the input only.
+
+    With ``backbone.num_classes`` 0 it reads x_t alone, else the condition too.
+    """
+
+    kind: Literal["cluster_router"] = "cluster_router"
+    num_clusters: int = Field(2, ge=1)
+    backbone: DiTConfig = DiTConfig(num_classes=0)
+    process: Annotated[SerializeAsAny[Part], PROCESSES.validator] = "rectified_flow"  # type: ignore[assignment]
+    precondition: Annotated[SerializeAsAny[Part], PRECONDITIONS.validator] = "none"  # type: ignore[assignment]
+
+    def build(self) -> ClusterRouter:
+        return ClusterRouter(self)
+
+
+class ClusterRouter(Model):
+    """``forward(x [B, ...], t f32 [B], cond) -> Prediction`` of logits f32 [B, K].
+
+    ``cond.task`` is not read: in training it holds the answer.
+    """
+
+    backbone: PosteriorNetwork
+
+    def __init__(self, config: ClusterRouterConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.process: Process = config.process.build()
+        self.precondition = config.precondition.build(self.process)
+        self.backbone = PosteriorNetwork(config.backbone, config.num_clusters)
+        self.register_buffer("time_inputs", time_inputs(self.process), persistent=False)
+
+    def forward(
+        self,
+        x: Tensor,
+        t: Tensor,
+        cond: Condition,
+        sample_ids: Tensor | None = None,
+        rng: Generator | None = None,
+        progress: float = 1.0,
+    ) -> Prediction:
+        if t.shape != x.shape[:1]:
+            raise DataError(describe("t", tuple(t.shape), f"[B] with B = {x.shape[0]}"))
+        ctx = context_at(self.process, t, self.get_buffer("time_inputs")).replace(
+            sample_ids=sample_ids, training=self.training, rng=rng, progress=progress
+        )
+        scale = expand(self.precondition.coefficients(t)[0], x)
+        dtype: torch.dtype = self.backbone.head.weight.dtype
+        logits, routings = self.backbone((scale * x).to(dtype), ctx, cond.replace(task=None))
+        return Prediction(logits, "logits", routings)

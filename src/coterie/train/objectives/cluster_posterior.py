@@ -1,0 +1,81 @@
+"""The posterior over clusters: diffuse, and tell which cluster the clean sample is from.
+
+Samples come from the whole data, not from one cluster's, under the experts' noise; the minimum of
+the cross-entropy is P(cluster | x_t). Shapes: B batch, K clusters.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, ClassVar, Literal
+
+import torch
+from pydantic import Field, SerializeAsAny
+from torch import Generator, Tensor, nn
+from torch.nn import functional as F
+
+from coterie.core.batch import Batch, Losses
+from coterie.core.errors import DataError, describe
+from coterie.core.prediction import Condition
+from coterie.core.registry import Part
+from coterie.process import TIMES
+from coterie.train.objectives.base import OBJECTIVES
+from coterie.train.objectives.denoising import drop_some
+
+
+@OBJECTIVES.register
+class ClusterPosteriorConfig(Part):
+    """``times``: where in noise training looks. ``cluster``: the field of the condition that holds
+    the cluster of each sample; it is never shown to the network.
+    """
+
+    kind: Literal["cluster_posterior"] = "cluster_posterior"
+    times: Annotated[SerializeAsAny[Part], TIMES.validator] = "uniform"  # type: ignore[assignment]
+    cluster: Literal["task", "label"] = "task"
+    label_dropout: float = Field(0.1, ge=0, le=1)  # share of samples trained without condition
+    answers: ClassVar[str] = "posterior"
+
+    def build(self, model: Any) -> ClusterPosterior:
+        return ClusterPosterior(self, model)
+
+
+class ClusterPosterior(nn.Module):
+    """Cross-entropy of ``model(x_t, t, cond) -> logits [B, K]``, in nats."""
+
+    def __init__(self, config: ClusterPosteriorConfig, model: Any) -> None:
+        super().__init__()
+        self.config = config
+        self.process = model.process
+        self.num_clusters: int = model.config.num_clusters
+        self.times = config.times.build(self.process)
+
+    def forward(self, model: Any, batch: Batch, rng: Generator, progress: float = 1.0) -> Losses:
+        B, device = batch.x.shape[0], batch.x.device
+        cluster, cond = self.split(batch.cond)
+        t = self.times.sample(B, rng).to(device)
+        eps = torch.randn(batch.x.shape, generator=rng).to(device)
+        cond = drop_some(cond, torch.rand(B, generator=rng).to(device), self.config.label_dropout)
+        x_t = self.process.diffuse(batch.x, eps, t)
+        prediction = model(x_t, t, cond, sample_ids=batch.ids, rng=rng, progress=progress)
+        loss = F.cross_entropy(prediction.value, cluster, reduction="none")
+        right = prediction.value.argmax(1) == cluster
+        return Losses(
+            main={"cluster_posterior": loss.mean()},
+            aux=model.aux_losses(prediction.routings, rng),
+            routings=prediction.routings,
+            per_sample=loss.detach(),
+            noise=self.process.unit_time(t),
+            extras={"accuracy": right.float().mean()},
+        )
+
+    def split(self, cond: Condition) -> tuple[Tensor, Condition]:
+        """(cluster i64 [B], the condition without it)."""
+        field = self.config.cluster
+        cluster: Tensor | None = getattr(cond, field)
+        allowed = f"clusters 0..{self.num_clusters - 1}"
+        if cluster is None:
+            raise DataError(describe(f"cond.{field}", None, allowed))
+        if cluster.numel() and not 0 <= int(cluster.min()) <= int(cluster.max()) < (
+            self.num_clusters
+        ):
+            raise DataError(describe(f"cond.{field}", sorted(set(cluster.tolist())), allowed))
+        return cluster, cond.replace(**{field: None})
