@@ -81,10 +81,10 @@ def test_folders_depend_on_the_arm_before_and_not_on_where_they_lie(recipe: Reci
     here, there = Path("here"), Path("there")
     dense = job_of(recipe, "dense", 1, here)
     jobs = {arm: job_of(recipe, arm, 1, here) for arm in GOES_ON}
-    assert dense.after is None
+    assert dense.after == ()
     assert len({job.folder for job in (dense, *jobs.values())}) == 5
     for arm, job in jobs.items():
-        assert job.after == "dense" and job.seed == job.config.seed == 1
+        assert job.after == ("dense",) and job.seed == job.config.seed == 1
         assert job.config.init is not None and job.config.init.path == str(dense.folder)
         assert job_of(recipe, arm, 1, there).folder.name == job.folder.name
         assert job_of(recipe, arm, 2, here).folder.name != job.folder.name
@@ -96,7 +96,7 @@ def test_folders_depend_on_the_arm_before_and_not_on_where_they_lie(recipe: Reci
 def test_an_arm_before_that_is_none_is_named(recipe: Recipe) -> None:
     lost = recipe.arms()["continued"]
     assert lost.init is not None
-    arms = recipe.arms() | {"lost": lost.replace(init=lost.init.replace(path="dence"))}
+    arms = recipe.arms() | {"lost": lost.replace(init=lost.init.replace(path="arm:dence"))}
     object.__setattr__(recipe, "arms", lambda: arms)
     with pytest.raises(ConfigError, match=r"lost: init\.path: 'dence' .*did you mean 'dense'"):
         job_of(recipe, "lost", 0, Path())

@@ -1,8 +1,8 @@
 """What a recipe is: a paper, presets, claims, departures. No mechanism lives here.
 
 A recipe file defines ``PAPER``, ``SUMMARY``, ``tiny()``, ``paper()`` (and more presets if it
-likes), ``arms()`` (the configurations its claims compare; an arm whose ``init.path`` names another
-arm goes on from it), ``CLAIMS`` and ``DEPARTURES``.
+likes), ``arms()`` (the configurations its claims compare; ``arm:NAME`` in place of a path is what
+arm NAME has learnt), ``CLAIMS`` and ``DEPARTURES``.
 """
 
 from __future__ import annotations

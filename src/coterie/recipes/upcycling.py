@@ -22,6 +22,7 @@ SUMMARY = "Experts made of a dense model's copies and slices: nothing is lost at
 
 COPY = UpcycleConfig(copies=4, slices=1, copies_used=2)
 SLICE_COPY = UpcycleConfig(copies=4, slices=2)
+DENSE = "arm:dense"
 STEPS = 300  # of the dense model, and again of each arm that goes on from it
 
 
@@ -46,11 +47,11 @@ def arms() -> dict[str, RunConfig]:
     unpaired = SLICE_COPY.replace(repeat_rows=False)
     return {
         "dense": dense,
-        "continued": dense.replace(init=InitConfig(path="dense")),
-        "copy": upcycled_run(dense, "dense", COPY),
-        "slice-copy": upcycled_run(dense, "dense", SLICE_COPY),
-        "unpaired-rows": upcycled_run(dense, "dense", unpaired),
-        "scratch": upcycled_run(dense, "dense", SLICE_COPY).replace(init=None),
+        "continued": dense.replace(init=InitConfig(path=DENSE)),
+        "copy": upcycled_run(dense, DENSE, COPY),
+        "slice-copy": upcycled_run(dense, DENSE, SLICE_COPY),
+        "unpaired-rows": upcycled_run(dense, DENSE, unpaired),
+        "scratch": upcycled_run(dense, DENSE, SLICE_COPY).replace(init=None),
     }
 
 

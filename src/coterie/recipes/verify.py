@@ -2,10 +2,10 @@
 
 Arms run in worker processes of one thread each, resume where they stopped, and leave their
 numbers in ``<work>/<commit>/<hash of the configuration>/measures.json``: an arm that two recipes
-share is run once, and no number of another commit is reused. An arm whose ``init.path`` names
-another arm starts from what that one has learnt under the same seed, and is run after it; what its
-first weights are worth is measured too (``initial_...``). The verdict uses differences paired by
-seed:
+share is run once, and no number of another commit is reused. An arm may name others, by
+``arm:NAME`` in place of a path: it is run after them and finds what they have learnt under the same
+seed. What the first weights of an arm with ``init`` are worth is measured too (``initial_...``).
+The verdict uses differences paired by seed:
 
     shown = the mean difference has the right sign, every seed agrees,
             and the mean exceeds one standard deviation of the differences.
@@ -20,7 +20,7 @@ import multiprocessing
 import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +32,7 @@ from coterie.core.machine import commit, hardware
 from coterie.recipes.base import Claim, Recipe, get_recipe
 from coterie.train.run import RunConfig
 
+ARM = "arm:"
 RULE = "paired by seed: right sign in every seed, and mean difference above one standard deviation"
 
 
@@ -118,28 +119,53 @@ def _cores() -> int:
 
 @dataclass(frozen=True)
 class Job:
-    """One arm under one seed, in the folder it is trained in, and the arm it starts from."""
+    """One arm under one seed, in the folder it is trained in, and the arms it builds on."""
 
     arm: str
     seed: int
     config: RunConfig
     folder: Path
-    after: str | None = None
+    after: tuple[str, ...] = ()
 
 
 def job_of(recipe: Recipe, arm: str, seed: int, root: Path) -> Job:
-    """The folder's name depends on the configuration, and on that of the arm before, alone."""
+    """The folder's name depends on the configuration, and on those of the arms it names, alone."""
     arms = recipe.arms()
     config = arms[arm].replace(seed=seed)
-    init = config.init
-    if init is None:
+    data = config.model_dump(mode="json")
+    named = dict(_named(data))
+    for name, path in named.items():
+        if name not in arms:
+            raise ConfigError(unknown(f"{recipe.name}: {arm}: {path}", name, arms))
+    before = {ARM + name: job_of(recipe, name, seed, root).folder for name in named}
+    if not before:
         return Job(arm, seed, config, root / digest(config.to_json())[:16])
-    if init.path not in arms:
-        raise ConfigError(unknown(f"{recipe.name}: {arm}: init.path", init.path, arms))
-    before = job_of(recipe, init.path, seed, root).folder
-    named = config.replace(init=init.replace(path=before.name))
-    placed = config.replace(init=init.replace(path=str(before)))
-    return Job(arm, seed, placed, root / digest(named.to_json())[:16], init.path)
+    alone = _placed(data, {name: folder.name for name, folder in before.items()})
+    placed = _placed(data, {name: str(folder) for name, folder in before.items()})
+    folder = root / digest(alone)[:16]
+    return Job(arm, seed, RunConfig.from_dict(placed), folder, tuple(named))
+
+
+def _named(data: Any, path: str = "") -> Iterator[tuple[str, str]]:
+    """(arm, path of the field that names it) for each ``arm:NAME`` in a configuration's JSON."""
+    if isinstance(data, str) and data.startswith(ARM):
+        yield data.removeprefix(ARM), path
+    items = data.items() if isinstance(data, dict) else enumerate(data if _is_list(data) else ())
+    for key, value in items:
+        yield from _named(value, f"{path}.{key}" if path else str(key))
+
+
+def _placed(data: Any, folders: dict[str, str]) -> Any:
+    """The JSON with the folder of each arm in place of its name."""
+    if isinstance(data, dict):
+        return {key: _placed(value, folders) for key, value in data.items()}
+    if _is_list(data):
+        return [_placed(value, folders) for value in data]
+    return folders.get(data, data) if isinstance(data, str) else data
+
+
+def _is_list(data: Any) -> bool:
+    return isinstance(data, list | tuple)
 
 
 def _run_arms(
@@ -157,7 +183,7 @@ def _run_arms(
     with ProcessPoolExecutor(max_workers=workers, mp_context=spawn) as pool:
         waiting: dict[Future[dict[str, float]], Job] = {}
         while left or waiting:
-            ready = [job for job in left if job.after is None or (job.after, job.seed) in results]
+            ready = [job for job in left if all((arm, job.seed) in results for arm in job.after)]
             left = [job for job in left if job not in ready]
             for job in ready:
                 waiting[pool.submit(run_arm, job.config.to_json(), str(job.folder))] = job
