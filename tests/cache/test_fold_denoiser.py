@@ -147,6 +147,13 @@ def test_guided_samples_are_the_same(solver: str) -> None:
     torch.testing.assert_close(*results, atol=1e-5, rtol=1e-5)
 
 
+@torch.no_grad()
+def test_an_empty_batch_is_answered() -> None:
+    folded = fold_by_step(model(), TIMES)
+    answer = folded(images(0).x, TIMES[:0].float(), images(0).cond)
+    assert answer.value.shape == (0, 1, 8, 8)
+
+
 def test_a_gradient_flows_to_the_sample() -> None:
     made = model()
     folded = fold_by_step(made, TIMES)

@@ -7,7 +7,16 @@ from coterie.core.errors import ConfigError, DataError
 from coterie.core.prediction import Condition
 from coterie.core.rng import SampleNoise
 from coterie.process import PROCESSES, ExactDenoiser, Mixture
-from coterie.solvers import GRIDS, SOLVERS, Query, SolverState, initial_noise, integrate, sample
+from coterie.solvers import (
+    GRIDS,
+    SOLVERS,
+    Query,
+    SolverState,
+    asked_times,
+    initial_noise,
+    integrate,
+    sample,
+)
 
 F64 = torch.float64
 KINDS = PROCESSES.kinds()
@@ -301,3 +310,20 @@ def test_configuration_round_trip(registry):
     for kind in registry.kinds():
         config = registry.parse(kind)
         assert registry.parse(config.model_dump(mode="json")) == config
+
+
+@pytest.mark.parametrize("solver", sorted(set(SOLVERS.kinds()) - {"rk45"}))
+def test_the_times_of_a_run_are_known_beforehand(solver):
+    for kind in ("rectified_flow", "ddpm"):
+        process = build(kind)
+        counting = Counting(ExactDenoiser(process, mixture()))
+        run(process, solver, steps=4, denoiser=counting)
+        known = asked_times(process, SOLVERS.parse(solver), GRIDS.parse("uniform"), 4)
+        assert known.dtype == F64
+        assert known.unique().shape == known.shape
+        assert {float(t) for t in counting.times} == set(known.float().tolist())
+
+
+def test_a_solver_that_chooses_its_times_has_none_beforehand():
+    with pytest.raises(ConfigError, match="it chooses its own steps"):
+        asked_times(build("ddpm"), SOLVERS.parse("rk45"), GRIDS.parse("uniform"), 4)

@@ -126,8 +126,11 @@ class FoldedDenoiser(nn.Module):
 
 def _layers(denoiser: Any) -> dict[str, ExpertLayer]:
     """Path of each expert layer -> the layer, all of them foldable."""
-    if not isinstance(denoiser, nn.Module) or not hasattr(denoiser, "process"):
+    if not isinstance(denoiser, nn.Module):
         hint = "fold the model, then guide or threshold what you get"
+        raise ConfigError(describe("denoiser", type(denoiser).__name__, "a denoiser model", hint))
+    if not hasattr(denoiser, "process"):
+        hint = "this model has no noise level to fold by"
         raise ConfigError(describe("denoiser", type(denoiser).__name__, "a denoiser model", hint))
     layers = {n: m for n, m in denoiser.named_modules() if isinstance(m, ExpertLayer)}
     if not layers:

@@ -11,7 +11,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from coterie.cache.schedule import current
+from coterie.cache.schedule import Steps, current
 from coterie.core.context import Context
 from coterie.core.errors import ConfigError, DataError, describe
 from coterie.core.routing import Routing
@@ -121,9 +121,8 @@ class FoldedLayer(ExpertLayer):
     def _route(self, x: Tensor, ctx: Context, before: list[Routing]) -> Routing:
         """What the router answered when it ran, for the samples at hand."""
         steps, round = current(), ctx.round
-        rows = torch.tensor(steps.of_rows, device=x.device)
-        ids, gates, probs, logits = (self.get_buffer(f"{field}{round}")[rows] for field in _FIELDS)
-        widest = max(1, *(self._widths[round][step] for step in steps.of_rows))
+        ids, gates, probs, logits = (self._recorded(f"{field}{round}", steps) for field in _FIELDS)
+        widest = max([1, *(self._widths[round][step] for step, _ in steps.groups)])
         some = None if ctx.token_mask is None else ctx.token_mask.any(dim=1)
         if some is not None and not bool(some.all()):
             raise DataError("token_mask: a sample without tokens has no routing to look up")
@@ -149,12 +148,20 @@ class FoldedLayer(ExpertLayer):
             table=self._buffers[f"table{round}"],
         )
 
+    def _recorded(self, name: str, steps: Steps) -> Tensor:
+        """Rows of a recorded table [S, ...], one per sample; a view where they are all the same."""
+        table = cast(Tensor, self._buffers[name])
+        if len(steps.groups) == 1:
+            step = steps.of_rows[0]
+            return table[step : step + 1].expand(len(steps.of_rows), -1)
+        return table[list(steps.of_rows)]
+
     def combine(self, x: Tensor, routing: Routing) -> Tensor:
         """The fused experts' answer plus that of what is always on; x [B, N, D] or [B, C, H, W]."""
         u = x if self.stem is None else self.stem(x)
         groups = current().groups
-        if len(groups) == 1:
-            y = self._answer(u, routing.round, groups[0][0])
+        if len(groups) <= 1:  # none: an empty batch
+            y = self._answer(u, routing.round, groups[0][0] if groups else 0)
         else:
             rows = [torch.tensor(rows, device=x.device) for _, rows in groups]
             parts = [

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import click
 
-from coterie.cli.output import progress_bar, say, say_json
+from coterie.cli.output import human, progress_bar, say, say_json
 
 
 class Labels(click.ParamType[list[int]]):
@@ -37,6 +38,12 @@ class Labels(click.ParamType[list[int]]):
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of the first sample.")
 @click.option("--steps", type=click.IntRange(1), help="Solver steps. [the run's]")
 @click.option("--guidance", type=float, help="Guidance weight. [the run's]")
+@click.option(
+    "--cached",
+    "use_cache",
+    is_flag=True,
+    help="Choose and fuse the experts of each step beforehand: the same samples, fewer FLOPs.",
+)
 @click.option("--weights", type=click.Choice(["ema", "model"]), default="ema", show_default=True)
 @click.option("--out", type=click.Path(path_type=Path), help="Folder. [RUN/samples]")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
@@ -48,6 +55,7 @@ def command(
     seed: int,
     steps: int | None,
     guidance: float | None,
+    use_cache: bool,
     weights: str,
     out: Path | None,
     as_json: bool,
@@ -57,11 +65,18 @@ def command(
 
     \b
       coterie sample runs/dit-moe --num 100 --labels 0-9 --guidance 2
+      coterie sample runs/switch-dit --cached
     """
     from coterie.train.run import load_run
     from coterie.train.samples import sample_run
 
     loaded = load_run(run, which=weights)
+    saved: dict[str, float] = {}
+    if use_cache:
+        from coterie.train.cached import cached
+
+        loaded, cost = cached(loaded, steps)
+        saved = cost.as_dict()
     with progress_bar(num, "sampling", quiet) as advance:
         shown = sample_run(
             loaded,
@@ -73,4 +88,19 @@ def command(
             out=out or run / "samples",
             progress=advance,
         )
-    say_json({"samples": shown.parent, "shown": shown}) if as_json else say(f"samples  {shown}")
+    if as_json:
+        say_json({"samples": shown.parent, "shown": shown, **({"cache": saved} if saved else {})})
+        return
+    say(f"samples  {shown}")
+    if saved:
+        say(f"cache    {_saving(saved)}")
+
+
+def _saving(cost: Mapping[str, float]) -> str:
+    """What a cache saves, in a line."""
+    flops, every = cost["flops_with"], cost["flops_all_experts"]
+    return (
+        f"{human(flops)} FLOPs per call and sample, {cost['flops_saved']:.1%} fewer than without; "
+        f"{1 - flops / every:.1%} fewer than if every expert ran; numbers in memory: "
+        f"{human(cost['parameters_with'])} for {human(cost['parameters_without'])}"
+    )

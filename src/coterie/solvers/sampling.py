@@ -46,6 +46,31 @@ def sample(
     return integrate(denoiser, x, cond, times, solver.build(), noise, callback)
 
 
+def asked_times(process: Process, solver: Part, grid: Part, steps: int) -> Tensor:
+    """f64 [S]: every time at which such a run asks its denoiser, in the order of first asking.
+
+    ConfigError for solvers that choose their times by what they are answered.
+    """
+    if solver.evaluations_per_step() is None:
+        hint = "it chooses its own steps"
+        raise ConfigError(describe("solver", solver.kind, "one with a fixed number of calls", hint))
+    asked: dict[float, None] = {}
+
+    class Listener:
+        def __init__(self) -> None:
+            self.process = process
+
+        def __call__(self, x: Tensor, t: Tensor, cond: Condition) -> Prediction:
+            asked.update(dict.fromkeys(t.tolist()))
+            return Prediction(torch.zeros_like(x), "x0")
+
+    x = torch.ones(1, 1, dtype=torch.float64)  # solvers ask in float64 where x is
+    sample(
+        Listener(), x, Condition(), solver=solver, grid=grid, steps=steps, noise=SampleNoise([0])
+    )
+    return torch.tensor(list(asked), dtype=torch.float64)
+
+
 def integrate(
     denoiser: DenoiserLike,
     x: Tensor,
@@ -70,7 +95,7 @@ def integrate(
         if callback is not None:
             callback(step, float(t), x, estimate.prediction)
         if float(query.process.sigma(u)) == 0.0:
-            x = estimate.x0
+            x = solver.land(query, estimate, state, noise)
         else:
             x, state = solver.step(query, estimate, u, state, noise)
     return x
