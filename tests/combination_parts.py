@@ -38,6 +38,8 @@ IMAGE = {"image_size": 4, "patch": 2}
 CONVOLVED = {"groups": 4, "head_width": 4}
 PAGE = {"vocabulary": WORDS, "context": 6}
 SEEN = {"kind": "fgbg", "rf": 0.2, "rb": 0.6}
+CHUNK = {"horizon": 3, "observations": 0, "num_classes": CLASSES}
+NOISED = {**PLAIN, "norm": "rms", "modulation": "add", "qk_norm": True, "causal": True}
 CLOUD = {"num_points": 10, "voxels": 4, "num_classes": CLASSES, "decoder": {**TRUNK, "depth": 1}}
 
 SAMPLES: dict[str, dict[str, list[dict[str, Any]]]] = {
@@ -85,6 +87,7 @@ SAMPLES: dict[str, dict[str, list[dict[str, Any]]]] = {
     },
 }
 """Fields a part needs beyond its defaults here: width 8, at least 4 experts, 2 tasks. Parts that
+        "policy": [{**CHUNK, "trunk": NOISED}],
 do without are not listed; every value of a Literal or bool field is tried anyway."""
 
 BY_HAND: dict[str, list[Any]] = {

@@ -10,6 +10,7 @@ from coterie.backbones.trunk import Trunk, TrunkConfig
 from coterie.backbones.unet import UNet, UNetConfig
 
 __all__ = [
+from coterie.backbones.policy import Policy, PolicyConfig
     "BACKBONES",
     "BackboneOutput",
     "CausalConfig",
@@ -28,3 +29,5 @@ __all__ = [
     "UNet",
     "UNetConfig",
 ]
+    "Policy",
+    "PolicyConfig",

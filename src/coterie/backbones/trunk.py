@@ -36,6 +36,9 @@ from coterie.nn.windows import Windows
 class TrunkConfig(Config):
     """Sizes and style of the trunk. ``mlp_hidden`` None: 4 * width.
 
+    ``modulation`` ``add``: the condition's embedding is added to what attention reads (MoDE).
+    ``residual`` ``normalised``: what the feed-forward network reads replaces the stream, before its
+    answer is added (MoDE's released code).
     ``window`` w: in the blocks ``window_layers`` the tokens of each w x w (x w) window of the grid
     see each other only.
     """
@@ -46,7 +49,8 @@ class TrunkConfig(Config):
     kv_heads: int | None = Field(None, ge=1)  # None: as many as heads
     mlp: Literal["gelu", "swiglu"] = "gelu"
     mlp_hidden: int | None = Field(None, ge=1)
-    modulation: Literal["adaln_zero", "none"] = "adaln_zero"
+    modulation: Literal["adaln_zero", "add", "none"] = "adaln_zero"
+    residual: Literal["stream", "normalised"] = "stream"
     norm: Literal["layer", "rms"] = "layer"
     causal: bool = False
     rotary: bool = False
@@ -68,6 +72,9 @@ class TrunkConfig(Config):
         if self.rotary and self.width // self.heads % 2:
             allowed = f"a number that leaves an even head width, width = {self.width}"
             raise ConfigError(describe("heads", self.heads, allowed, "rotary turns channel pairs"))
+        if self.residual == "normalised" and self.modulation == "adaln_zero":
+            hint = "adaLN-zero blocks begin as the identity"
+            raise ConfigError(describe("residual", self.residual, "stream", hint))
         self._check_windows()
         check_slots(self.slots, self.width, self.depth, self.causal, self.modulation)
         return self
@@ -101,7 +108,7 @@ class TrunkConfig(Config):
 
 
 def _norm(config: TrunkConfig) -> nn.Module:
-    affine = config.modulation == "none"
+    affine = config.modulation != "adaln_zero"
     if config.norm == "rms":
         return nn.RMSNorm(config.width, eps=1e-6, elementwise_affine=affine)
     return nn.LayerNorm(config.width, eps=1e-6, elementwise_affine=affine)
@@ -136,6 +143,8 @@ class Block(nn.Module):
         super().__init__()
         width = config.width
         self.residual = residual
+        self.replaced = config.residual == "normalised"
+        self.added = config.modulation == "add"
         self.norm1, self.norm2 = _norm(config), _norm(config)
         self.attention = SelfAttention(
             width,
@@ -169,6 +178,9 @@ class Block(nn.Module):
             u_BND = (1 + answer.y) * z_BND
         shift1, scale1, gate1, shift2, scale2, gate2 = self._modulation(ctx)
         h_BND = self._modulate(self.norm1(u_BND), shift1, scale1)
+        if self.added:
+            assert ctx.embedding is not None
+            h_BND = h_BND + ctx.embedding[:, None]
         attended_BND = self._gate(self.attention(h_BND, ctx.token_mask), gate1)
         h_BND = self._modulate(self.norm2(u_BND + attended_BND), shift2, scale2)
         if isinstance(self.ffn, ExpertLayer):
@@ -180,7 +192,8 @@ class Block(nn.Module):
             y_BND = self.ffn(h_BND)
         if not self.residual:
             return y_BND, routings
-        return z_BND + attended_BND + self._gate(y_BND, gate2), routings
+        stream_BND = h_BND if self.replaced else z_BND + attended_BND
+        return stream_BND + self._gate(y_BND, gate2), routings
 
     def _modulation(self, ctx: Context) -> Sequence[Tensor | None]:
         if self.modulation is None:
@@ -225,6 +238,9 @@ class Trunk(ExpertHost):
                 by_block[layer][slot.slot] = made
         replaced = {i for s in config.slots if not s.residual for i in s.sites(config.depth)}
         width = condition_width or config.width
+        if config.modulation == "add" and width != config.width:
+            hint = f"the condition's embedding has {width} channels, the stream {config.width}"
+            raise ConfigError(describe("modulation", "add", "adaln_zero or none", hint))
         self.blocks = nn.ModuleList(
             Block(config, length, experts, i not in replaced, config.windows(i, grid), width)
             for i, experts in enumerate(by_block)

@@ -43,6 +43,7 @@ class Condition:
     """
 
     label: Tensor | None = None  # i64 [B], NULL_LABEL = unconditional
+    ``keep`` names those that an unconditional sample has nevertheless.
     vector: Tensor | None = None  # [B, V]
     tokens: Tensor | None = None  # [B, M, C]
     tokens_mask: Tensor | None = None  # bool [B, M]
@@ -54,6 +55,7 @@ class Condition:
     static: frozenset[str] = frozenset(
         {"label", "vector", "tokens", "tokens_mask", "channels", "keys_values", "task"}
     )
+    keep: frozenset[str] = frozenset({"task"})
 
     def tensors(self) -> dict[str, Tensor]:
         out = {}
@@ -79,10 +81,10 @@ class Condition:
     def drop(self, rows: Tensor) -> Self:
         """The null condition where ``rows`` (bool [B]) is True: what classifier-free guidance
         trains on. Labels become NULL_LABEL; other fields become their row of ``null`` (or 0);
-        ``task`` is never dropped."""
+        those in ``keep`` stay."""
         changes = {}
         for name, value in self.tensors().items():
-            if name == "task":
+            if name in self.keep:
                 continue
             where = rows.reshape(-1, *[1] * (value.dim() - 1))
             if name == "label":

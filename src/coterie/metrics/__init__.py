@@ -6,6 +6,7 @@ from coterie.metrics.kernel import Estimate, kid_unbiased
 from coterie.metrics.manifold import PrecisionRecall, precision_recall
 from coterie.metrics.noise_bins import Bin, NoiseBins
 from coterie.metrics.points import SetScores, cloud_distance, score_points
+from coterie.metrics.success import Success, success_rate
 
 __all__ = [
     "Bin",
@@ -13,6 +14,7 @@ __all__ = [
     "NoiseBins",
     "PrecisionRecall",
     "SetScores",
+    "Success",
     "cloud_distance",
     "evaluate_images",
     "format_evaluation",
@@ -21,4 +23,5 @@ __all__ = [
     "kid_unbiased",
     "precision_recall",
     "score_points",
+    "success_rate",
 ]

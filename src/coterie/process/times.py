@@ -6,6 +6,7 @@ for ``ve``.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -113,6 +114,34 @@ class LogNormalSigmaTimes(Part):
 
     def build(self, process: Process) -> Times:
         return _LogNormalSigma(process, self.mean, self.std)
+
+
+@dataclass(frozen=True)
+class _LogLogisticSigma:
+    process: Process
+    median: float
+    scale: float
+
+    def sample(self, batch: int, rng: Generator) -> Tensor:
+        ends = torch.tensor([self.process.t_min, self.process.t_max], dtype=torch.float64)
+        location = math.log(self.median)
+        low, high = torch.sigmoid((-self.process.lam(ends) - location) / self.scale).tolist()
+        share = low + (high - low) * _uniform(batch, rng)
+        log_sigma = location + self.scale * torch.logit(share, eps=1e-12)
+        return _snap(self.process, self.process.time_of_lam(-log_sigma))
+
+
+@TIMES.register
+class LogLogisticSigmaTimes(Part):
+    """ln(sigma / alpha) ~ logistic about ln(median), cut off at the ends of the process, for any
+    process (MoDE, arXiv:2412.12953; BESO, arXiv:2304.02532)."""
+
+    kind: Literal["log_logistic_sigma"] = "log_logistic_sigma"
+    median: float = Field(0.5, gt=0)
+    scale: float = Field(0.5, gt=0)
+
+    def build(self, process: Process) -> Times:
+        return _LogLogisticSigma(process, self.median, self.scale)
 
 
 @dataclass(frozen=True)

@@ -54,7 +54,7 @@ def generate(
     """Draw ``num`` samples. Sample i depends on (seed, i), its label and the model only."""
     if num < 1:
         raise ConfigError(describe("num", num, "1 or more"))
-    wanted = balanced_labels(run, num) if labels is None else _labels(run, labels, num)
+    wanted = balanced_labels(run, num) if labels is None else chosen_labels(run, labels, num)
     seeds = [derive(seed, "sample", index) for index in range(num)]
     parts = []
     for first in range(0, num, run.config.sample.batch):
@@ -65,7 +65,8 @@ def generate(
     return Samples(torch.cat(parts), wanted, seeds)
 
 
-def _labels(run: LoadedRun, labels: Sequence[int], num: int) -> Tensor:
+def chosen_labels(run: LoadedRun, labels: Sequence[int], num: int) -> Tensor:
+    """``labels`` in turn; ConfigError where the model does not know one of them."""
     if not conditional(run):
         raise ConfigError(describe("labels", list(labels), "none", "the model has no classes"))
     if not labels:

@@ -66,3 +66,31 @@ class StepSchedule(Part):
 
     def build(self) -> Factor:
         return lambda progress: self.factor ** sum(progress >= share for share in self.at)
+
+
+@SCHEDULES.register
+class TriStageSchedule(Part):
+    """Warm-up from ``start``, a plateau at 1, exponential decay to ``final``; ``warm`` and ``hold``
+    are shares of training (Park et al. 2019, arXiv:1904.08779)."""
+
+    kind: Literal["tri_stage"] = "tri_stage"
+    start: float = Field(default=0.1, gt=0, le=1)
+    final: float = Field(default=1e-6, gt=0, le=1)
+    warm: float = Field(default=0.02, ge=0, lt=1)
+    hold: float = Field(default=0.08, ge=0, lt=1)
+
+    @model_validator(mode="after")
+    def _leaves_time_to_decay(self) -> TriStageSchedule:
+        if self.warm + self.hold >= 1:
+            allowed = f"less than {1 - self.warm:g}: the rest of training decays"
+            raise ConfigError(describe("hold", self.hold, allowed))
+        return self
+
+    def build(self) -> Factor:
+        def factor(progress: float) -> float:
+            if progress < self.warm:
+                return self.start + (1 - self.start) * progress / self.warm
+            left = progress - self.warm - self.hold
+            return self.final ** max(0.0, left / (1 - self.warm - self.hold))
+
+        return factor

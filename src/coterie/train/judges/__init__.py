@@ -1,6 +1,6 @@
 """Who says what a run is worth: one judge per modality."""
 
-from coterie.train.judges import noise, points, restoration, text
+from coterie.train.judges import action, noise, points, posterior, restoration, text
 from coterie.train.judges.base import JUDGES, HeldOut, Judge, judge_of
 
 __all__ = ["JUDGES", "HeldOut", "Judge", "judge_of", "noise", "points", "restoration", "text"]
