@@ -42,6 +42,7 @@ class TrainConfig(Config):
     warmup: int = Field(default=0, ge=0)  # steps of linear warm-up
     schedule: Annotated[SerializeAsAny[Part], SCHEDULES.validator] = ConstantSchedule()
     clip: float | None = Field(default=1.0, gt=0)  # largest gradient norm; None = off
+    freeze: tuple[str, ...] = ()  # shell patterns of modules that stay as they are, in eval mode
     ema: Annotated[tuple[float, ...], BeforeValidator(_decays)] = (0.999,)  # one, several, none
     ema_warmup: bool = True  # decay min(decay, (1 + n) / (10 + n)) at update n
     precision: Literal["auto", "float32", "bfloat16"] = "auto"

@@ -20,7 +20,7 @@ from coterie.core.errors import TrainingError
 from coterie.train.config import TrainConfig
 from coterie.train.ema import Ema
 from coterie.train.log import RunLog
-from coterie.train.optim import build_optimizer, set_lr, trainable
+from coterie.train.optim import build_optimizer, freeze, set_lr, trainable
 from coterie.train.precision import resolve_device, resolve_precision
 from coterie.train.progress import Progress, ProgressOption
 from coterie.train.rundir import RunDir
@@ -72,6 +72,7 @@ class Trainer:
         if isinstance(objective, nn.Module):
             objective.to(self.device)
         self.run_dir = RunDir(run_dir) if isinstance(run_dir, Path | str) else run_dir
+        self.frozen = freeze(model, config.freeze)
         self.parameters = trainable(model, objective)
         self.optimizer = build_optimizer(config, model, objective, self.parameters)
         self.ema = Ema(model, config.ema, warmup=config.ema_warmup)
@@ -158,6 +159,8 @@ class Trainer:
     def _train_step(self) -> dict[str, Any]:
         start = time.perf_counter()
         self.model.train()
+        for module in self.frozen:
+            module.eval()
         if isinstance(self.objective, nn.Module):
             self.objective.train()
         self.optimizer.zero_grad(set_to_none=True)

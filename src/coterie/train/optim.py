@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
-from coterie.core.errors import CheckpointError, ConfigError
+from coterie.core.errors import CheckpointError, ConfigError, describe
 from coterie.train.config import TrainConfig
 
 
@@ -30,6 +31,23 @@ def decayed(model: nn.Module) -> set[int]:
         for parameter in model.parameters()
         if getattr(parameter, "use_decay", parameter.dim() - (id(parameter) in stacked) >= 2)
     }
+
+
+def freeze(model: nn.Module, patterns: Iterable[str]) -> list[nn.Module]:
+    """Take the modules whose names fit a shell pattern (``*`` also matches dots) out of training;
+    ConfigError for a pattern that fits none. Their eval mode is the loop's matter."""
+    found: list[nn.Module] = []
+    for pattern in patterns:
+        named = [module for name, module in model.named_modules() if fnmatchcase(name, pattern)]
+        if not named:
+            allowed = "patterns of module names, such as *.routers.*"
+            raise ConfigError(
+                describe("train.freeze", pattern, allowed, "no module has such a name")
+            )
+        found += named
+    for module in found:
+        module.requires_grad_(False)
+    return found
 
 
 def trainable(model: nn.Module, objective: Any) -> dict[str, nn.Parameter]:

@@ -64,6 +64,8 @@ class Router(nn.Module):
             return self._route(h, ctx)
 
     def _route(self, h: Tensor, ctx: Context) -> Routing:
+        # A router in eval mode inside a model that trains is frozen, and explores no more.
+        ctx = ctx.replace(training=ctx.training and self.training)
         shape = (h.shape[0], h.shape[1])
         x, real = self._rows(h, ctx)
         null = null_rows(ctx, x) if self.config.num_reserved else None
