@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -11,18 +11,37 @@ from torch import Tensor, nn
 from coterie.core.errors import CheckpointError
 
 
+def borrow(module: nn.Module, borrowed: bool = True) -> None:
+    """Mark a module's own tensors as those of another model: closed to gradients, in eval mode in
+    training, and in no file of this one. Its children are not touched."""
+    module.is_borrowed = borrowed  # type: ignore[assignment]
+    if borrowed:
+        for parameter in module.parameters(recurse=False):
+            parameter.requires_grad_(False)
+
+
+def is_borrowed(module: nn.Module) -> bool:
+    return bool(getattr(module, "is_borrowed", False))
+
+
 def module_tensors(module: nn.Module) -> dict[str, Tensor]:
-    """Parameters and persistent buffers, each tensor once (tied weights under the first name).
+    """Parameters and persistent buffers, each tensor once (tied weights under the first name);
+    those of borrowed modules left out.
 
     The values are the module's own tensors, not copies.
     """
     out: dict[str, Tensor] = {}
-    seen: set[int] = set()
+    seen = {id(value) for part in module.modules() if is_borrowed(part) for value in _own(part)}
     for name, value in module.state_dict(keep_vars=True).items():
         if isinstance(value, Tensor) and id(value) not in seen:
             seen.add(id(value))
             out[name] = value
     return out
+
+
+def _own(module: nn.Module) -> Iterator[Tensor]:
+    yield from module.parameters(recurse=False)
+    yield from module.buffers(recurse=False)
 
 
 @torch.no_grad()
@@ -44,13 +63,15 @@ def assign(own: Mapping[str, Tensor], values: Mapping[str, Tensor], origin: str)
         own[name].copy_(value)
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write a safetensors file; a failing disk raises OSError."""
+def write_tensors(
+    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write a safetensors file, ``metadata`` in its header; a failing disk raises OSError."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     try:
-        save_file(_separate(tensors), path)
+        save_file(_separate(tensors), path, None if metadata is None else dict(metadata))
     except SafetensorError as error:
         raise OSError(f"{path.name}: {error}") from error
 

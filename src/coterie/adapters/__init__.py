@@ -1,0 +1,41 @@
+"""Floor 2: small trained additions to a frozen network, found by the names of its modules."""
+
+from coterie.adapters.attach import (
+    adapters_of,
+    attach,
+    configs_of,
+    detach,
+    fold,
+    merge,
+    unmerge,
+    weigh,
+)
+from coterie.adapters.basis import BasisConfig, capacity
+from coterie.adapters.checks import Pair, check_together, pairs, room
+from coterie.adapters.config import AdapterConfig, LoraConfig
+from coterie.adapters.files import load_adapter, read_adapter, save_adapter
+from coterie.adapters.layers import LowRank, Rows
+
+__all__ = [
+    "AdapterConfig",
+    "BasisConfig",
+    "LoraConfig",
+    "LowRank",
+    "Pair",
+    "Rows",
+    "adapters_of",
+    "attach",
+    "capacity",
+    "check_together",
+    "configs_of",
+    "detach",
+    "fold",
+    "load_adapter",
+    "merge",
+    "pairs",
+    "read_adapter",
+    "room",
+    "save_adapter",
+    "unmerge",
+    "weigh",
+]

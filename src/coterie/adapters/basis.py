@@ -1,0 +1,87 @@
+"""Shared bases: directions that independently trained adapters are confined to.
+
+A public basis of R^m, made from a seed alone, is cut into slots of ``rank`` directions; whoever
+trains concept i takes slot i. Updates in different slots then have nothing in common,
+``dW_i dW_j^T = 0``, without anybody having seen the other (Po et al., arXiv:2312.02432).
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Literal
+
+import numpy as np
+import torch
+from pydantic import NonNegativeInt
+from torch import Tensor
+
+from coterie.core.config import Config
+from coterie.core.errors import ConfigError, describe
+from coterie.core.folder import digest
+from coterie.core.rng import numpy_generator
+
+VERSION = 1
+PROBE = 64  # width whose numbers stand in the hash
+
+
+class BasisConfig(Config):
+    """``index``: the slot. ``side``: the frozen factor reads the input (the paper) or writes the
+    output. ``gaussian``: rows N(0, 1/m), a new draw per slot: as many as one likes, orthogonal in
+    expectation only (E |B_i^T B_j|_F^2 = r^2 / m)."""
+
+    kind: Literal["orthogonal", "gaussian"] = "orthogonal"
+    seed: NonNegativeInt = 0
+    index: NonNegativeInt = 0
+    side: Literal["input", "output"] = "input"
+
+    @property
+    def hash(self) -> str:
+        """Of all but the slot: adapters that are added up must agree on it.
+
+        Numbers go in as rounded draws, so that machines whose linear algebra rounds differently
+        agree.
+        """
+        draws = np.rint(_draws(self.kind, self.seed, PROBE, 0) * 1e6).astype(np.int64)
+        fields = self.model_dump(mode="json", exclude={"index"})
+        return digest({"version": VERSION, **fields, "draws": draws.ravel().tolist()})[:16]
+
+    def directions(self, width: int, rank: int) -> Tensor:
+        """The frozen factor f32 [rank, width]; with ``orthogonal`` its rows are orthonormal, and
+        orthogonal to those of every other slot. ConfigError where the slot does not exist."""
+        check_capacity(self, width, rank)
+        if self.kind == "gaussian":
+            rows = _draws(self.kind, self.seed, width, self.index, rank) / width**0.5
+            return torch.from_numpy(rows).float()
+        first = self.index * rank
+        return torch.from_numpy(_orthogonal(self.seed, width)[first : first + rank]).float()
+
+
+def capacity(basis: BasisConfig | None, width: int, rank: int) -> int | None:
+    """Slots of ``rank`` directions that a basis of R^width has; None: no limit."""
+    return width // rank if basis is not None and basis.kind == "orthogonal" else None
+
+
+def check_capacity(basis: BasisConfig, width: int, rank: int, where: str = "") -> None:
+    """ConfigError where m * r exceeds the width."""
+    room = capacity(basis, width, rank)
+    if room is not None and basis.index >= room:
+        hint = f"{room} adapters of rank {rank} fit the width {width}{where and f' of {where}'}"
+        allowed = f"0..{room - 1}" if room else "no slot"
+        hint += (
+            "; take a smaller rank, or kind gaussian, whose bases are orthogonal only on average"
+        )
+        raise ConfigError(describe("basis.index", basis.index, allowed, hint))
+
+
+def _draws(kind: str, seed: int, width: int, index: int, rows: int | None = None) -> np.ndarray:
+    """Standard normal f64 [rows or width, width]."""
+    rng = numpy_generator(seed, "basis", VERSION, kind, width, index)
+    return rng.standard_normal((rows or width, width))
+
+
+@lru_cache(maxsize=64)
+def _orthogonal(seed: int, width: int) -> np.ndarray:
+    """Orthogonal f64 [width, width], uniform over all: QR with the signs of R's diagonal."""
+    q, r = np.linalg.qr(_draws("orthogonal", seed, width, 0))
+    matrix: np.ndarray = (q * np.sign(np.diag(r))).T.copy()
+    return matrix

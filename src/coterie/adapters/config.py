@@ -1,0 +1,64 @@
+"""What an adapter is, as configuration."""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated
+
+from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
+
+from coterie.adapters.basis import BasisConfig
+from coterie.core.config import Config
+from coterie.core.errors import ConfigError, describe
+
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")]
+
+
+class LoraConfig(Config):
+    """dW = scale * up down of every linear map and convolution whose path fits ``targets`` (shell
+    patterns; ``*`` also matches dots). Nothing changes at the start: the trained factor is zero, or
+    one of the two trained factors is (LoRA, arXiv:2106.09685).
+
+    ``basis`` None: both factors are trained. ``embeddings`` and ``rows``: these rows of these
+    embedding tables are trained too, such as the token of a new concept.
+    """
+
+    targets: tuple[str, ...] = ("*",)
+    rank: PositiveInt = 4
+    alpha: float | None = Field(None, gt=0)  # None: rank, so that scale is 1
+    rank_scaling: bool = False  # divide alpha by sqrt(rank) instead of rank (arXiv:2312.03732)
+    basis: BasisConfig | None = None
+    embeddings: tuple[str, ...] = ()
+    rows: tuple[NonNegativeInt, ...] = ()
+
+    @model_validator(mode="after")
+    def _check(self) -> LoraConfig:
+        if bool(self.embeddings) != bool(self.rows):
+            raise ConfigError(describe("rows", self.rows, "rows of embeddings, or neither"))
+        if len(set(self.rows)) < len(self.rows):
+            raise ConfigError(describe("rows", self.rows, "rows that all differ"))
+        if not self.targets and not self.embeddings:
+            raise ConfigError(describe("targets", (), "patterns of module paths"))
+        return self
+
+    @property
+    def scale(self) -> float:
+        alpha = self.rank if self.alpha is None else self.alpha
+        return alpha / (math.sqrt(self.rank) if self.rank_scaling else self.rank)
+
+
+class AdapterConfig(Config):
+    """One adapter of a model: a new one (``lora``), which is trained, or that of a run or a folder
+    in PEFT's layout (``path``), which stays as it is. ``weight``: how much of it is added; rows of
+    embeddings come whole."""
+
+    name: Name
+    lora: LoraConfig | None = None
+    path: str | None = Field(None, min_length=1)
+    weight: float = 1.0
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> AdapterConfig:
+        if (self.lora is None) == (self.path is None):
+            raise ConfigError(describe("path", self.path, "a path, or lora for a new adapter"))
+        return self
