@@ -1,6 +1,16 @@
 """Who says what a run is worth: one judge per modality."""
 
-from coterie.train.judges import action, noise, points, posterior, restoration, text
+from coterie.train.judges import action, noise, points, restoration, text
 from coterie.train.judges.base import JUDGES, HeldOut, Judge, judge_of
 
-__all__ = ["JUDGES", "HeldOut", "Judge", "judge_of", "noise", "points", "restoration", "text"]
+__all__ = [
+    "JUDGES",
+    "HeldOut",
+    "Judge",
+    "action",
+    "judge_of",
+    "noise",
+    "points",
+    "restoration",
+    "text",
+]
