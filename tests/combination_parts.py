@@ -68,6 +68,11 @@ SAMPLES: dict[str, dict[str, list[dict[str, Any]]]] = {
     "experts": {
         "swiglu": [{"hidden": HIDDEN}],
         "gelu_mlp": [{"hidden": HIDDEN}],
+        "norm_mlp": [
+            {"hidden": HIDDEN},
+            {"feature_rank": 2},
+            {"streams": 2, "reads": [0, 1, 1, 0]},
+        ],
         "channel_window": [{"share": 0.5, "mode": "random", "num_masks": WIDTH}, {"share": 0.5}],
     },
     "balance": {"switch": [{}, {"groups": 2}]},
@@ -95,6 +100,8 @@ BY_HAND: dict[str, list[Any]] = {
     "expert.rounds": [1, 2],
     "expert.adaptor": [None, 1.0],
     "expert.shared": [None, *({"hidden": 4, "count": 2, "gate": g} for g in ("one", "self"))],
+    "expert.self_gate": [None, {"by_task": [[0], [1, 2]]}],
+    "expert.noise_tasks": [None, TASKS],
     "expert.slot_map": [None, [0, 1, 0, 2], [0, 1, 0, 2, 3, 3, 0, 1]],
     "slot.names": [[], ["mid_block.resnets.*.conv1"]],
     "slot.reuse": [1, 2],
@@ -166,8 +173,13 @@ def missing() -> list[str]:
     return sorted({library for library in LIBRARIES.values() if not find_spec(library)})
 
 
+NO_SLOTS = ("predictor", "multitask")
+"""Parts in which no expert layer is put by configuration: their levels are their own."""
+
+
 def kinds(registry: Registry) -> list[str]:
-    return [kind for kind in registry.kinds() if LIBRARIES.get(kind) not in missing()]
+    there = [kind for kind in registry.kinds() if kind not in NO_SLOTS]
+    return [kind for kind in there if LIBRARIES.get(kind) not in missing()]
 
 
 def samples(registry: Registry, kind: str) -> list[dict[str, Any]]:

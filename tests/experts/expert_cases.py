@@ -157,6 +157,28 @@ CASES: dict[str, dict] = {
             "select": "dense",
         },
     },
+    "home": {
+        "num_experts": 6,
+        "experts": {"kind": "norm_mlp", "hidden": 8, "feature_rank": 4},
+        "router": {
+            "score": {"kind": "task_linear", "num_tasks": 2},
+            "edits": [{"kind": "candidates", "by_task": [[0, 1, 2], [0, 3, 4, 5]]}],
+            "select": "dense",
+        },
+        "self_gate": {"by_task": [[1], [4, 5]]},
+        "noise_tasks": 2,
+    },
+    "batch_norm": {"num_experts": 5, "experts": {"kind": "norm_mlp", "hidden": 8}},
+    "layer_norm": {
+        "num_experts": 5,
+        "experts": {"kind": "norm_mlp", "norm": "layer", "activation": "gelu"},
+        "router": {"unit": "sample"},
+    },
+    "streams": {
+        "num_experts": None,
+        "experts": {"kind": "norm_mlp", "streams": 2, "reads": [0, 1, 1, 0], "norm": "none"},
+        "router": {"select": {"kind": "top_k", "k": 3}},
+    },
     "sample_linear": {"num_experts": 4, "experts": SWIGLU, "router": {"unit": "sample"}},
 }
 

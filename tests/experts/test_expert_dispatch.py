@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from expert_cases import BATCH, CASES, WIDTH, build, context, inputs, run
+from expert_cases import BATCH, CASES, WIDTH, build, config, context, inputs, run
 
 from coterie.core.context import Context
 from coterie.core.routing import Routing
@@ -34,7 +34,8 @@ def check_equal(name: str, tokens: int, dtype: torch.dtype, tolerance: float, ma
 @pytest.mark.parametrize("tokens", [0, 1, 7, 64])
 @pytest.mark.parametrize("name", CASES)
 def test_backends_equal_the_loop_in_float32(name: str, tokens: int) -> None:
-    check_equal(name, tokens, torch.float32, 1e-5)
+    few = tokens == 1 and config(name).kind.batch_statistics  # gradients that cancel to almost 0
+    check_equal(name, tokens, torch.float32, 2e-4 if few else 1e-5)
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -52,6 +52,10 @@ def _check_slot(slot: SlotConfig, width: int, depth: int, causal: bool, modulati
     if slot.reuse > max(1, len(own)):
         hint = f"the slot has {len(own)} layers"
         raise ConfigError(describe("reuse", slot.reuse, f"1..{len(own)}", hint))
+    answers = slot.expert.kind.output_shape((width,))
+    if answers != (width,):
+        allowed = f"experts that answer {width} values"
+        raise ConfigError(describe("expert.experts", f"{answers[0]} values", allowed))
     if not slot.residual and modulation == "adaln_zero":
         hint = "the gate starts at zero, and nothing would pass"
         raise ConfigError(describe("residual", False, "true", hint))
@@ -64,10 +68,10 @@ def check_told(
 ) -> None:
     """ConfigError where a router reads a fact of the Context that nobody tells it."""
     for index, slot in enumerate(slots):
-        for field, value, names in slot.expert.router.reads:
+        for field, value, names in slot.expert.reads:
             missing = [name for name in names if name not in told]
             if missing:
-                where = f"slots.{index}.expert.router.{field}"
+                where = f"slots.{index}.expert.{field}"
                 hint = f"{teller} tells routers no {' or '.join(missing)}"
                 allowed = f"what reads {', '.join(sorted(told))} or the rows"
                 raise ConfigError(describe(where, value, allowed, hint))

@@ -64,7 +64,7 @@ def untie(model: Any) -> tuple[Part, Any]:
     for slot in trunk.slots:
         for place in slot.sites(trunk.depth):
             old, new = _layer(model, slot.slot, place), _layer(built, slot.slot, place)
-            assign(new.pool.stacks(), old.pool.stacks(), f"{slot.slot} {place}: experts")
+            assign(new.pool.tensors(), old.pool.tensors(), f"{slot.slot} {place}: experts")
             assign(_beside_pool(new), _beside_pool(old), f"{slot.slot} {place}")
     return changed, built
 
@@ -120,11 +120,11 @@ def extend_reuse(model: Any, reuse: int, begin: int = 0, end: int = 1000) -> tup
     for slot in trunk_of(changed).slots:
         for group in slot.pools(depth):
             lent = [_layer(model, slot.slot, place) for place in group]
-            stacks = [layer.pool.stacks() for layer in lent]
+            stacks = [layer.pool.tensors() for layer in lent]
             joint = {name: torch.cat([s[name] for s in stacks]) for name in stacks[0]}
             for number, place in enumerate(group):
                 new = _layer(built, slot.slot, place)
-                assign(new.pool.stacks(), joint, f"pool of layers {group}")
+                assign(new.pool.tensors(), joint, f"pool of layers {group}")
                 _widen(new, lent, number, -begin / (end - begin))
     return changed, built
 

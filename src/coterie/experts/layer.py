@@ -9,7 +9,7 @@ Several rounds over one pool: Chain-of-Experts (arXiv:2506.18945).
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Literal, Self, cast
 
@@ -29,6 +29,7 @@ from coterie.experts.kinds import EXPERTS, ExpertKind, ExpertPool, SwiGLU
 from coterie.experts.kinds.base import xavier_uniform
 from coterie.experts.routers import Router, RouterConfig, share_cells
 from coterie.experts.routers.config import within
+from coterie.experts.self_gate import SelfGate, SelfGateConfig
 from coterie.experts.shared import SharedConfig, SharedExperts
 from coterie.nn.mlp import GeluMLP, Star
 
@@ -48,8 +49,12 @@ GRID_ONLY: dict[str, object] = {
     "stem": "none",
     "adaptor": None,
     "answer": "delta",
+    "self_gate": None,
 }
 """What a layer whose experts read grids must have: the rest is made for rows of one width."""
+
+SAME_WIDTH: dict[str, object] = {"rounds": 1, "adaptor": None, "answer": "delta"}
+"""What a layer must have whose experts answer more or fewer values than they read."""
 
 
 class ExpertLayerConfig(Config):
@@ -70,6 +75,10 @@ class ExpertLayerConfig(Config):
     weights before router and experts from the second round on. ``answer`` ``output`` gives x_C
     instead of x_C - x_0. ``accumulate_float32``: sum expert answers in float32 under lower
     precision.
+
+    ``self_gate`` adds gates for each task's own experts to those of the router (HoME).
+    ``noise_tasks`` T: the task of a sample is its noise level, in T equal parts of the original
+    grid.
     """
 
     num_experts: PositiveInt | None = 8
@@ -79,6 +88,8 @@ class ExpertLayerConfig(Config):
     stem: Literal["none", "star"] = "none"
     adaptor: PositiveFloat | None = None
     shared: SharedConfig | None = None
+    self_gate: SelfGateConfig | None = None
+    noise_tasks: PositiveInt | None = None
     slot_map: tuple[NonNegativeInt, ...] | None = None
     rounds: PositiveInt = 1
     round_routing: Literal["own", "shared", "frozen"] = "own"
@@ -110,6 +121,9 @@ class ExpertLayerConfig(Config):
                 hint = f"it has {len(self.slot_map)}"
                 allowed = f"{count} entries, one per candidate"
                 raise ConfigError(describe("slot_map", self.slot_map, allowed, hint))
+            if self.self_gate is not None:
+                gate = self.self_gate
+                within("self_gate", lambda: gate.check(self.router, self.kind, count))
         for place, part in enumerate(self.balance):
             balance = cast(BalancePart, part)
             within(f"balance.{place}", lambda b=balance: b.check(self.router, count))  # type: ignore[misc]
@@ -124,6 +138,14 @@ class ExpertLayerConfig(Config):
                 partition = self.router.partition
                 raise ConfigError(describe("router.partition", partition, "none", hint))
         self._check_count(self.candidates(width), width)
+        out = (width,) if self.kind.grid else self.kind.output_shape((width,))
+        if out != (width,):
+            self._need(SAME_WIDTH, f"experts answer {out[0]} values to {width}")
+
+    def _need(self, wanted: Mapping[str, object], hint: str) -> None:
+        for field, value in wanted.items():
+            if getattr(self, field) != value:
+                raise ConfigError(describe(field, getattr(self, field), json.dumps(value), hint))
 
     def _check_kind(self) -> None:
         """What the kind of expert asks of the rest."""
@@ -136,12 +158,25 @@ class ExpertLayerConfig(Config):
         if kind.unit not in (None, unit):
             hint = f"experts of kind {kind.kind!r} serve a whole {kind.unit}"
             raise ConfigError(describe("router.unit", unit, str(kind.unit), hint))
-        if not kind.grid:
-            return
-        for field, value in GRID_ONLY.items():
-            if getattr(self, field) != value:
-                hint = "the answer of a convolution need not have the shape of what it reads"
-                raise ConfigError(describe(field, getattr(self, field), json.dumps(value), hint))
+        if kind.grid:
+            hint = "the answer of a convolution need not have the shape of what it reads"
+            self._need(GRID_ONLY, hint)
+        if self.self_gate is not None and self.router.num_reserved:
+            hint = "a reserved expert is no task's own"
+            raise ConfigError(describe("self_gate", "given", "null", hint))
+
+    @property
+    def reads(self) -> list[tuple[str, str, tuple[str, ...]]]:
+        """(field, its value, fields of the Context without which the layer cannot work)."""
+        found = [(f"router.{field}", value, names) for field, value, names in self.router.reads]
+        if self.self_gate is not None:
+            found.append(("self_gate", "given", ("task",)))
+        if self.noise_tasks is None:
+            return found
+        told = {"task": "step_index"}
+        return [
+            (field, value, tuple(told.get(n, n) for n in names)) for field, value, names in found
+        ]
 
     @property
     def kind(self) -> ExpertKind:
@@ -178,15 +213,20 @@ class ExpertLayerConfig(Config):
         pool: ExpertPool | None = None,
         pool_layers: tuple[int, ...] = (),
         always: nn.Module | None = None,
+        stream_width: int | None = None,
     ) -> ExpertLayer:
-        """``time_width``: size of ctx.time_embedding where it is not ``width``. ``pool_layers``:
-        the layers that own equal parts of a shared ``pool``, in its order. ``always``: a module
-        with the experts' input and output in the place of shared experts."""
-        return ExpertLayer(self, width, time_width, pool, pool_layers, always)
+        """``time_width``, ``stream_width``: sizes of ctx.time_embedding and ctx.stream where they
+        are not ``width``. ``pool_layers``: the layers that own equal parts of a shared ``pool``, in
+        its order. ``always``: a module with the experts' input and output in the place of shared
+        experts."""
+        return ExpertLayer(self, width, time_width, pool, pool_layers, always, stream_width)
 
 
 class ExpertLayer(nn.Module):
     """``layer(h [B, N, D], ctx) -> ExpertOutput``; [B, C, H, W] where the experts read grids.
+
+    Where the N rows of a sample are one and the same (h is expanded, not copied), experts answer
+    it once, and each of the N routings weighs the answers: N tasks that are asked of one input.
 
     A ``pool`` that is passed in stays out of this module's parameters and state: whoever owns it
     registers it, once, however many layers use it.
@@ -202,6 +242,7 @@ class ExpertLayer(nn.Module):
         pool: ExpertPool | None = None,
         pool_layers: tuple[int, ...] = (),
         always: nn.Module | None = None,
+        stream_width: int | None = None,
     ) -> None:
         super().__init__()
         self.config = config
@@ -209,8 +250,9 @@ class ExpertLayer(nn.Module):
         config.check(width)
         candidates = config.candidates(width)
         num_routers = config.rounds if config.round_routing == "own" else 1
+        scored = stream_width if config.router_reads == "stream" and stream_width else width
         self.routers = nn.ModuleList(
-            config.router.build(width, candidates, time_width) for _ in range(num_routers)
+            config.router.build(scored, candidates, time_width) for _ in range(num_routers)
         )
         share_cells(self.routers)
         self.owns_pool = pool is None
@@ -225,6 +267,9 @@ class ExpertLayer(nn.Module):
                 hint = "here the network's own module is always on"
                 raise ConfigError(describe("shared", config.shared.count, "null", hint))
             self.shared = config.shared.build(config.kind, width)
+        self.self_gate: SelfGate | None = None
+        if config.self_gate is not None:
+            self.self_gate = config.self_gate.build(config.kind, width, candidates)
         self.stem = Star(width) if config.stem == "star" else None
         inner = None if config.adaptor is None else round(config.adaptor * width)
         self.adaptor = None if inner is None else GeluMLP(width, inner)
@@ -258,6 +303,8 @@ class ExpertLayer(nn.Module):
             self.pool.reset_parameters(rng)
         if isinstance(self.shared, SharedExperts):
             self.shared.reset_parameters(rng)
+        if self.self_gate is not None:
+            self.self_gate.reset_parameters(rng)
         for part in (self.stem, self.adaptor):
             for linear in [] if part is None else part.children():
                 if isinstance(linear, nn.Linear) and linear.weight.device.type != "meta":
@@ -270,6 +317,8 @@ class ExpertLayer(nn.Module):
 
     def forward(self, h: Tensor, ctx: Context) -> ExpertOutput:
         ctx = ctx.replace(pool_layers=self.pool_layers)
+        if self.config.noise_tasks is not None:
+            ctx = ctx.replace(task=noise_task(ctx, self.config.noise_tasks))
         if ctx.token_mask is not None:
             # Padding may hold anything, also NaN, which would reach every weight's gradient.
             h = h.masked_fill(~ctx.token_mask[:, :, None], 0.0)
@@ -301,7 +350,7 @@ class ExpertLayer(nn.Module):
             read = read.flatten(2).transpose(1, 2)
             ctx = ctx.replace(tokens=read.shape[1])
         routing: Routing = self.router(ctx.round)(read, ctx)
-        return routing
+        return routing if self.self_gate is None else self.self_gate(x, routing, ctx)
 
     def combine(self, x: Tensor, routing: Routing) -> Tensor:
         """Routed answer plus shared answer for x [B, N, D] or [B, C, H, W] under a given routing.
@@ -310,11 +359,13 @@ class ExpertLayer(nn.Module):
         """
         made = plan(routing, self._slots, self.pool.num_experts)
         u = x if self.stem is None else self.stem(x)
-        rows = u.flatten(0, 1) if routing.unit == "token" else u
+        rows = u
+        if routing.unit == "token":
+            rows = u[:, 0] if u.shape[1] > 1 and u.stride(1) == 0 else u.flatten(0, 1)
         config = self.config
         always = self._always()
         y = dispatch(rows, made, self.pool, config.dispatch, config.accumulate_float32, always)
-        y = y.view(x.shape) if routing.unit == "token" else y
+        y = y.unflatten(0, x.shape[:2]) if routing.unit == "token" else y
         if self.adaptor is not None:
             y = self.adaptor(y)
         y = y.to(x.dtype)  # autocast works in between
@@ -325,6 +376,13 @@ class ExpertLayer(nn.Module):
         if self.shared is None or self.stem is not None or self.adaptor is not None:
             return None
         return self.pool.kind.weights_of(self.shared)
+
+
+def noise_task(ctx: Context, num_tasks: int) -> Tensor:
+    """i64 [B]: in which of ``num_tasks`` equal parts of the original grid a sample's step lies."""
+    if ctx.step_index is None:
+        raise ConfigError("noise_tasks: they need a step of the noise grid in the context")
+    return ctx.step_index * num_tasks // ctx.num_steps
 
 
 def routers_of(layers: Iterable[ExpertLayer]) -> list[Router]:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from coterie.experts.dispatch.backends import BACKENDS, OneExpert, available, run_fold
+from coterie.experts.dispatch.backends import BACKENDS, OneExpert, available, run_fold, run_once
 from coterie.experts.dispatch.plan import DispatchPlan
 from coterie.experts.kinds.pool import ExpertPool
 
@@ -68,7 +68,8 @@ def dispatch(
     always: Mapping[str, Tensor] | None = None,
 ) -> Tensor:
     """Combine the chosen experts' answers. x [R, D], [B, N, D] or [B, C, H, W] -> the kind's shape
-    (that of x for tokens), the type of x.
+    (that of x for tokens), the type of x. A plan of N times as many rows as x routes each row of x
+    N times in a row, and the answer has its rows.
 
     ``always``: weights of one more expert that every row uses with gate 1. Under autocast the
     products run in its type and their sum in float32. A backend that cannot serve the call
@@ -90,7 +91,13 @@ def _run(
     always: Mapping[str, Tensor] | None,
 ) -> Tensor:
     if sum(plan.counts) == 0 or x.numel() == 0:
-        y = attach(x.new_zeros(pool.kind.output_shape(x.shape)), plan, pool)
+        rows = x.shape if plan.unit == "sample" else (plan.num_rows, *x.shape[1:])
+        y = attach(x.new_zeros(pool.kind.output_shape(rows)), plan, pool)
+    elif plan.unit == "token" and plan.num_rows > len(x):
+        if backend in ("auto", "dense") and always is None:
+            return run_once(x, plan, pool, float32)
+        x = x.repeat_interleave(plan.num_rows // len(x), dim=0)
+        return _run(x, plan, pool, backend, float32, always)
     else:
         name = choose(x, plan, pool) if backend == "auto" else backend
         name = name if name in available(x, plan, pool) else "sorted"

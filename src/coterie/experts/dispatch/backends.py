@@ -2,7 +2,8 @@
 
 ``loop`` is the oracle. ``sorted`` runs each expert once on its contiguous rows. ``grouped`` hands
 all segments to torch's grouped product. ``dense`` runs every expert on every row (right for k = E).
-``fold`` mixes the weights of linear experts per sample, ``table`` serves experts that ignore x.
+``fold`` mixes the weights of linear experts per sample, ``table`` serves experts that ignore x,
+``once`` serves several routings of one row.
 Parameters are split by ``unbind``: indexing a stack per expert makes its backward grow as E^2.
 
 ``float32``: sum the experts' answers in float32 at least; the caller casts back.
@@ -19,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from coterie.experts.dispatch.normalise import Statistics, normalise, normalise_segments
 from coterie.experts.dispatch.plan import DispatchPlan, one_hot_rows, scale_rows
 from coterie.experts.kinds.base import Geometry
 from coterie.experts.kinds.pool import ExpertPool
@@ -27,9 +29,15 @@ from coterie.experts.kinds.pool import ExpertPool
 class OneExpert:
     """Weights of a single expert (or of several with equal leading structure)."""
 
-    def __init__(self, parameters: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> None:
+    def __init__(
+        self,
+        parameters: Mapping[str, Tensor],
+        buffers: Mapping[str, Tensor],
+        training: bool = False,
+    ) -> None:
         self.parameters = parameters
         self.buffers = buffers
+        self.training = training
 
     def linear(self, x: Tensor, weight: str, bias: str | None = None) -> Tensor:
         return F.linear(
@@ -48,12 +56,24 @@ class OneExpert:
     def constant(self, name: str) -> Tensor:
         return self.buffers[name]
 
+    def normalise(self, x: Tensor, momentum: float, eps: float) -> Tensor:
+        statistics = Statistics(self.buffers, self.training, momentum, eps)
+        return normalise(x.flatten(0, -2), statistics).view(x.shape)
 
-class MixedExperts:
-    """One mixed expert per sample: parameters [B, ...]."""
 
-    def __init__(self, parameters: Mapping[str, Tensor]) -> None:
+class BatchedExperts:
+    """An expert for each entry of x's first dimension, one mixed of others (``fold``) or one of the
+    pool: parameters [B, ...]."""
+
+    def __init__(
+        self,
+        parameters: Mapping[str, Tensor],
+        buffers: Mapping[str, Tensor] | None = None,
+        training: bool = False,
+    ) -> None:
         self.parameters = parameters
+        self.buffers = buffers or {}
+        self.training = training
 
     def linear(self, x: Tensor, weight: str, bias: str | None = None) -> Tensor:
         """x [B, N, in]."""
@@ -74,14 +94,17 @@ class MixedExperts:
         return self.parameters[name].to(x.dtype)[:, None, :]
 
     def constant(self, name: str) -> Tensor:
-        raise TypeError("experts with constants are not linear in their weights")
+        return self.buffers[name][:, None]
+
+    def normalise(self, x: Tensor, momentum: float, eps: float) -> Tensor:
+        return normalise(x, Statistics(self.buffers, self.training, momentum, eps))
 
 
 def experts_of(pool: ExpertPool) -> list[OneExpert]:
     """The pool's experts, split with one backward per stack."""
     buffers = {name: table.unbind(0) for name, table in pool.named_buffers(recurse=False)}
     return [
-        OneExpert(own, {name: rows[e] for name, rows in buffers.items()})
+        OneExpert(own, {name: rows[e] for name, rows in buffers.items()}, pool.training)
         for e, own in enumerate(pool.unbind())
     ]
 
@@ -161,6 +184,10 @@ class SortedExperts:
         table: Tensor = getattr(self.pool, name)
         return table.index_select(0, self.ids)
 
+    def normalise(self, x: Tensor, momentum: float, eps: float) -> Tensor:
+        statistics = Statistics(self.pool.statistics(), self.pool.training, momentum, eps)
+        return normalise_segments(x, self.ids, statistics)
+
 
 def run_grouped(x: Tensor, plan: DispatchPlan, pool: ExpertPool, float32: bool) -> Tensor:
     """Gather rows by expert, one grouped product per weight, scatter-add."""
@@ -194,7 +221,7 @@ def run_fold(
             mixed[name] = mixed[name] + always[name]
     if len(gates) == 1:
         return pool.kind.forward(x, OneExpert({n: rows[0] for n, rows in mixed.items()}, {}))
-    return pool.kind.forward(x, MixedExperts(mixed))
+    return pool.kind.forward(x, BatchedExperts(mixed))
 
 
 def run_table(x: Tensor, plan: DispatchPlan, pool: ExpertPool, float32: bool) -> Tensor:
@@ -203,6 +230,26 @@ def run_table(x: Tensor, plan: DispatchPlan, pool: ExpertPool, float32: bool) ->
     padded = F.pad(table, (0, 0, 0, 1))
     y = torch.einsum("rk,rkd->rd", plan.gates, padded[plan.ids]).to(x.dtype)
     return y if x.dim() == 2 else y[:, None, :].expand(x.shape)
+
+
+def run_once(x: Tensor, plan: DispatchPlan, pool: ExpertPool, float32: bool) -> Tensor:
+    """Several routings of each row: x [B, D], plan [B * N, K] -> [B * N, D]. Every expert that
+    somebody chose answers each row once, and each routing weighs the answers."""
+    chosen = [e for e, count in enumerate(plan.counts) if count]
+    gates = plan.dense_gates()
+    tensors = {**pool.stacks(), **dict(pool.named_buffers(recurse=False))}
+    if len(chosen) < pool.num_experts:
+        some = torch.tensor(chosen, device=x.device)
+        gates = gates.index_select(1, some)
+        tensors = {name: stack.index_select(0, some) for name, stack in tensors.items()}
+    own = {name: tensors.pop(name) for name in pool.names}
+    y_EBO = pool.kind.forward_all(x, BatchedExperts(own, tensors, pool.training), chosen)
+    if len(chosen) < pool.num_experts and pool.training:
+        for name, stack in pool.statistics().items():
+            stack.index_copy_(0, some, tensors[name])
+    gates_BNE = gates.unflatten(0, (len(x), -1))
+    wide = torch.promote_types(x.dtype, torch.float32) if float32 else x.dtype
+    return torch.bmm(gates_BNE.to(wide), y_EBO.transpose(0, 1).to(wide)).flatten(0, 1)
 
 
 BACKENDS: dict[str, Callable[[Tensor, DispatchPlan, ExpertPool, bool], Tensor]] = {
@@ -233,6 +280,9 @@ def grouped_works(x: Tensor, pool: ExpertPool) -> bool:
 def available(x: Tensor, plan: DispatchPlan, pool: ExpertPool) -> list[str]:
     """Names of the backends that can serve this call."""
     names = ["loop", "dense", "sorted"]
+    partial = pool.kind.batch_statistics and pool.training and min(plan.counts) < plan.num_rows
+    if partial:  # rows that did not choose an expert are none of its batch
+        names.remove("dense")
     if grouped_works(x, pool):
         names.append("grouped")
     if pool.kind.foldable and plan.unit == "sample":

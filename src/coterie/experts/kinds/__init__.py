@@ -5,6 +5,7 @@ from coterie.experts.kinds.conv import Conv
 from coterie.experts.kinds.masks import Affine, ChannelWindow
 from coterie.experts.kinds.mlp import GeluMLP, SwiGLU
 from coterie.experts.kinds.modulation import Modulation
+from coterie.experts.kinds.norm_mlp import NormMLP
 from coterie.experts.kinds.pool import ExpertPool
 
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "ExpertPool",
     "GeluMLP",
     "Modulation",
+    "NormMLP",
     "SwiGLU",
     "Weights",
 ]

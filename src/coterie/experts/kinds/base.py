@@ -49,6 +49,11 @@ class Weights(Protocol):
         """The buffer ``name`` of each row's expert, broadcastable against x [..., D]."""
         ...
 
+    def normalise(self, x: Tensor, momentum: float, eps: float) -> Tensor:
+        """x [..., D] with mean 0 and variance 1 of each unit over the rows of each expert; outside
+        training by the statistics ``mean`` and ``variance``, which training moves."""
+        ...
+
 
 class ExpertKind(Part):
     """Base of all expert kinds. ``width`` D is the size of an expert's input and output."""
@@ -64,6 +69,8 @@ class ExpertKind(Part):
     """A row is a grid of C = ``width`` channels: x is [B, C, H, W] in the place of [..., D]."""
     ends: ClassVar[tuple[str, ...]] = ()
     """Parameters behind which nothing follows: with these at zero an expert answers 0."""
+    batch_statistics: ClassVar[bool] = False
+    """In training an expert's answer to a row depends on its other rows."""
 
     def shapes(self, width: int) -> dict[str, tuple[int, ...]]:
         """Shape of each parameter of ONE expert; stacked tensors have a leading E."""
@@ -105,6 +112,19 @@ class ExpertKind(Part):
     def buffers(self, width: int) -> dict[str, Tensor]:
         """Constant per-expert tables [E, ...], computed from the configuration."""
         return {}
+
+    def statistics(self, width: int) -> dict[str, Tensor]:
+        """What training moves besides the parameters of ONE expert, as it starts."""
+        return {}
+
+    def forward_all(self, x: Tensor, weights: Weights, experts: Sequence[int]) -> Tensor:
+        """Every one of ``experts`` on every row: x [R, D] -> [E, R, D]. ``weights`` take x with
+        the experts in front."""
+        return self.forward(x.expand(len(experts), *x.shape), weights)
+
+    def stream_width(self, width: int) -> int:
+        """How much of a row one expert reads."""
+        return width
 
     def fixed_count(self, width: int) -> int | None:
         """How many experts there are where the kind decides it; None = the layer decides."""

@@ -31,6 +31,9 @@ class ExpertPool(nn.Module):
             self.register_parameter(name, nn.Parameter(torch.empty(num_experts, *shape)))
         for name, table in kind.buffers(width).items():
             self.register_buffer(name, table, persistent=False)
+        self.moving = tuple(kind.statistics(width))
+        for name, value in kind.statistics(width).items():
+            self.register_buffer(name, value.repeat(num_experts, *[1] * value.dim()))
         self._used_per_row = 0.0
         self.reset_parameters()
 
@@ -45,6 +48,8 @@ class ExpertPool(nn.Module):
                 self.kind.reset(name, one, rng)
             with torch.no_grad():
                 stack.copy_(values)
+        for name, start in self.kind.statistics(self.width).items():
+            self.get_buffer(name).copy_(start.expand_as(self.get_buffer(name)))
 
     @torch.no_grad()
     def silence(self) -> None:
@@ -56,6 +61,14 @@ class ExpertPool(nn.Module):
         """Parameter name -> [E, ...]."""
         return {name: getattr(self, name) for name in self.names}
 
+    def statistics(self) -> dict[str, Tensor]:
+        """What training moves besides parameters: name -> [E, ...]."""
+        return {name: self.get_buffer(name) for name in self.moving}
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All that the experts have learnt: name -> [E, ...]."""
+        return {**self.stacks(), **self.statistics()}
+
     def unbind(self) -> list[dict[str, Tensor]]:
         """Parameters of each expert, views with gradient."""
         split = {name: stack.unbind(0) for name, stack in self.stacks().items()}
@@ -65,28 +78,29 @@ class ExpertPool(nn.Module):
         """Every expert as a plain module (a copy), for tools that expect Linear layers."""
         modules = []
         names = self.kind.plain_names()
-        for own in self.unbind():
+        for expert, own in enumerate(self.unbind()):
             module = self.kind.module(self.width).to(next(iter(own.values())))
-            module.load_state_dict({names[name]: value.detach() for name, value in own.items()})
-            modules.append(module)
+            state = {names[name]: value for name, value in self.expert_state(expert).items()}
+            module.load_state_dict({**module.state_dict(), **state})
+            modules.append(module.train(self.training))
         return modules
 
     def expert_state(self, expert: int) -> dict[str, Tensor]:
         """Copies of one expert's tensors, without the leading E: what a model directory stores."""
         self._check(expert)
-        return {name: stack.detach()[expert].clone() for name, stack in self.stacks().items()}
+        return {name: stack.detach()[expert].clone() for name, stack in self.tensors().items()}
 
     def load_expert_state(self, expert: int, tensors: Mapping[str, Tensor]) -> None:
         """Replace one expert; raises CheckpointError unless names and shapes are exactly ours."""
         self._check(expert)
-        shapes = self.kind.shapes(self.width)
+        shapes = {name: tuple(stack.shape[1:]) for name, stack in self.tensors().items()}
         if set(tensors) != set(shapes):
             raise CheckpointError(describe("expert tensors", sorted(tensors), str(sorted(shapes))))
         for name, shape in shapes.items():
             if tuple(tensors[name].shape) != shape:
                 raise CheckpointError(describe(name, tuple(tensors[name].shape), str(shape)))
         with torch.no_grad():
-            for name, stack in self.stacks().items():
+            for name, stack in self.tensors().items():
                 stack[expert].copy_(tensors[name])
 
     def register_use(self, experts_per_row: float) -> None:

@@ -160,3 +160,12 @@ def per_row(value: Tensor, shape: tuple[int, int], rows: int) -> Tensor:
 def draw(shape: torch.Size, rng: Generator, like: Tensor) -> Tensor:
     """f32 uniform [0, 1) noise from ``rng``, moved to the device of ``like``."""
     return torch.rand(shape, generator=rng, device=rng.device).to(like.device)
+
+
+def mean_tokens(h: Tensor, mask: Tensor | None) -> Tensor:
+    """f32 [B, D]: mean over the tokens of h [B, N, D] that ``mask`` bool [B, N] keeps; 0 where a
+    sample has none."""
+    if mask is None:
+        return h.float().sum(dim=1) / max(1, h.shape[1])
+    kept = h.masked_fill(~mask[:, :, None], 0.0)
+    return kept.float().sum(dim=1) / mask.sum(dim=1, keepdim=True).clamp_min(1)

@@ -10,7 +10,7 @@ from torch import Generator, Tensor, nn
 
 from coterie.core.context import NULL_LABEL, Context
 from coterie.core.routing import Routing
-from coterie.experts.routers.base import EditPart, Scored
+from coterie.experts.routers.base import EditPart, Scored, mean_tokens
 from coterie.experts.routers.config import RouterConfig
 
 
@@ -101,10 +101,7 @@ class Router(nn.Module):
             return h.float().flatten(0, 1), None if mask is None else mask.flatten()
         if not self.config.score_part.reads_rows:
             return h.new_zeros(h.shape[0], 0, dtype=torch.float32), _any(mask)
-        total = h.float().sum(dim=1)
-        if mask is None:
-            return total / max(1, h.shape[1]), None
-        return total / mask.sum(dim=1, keepdim=True).clamp_min(1), _any(mask)
+        return mean_tokens(h, mask), _any(mask)
 
     def _edit(
         self, logits: Tensor, ctx: Context, masks: Literal["logits", "probs"], table: bool = False

@@ -33,6 +33,21 @@ def linear_f32(linear: nn.Linear, x: Tensor) -> Tensor:
     return F.linear(x, linear.weight.float(), bias)
 
 
+def linear_by_task(
+    linear: nn.Linear, num_tasks: int, x: Tensor, task: Tensor, tokens: int
+) -> Tensor:
+    """f32 [R, E]: the map of each row's task on x f32 [R, D]; ``linear`` has E outputs for each of
+    ``num_tasks``. ``tokens``: rows of a sample."""
+    weight = linear.weight.float().unflatten(0, (num_tasks, -1))  # [T, E, D]
+    samples = len(x) // max(1, tokens)
+    x, task = x.view(samples, tokens, x.shape[1]), task.view(samples, tokens)
+    if len(x) and bool((task == task[:1]).all()):  # every sample is asked the same
+        return torch.bmm(x.transpose(0, 1), weight[task[0]].mT).transpose(0, 1).flatten(0, 1)
+    every = torch.einsum("bnd,ted->bnte", x, weight)
+    index = task[:, :, None, None].expand(-1, -1, 1, weight.shape[1])
+    return every.gather(2, index).flatten(0, 2)
+
+
 @SCORES.register
 class LinearScore(ScorePart):
     """``logits = x W^T (+ b)``. ``init_std`` None = Kaiming uniform (DiT-MoE)."""
@@ -163,10 +178,9 @@ class _TaskLinear(ScoreModule):
     def forward(self, x: Tensor, ctx: Context) -> Scored:
         if ctx.task is None:
             raise ConfigError("router.score: task_linear needs a task in the context")
-        every = linear_f32(self.proj, x).unflatten(1, (self.num_tasks, self.num_experts))
         task = per_row(ctx.task, (ctx.batch, ctx.tokens), x.shape[0])
-        index = task[:, None, None].expand(-1, 1, every.shape[2])
-        return Scored(every.gather(1, index)[:, 0])
+        tokens = ctx.tokens if x.shape[0] == ctx.batch * ctx.tokens else 1
+        return Scored(linear_by_task(self.proj, self.num_tasks, x, task, tokens))
 
     def reset_parameters(self, rng: Generator | None) -> None:
         init_linear(self.proj, self.std, rng)
