@@ -17,7 +17,12 @@ from small_models import RECIPES
 PRESETS = [(name, preset) for name in RECIPES for preset in get_recipe(name).presets()]
 ARMS = [(name, arm) for name in RECIPES for arm in get_recipe(name).arms()]
 
-METRICS = {"held_out_loss", "frechet", "kid", "precision", "recall", "active_parameters"}
+METRICS = {
+    *("held_out_loss", "frechet", "kid", "precision", "recall"),
+    *("active_parameters", "slot_parameters"),
+}
+PICTURE_METRICS = {"psnr", "ssim", "milliseconds", "time_over_dense"}
+ROUTER_METRICS = {"router_accuracy", "router_calibration_error"}
 INITIAL_METRICS = {"initial_loss", "initial_load_cv"}
 ANSWER_METRICS = {"answer_loss", "answer_accuracy"}
 CLOUD_METRICS = {f"{score}_cd" for score in ("one_nn", "coverage", "mmd")}
@@ -49,6 +54,7 @@ def test_all_recipes_are_there() -> None:
         "dtr",
         "dynamic-routing",
         "fastdit-3d",
+        "mofme",
         "promoe",
         "rexmoe",
         "rmoe",
@@ -104,9 +110,13 @@ def can_be_measured(metric: str, config: RunConfig) -> bool:
         return hasattr(source, "answer_mask")
     if name in CLOUD_METRICS:
         return config.data.kind == "solids"
+    if name in PICTURE_METRICS | ROUTER_METRICS and config.data.kind != "weather":
+        return False
     if name in INITIAL_METRICS and config.init is None:
         return False
-    if name in {*ROUTING_METRICS, "initial_load_cv"}:
+    if name in PICTURE_METRICS:
+        return True
+    if name in {*ROUTING_METRICS, *ROUTER_METRICS, "initial_load_cv"}:
         return any(isinstance(module, Router) for module in build_model(config).modules())
     return name in METRICS | INITIAL_METRICS
 
@@ -191,7 +201,7 @@ def test_cite_prints_an_entry_that_bibtex_can_read(name: str) -> None:
     assert fields["title"] == paper.title and fields["author"] == paper.authors
     assert fields["eprint"] == paper.arxiv and re.fullmatch(r"\d{4}\.\d{4,5}", paper.arxiv)
     assert fields["year"] == str(paper.year) and paper.key.endswith(
-        ("moe", "dtr", "dit", "coe", "upcycling")
+        ("moe", "dtr", "dit", "coe", "upcycling", "mofme")
     )
     names = [author.split(", ") for author in paper.authors.split(" and ") if author != "others"]
     assert all(len(parts) == 2 for parts in names)

@@ -14,6 +14,7 @@ import torch
 from small_runs import finished
 from torch.nn import functional as F
 
+from coterie.backbones.trunk import Trunk, TrunkConfig
 from coterie.core.config import override
 from coterie.core.cost import count_parameters
 from coterie.core.prediction import Condition
@@ -194,6 +195,23 @@ def sites_and_trace(run: LoadedRun) -> tuple[active.Sites, dict[Place, float]]:
     return active.expert_sites(run), active.choices_per_row(evaluate.held_out(run).trace)
 
 
+def test_slot_parameters_are_those_of_experts_or_of_what_stands_in_their_place() -> None:
+    width, hidden = 8, 32
+    mlp = 2 * width * hidden + hidden + width
+    assert active.slot_parameters(build_trunk()) == 3 * mlp
+    slot = {"expert": {"num_experts": 2, "experts": {"kind": "gelu_mlp", "hidden": hidden}}}
+    router = 2 * width
+    assert active.slot_parameters(build_trunk(slot)) == 3 * (2 * mlp + router)
+    some = build_trunk({**slot, "layers": [0, 2], "reuse": 2})
+    # One pool of 2 layers with 2 experts each, 2 routers of 4 candidates, a dense block between.
+    assert active.slot_parameters(some) == 4 * mlp + 2 * 4 * width + mlp
+
+
+def build_trunk(*slots: dict[str, Any]) -> Trunk:
+    config = {"width": 8, "depth": 3, "heads": 2, "modulation": "none", "slots": slots}
+    return Trunk(TrunkConfig.from_dict(config), 4)
+
+
 def test_active_parameters_of_a_fixed_k_are_those_declared() -> None:
     for name in ("dit-moe", "switch-dit", "text:top-2-of-8"):
         run = as_run(small(name))
@@ -341,5 +359,7 @@ def test_every_measure_is_a_finite_number_and_is_described(tmp_path: Path) -> No
 def test_a_finished_dense_run_has_its_own_measures_only(tmp_path: Path) -> None:
     run = load_run(finished("text:dense", tmp_path / "dense"))
     found = evaluate.measure(run)
-    assert found.keys() == {"held_out_loss", "active_parameters", "train_tokens_per_second"}
+    assert found.keys() == {
+        *("held_out_loss", "active_parameters", "slot_parameters", "train_tokens_per_second")
+    }
     assert found["active_parameters"] == sum(p.numel() for p in run.model.parameters())

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from coterie.backbones.base import BACKBONES, BackboneOutput, BackbonePart
 from coterie.backbones.trunk import Trunk, TrunkConfig
 from coterie.core.context import Context
+from coterie.core.cost import count_parameters
 from coterie.core.errors import ConfigError, DataError, describe
 from coterie.core.prediction import Condition
 from coterie.experts.routers.config import within
@@ -65,6 +66,15 @@ class RestorerConfig(BackbonePart):
 
     def build(self) -> Restorer:
         return Restorer(self)
+
+    def multiply_adds(self) -> int:
+        """Of one picture's forward pass, attention's own products left out: convolutions serve
+        every pixel, all else every token."""
+        with torch.device("meta"):
+            model = self.build()
+        pixels = sum(count_parameters(part).total for part in (model.head, model.tail))
+        tokens = count_parameters(model).active - pixels
+        return pixels * self.image_size**2 + tokens * self.tokens
 
 
 def convolution(inputs: int, outputs: int) -> nn.Conv2d:

@@ -7,13 +7,14 @@ the identity at strength 0, and a function of its generator alone. Haze follows 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Annotated, ClassVar, Literal, Self
 
 import numpy as np
 import torch
 from pydantic import Field, model_validator
 from scipy import ndimage
+from torch import Tensor
 
 from coterie.core.batch import Batch
 from coterie.core.errors import ConfigError, describe
@@ -125,7 +126,7 @@ class WeatherConfig(SourceConfig):
 
 
 class WeatherSource:
-    """Pairs made once when the source is built and kept as u8."""
+    """Pairs made when they are first asked for, and kept as u8."""
 
     def __init__(self, config: WeatherConfig, split: Split) -> None:
         self.name: str = config.kind
@@ -134,24 +135,33 @@ class WeatherSource:
         self.class_names: tuple[str, ...] = tuple(config.weathers)
         self.num_classes = len(self.class_names)
         self.licence = config.info.licence
+        self._config, self._split = config, split
         count = config.count if split == "train" else max(1, config.count // 10)
-        photos = PhotosConfig().build(split)
-        rows = order(0, 0, count, len(photos))
-        pairs = [_pair(config, split, i, photos, row) for i, row in enumerate(rows)]
-        self._clean = np.stack([clean for clean, _ in pairs])
-        self._bad = np.stack([bad for _, bad in pairs])
+        self._photos = PhotosConfig().build(split)
+        self._rows = order(0, 0, count, len(self._photos))
+        self._made: dict[int, tuple[np.ndarray, np.ndarray]] = {}
 
     def __len__(self) -> int:
-        return len(self._clean)
+        return len(self._rows)
 
     def get(self, indices: object) -> Batch:
         rows = as_rows(indices, len(self), self.name)
-        clean, bad = (
-            torch.from_numpy(values[rows]).float().div_(127.5).sub_(1.0)
-            for values in (self._clean, self._bad)
-        )
+        pairs = [self._pair(index) for index in rows.tolist()]
+        clean, bad = (scaled([pair[part] for pair in pairs], self.shape) for part in (0, 1))
         label = torch.from_numpy(rows % self.num_classes)
         return Batch(clean, Condition(label=label, channels=bad), torch.from_numpy(rows))
+
+    def _pair(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        if index not in self._made:
+            row = self._rows[index]
+            self._made[index] = _pair(self._config, self._split, index, self._photos, row)
+        return self._made[index]
+
+
+def scaled(pictures: Sequence[np.ndarray], shape: tuple[int, ...]) -> Tensor:
+    """u8 pictures of ``shape`` -> f32 [B, *shape] in [-1, 1]."""
+    stacked = np.stack(pictures) if pictures else np.zeros((0, *shape), np.uint8)
+    return torch.from_numpy(stacked).float().div_(127.5).sub_(1.0)
 
 
 def _pair(

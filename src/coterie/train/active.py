@@ -1,4 +1,5 @@
-"""What a model really uses for a row, from the choices that were counted on data.
+"""What a model has in the places of experts, and what it really uses of that for a row, from the
+choices that were counted on data.
 
 A selection declares how many experts it takes at most; where the number varies (top-p, expert
 choice) only counting tells what a row costs.
@@ -10,6 +11,7 @@ from collections.abc import Mapping
 
 from torch import nn
 
+from coterie.backbones.trunk import Block
 from coterie.core.cost import count_parameters
 from coterie.experts import ExpertLayer, ExpertPool, multiply_adds
 from coterie.inspect import Place, Trace, analyse
@@ -30,6 +32,18 @@ def expert_sites(run: LoadedRun) -> dict[ExpertLayer, tuple[str, int]]:
 def choices_per_row(trace: Trace) -> dict[Place, float]:
     """Mean number of experts a row uses, by router."""
     return {item.place: item.choices_per_row for item in analyse(trace)}
+
+
+def slot_parameters(model: nn.Module) -> int:
+    """Parameters of all expert layers (routers, pools and what their experts share) and of the
+    dense feed-forward networks that stand where such layers could; each counts once."""
+    parts: list[nn.Module] = []
+    for module in model.modules():
+        if isinstance(module, ExpertLayer | ExpertPool):  # a pool of several layers is in neither
+            parts.append(module)
+        elif isinstance(module, Block):
+            parts.append(module.ffn)
+    return sum({p: p.numel() for part in parts for p in part.parameters()}.values())
 
 
 def active_parameters(model: nn.Module, sites: Sites, choices: Mapping[Place, float]) -> int:

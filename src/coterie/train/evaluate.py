@@ -11,7 +11,12 @@ from torch import Tensor
 from coterie.core.prediction import Prediction
 from coterie.inspect import Trace
 from coterie.train import probes
-from coterie.train.active import active_parameters, choices_per_row, expert_sites
+from coterie.train.active import (
+    active_parameters,
+    choices_per_row,
+    expert_sites,
+    slot_parameters,
+)
 from coterie.train.judges import HeldOut, judge_of
 from coterie.train.routing_measures import routing_measures
 from coterie.train.run import LoadedRun
@@ -31,6 +36,7 @@ def measure(run: LoadedRun, num_samples: int = 500) -> dict[str, float]:
     out |= judge.measures()
     out |= routing_measures(found.trace, run.source.class_names)
     out["active_parameters"] = float(measured_active(run, found.trace))
+    out["slot_parameters"] = float(slot_parameters(run.model))
     out |= probes.measure(run) | _speed(run)
     return out | flat(judge.scores(num_samples))
 

@@ -11,19 +11,23 @@ import torch
 from torch import Tensor
 
 from coterie.core.batch import Batch
+from coterie.core.routing import Routing
+from coterie.metrics.calibration import router_calibration
 from coterie.metrics.restoration import psnr, ssim
 from coterie.train.judges.base import Judge, batches, judges
 from coterie.train.judges.noise import ImageJudge
 from coterie.train.objectives.restoration import restore
-from coterie.train.run import build_source
+from coterie.train.run import build_model, build_source
 from coterie.train.sampling import Samples, to_pixels
 
-ROUNDS = 5  # timings of one picture, of which the median counts
+SIZE = 100  # pictures restored at once
+ROUNDS, TIMED = 25, 16  # timings of so many pictures at once, of which the median counts
 
 
 @judges("restoration")
 class RestorationJudge(ImageJudge):
-    """PSNR and SSIM, over all and per kind of degradation, beside those of the degraded input."""
+    """PSNR and SSIM, over all and per kind of degradation, beside those of the degraded input;
+    what a picture costs; what the router knows of the degradation."""
 
     steps = False
     unit, probe, held_out = Judge.unit, Judge.probe, Judge.held_out
@@ -33,22 +37,28 @@ class RestorationJudge(ImageJudge):
         return batches(source, num, num)[0]
 
     @torch.no_grad()
-    def _restored(self, batch: Batch) -> Tensor:
-        value: Tensor = restore(self.run.model, batch.cond, batch.ids).value
-        return value
+    def _restored(self, batch: Batch) -> tuple[Tensor, list[list[Routing]]]:
+        """Pictures, and the routings of every ``SIZE`` of them."""
+        pictures, routings = [], []
+        for rows in torch.arange(len(batch.ids)).split(SIZE):
+            made = restore(self.run.model, batch.cond.index(rows), batch.ids[rows])
+            pictures.append(made.value)
+            routings.append([routing.detach() for routing in made.routings])
+        return torch.cat(pictures), routings
 
     def scores(self, num: int) -> dict[str, Any]:
         """``floor`` is what the degraded picture itself scores."""
         batch = self._batch(num)
+        restored, routings = self._restored(batch)
         out: dict[str, Any] = {}
         for name, metric in (("psnr", psnr), ("ssim", ssim)):
-            ours = metric(self._restored(batch), batch.x).numpy()
+            ours = metric(restored, batch.x).numpy()
             assert batch.cond.channels is not None
             given = metric(batch.cond.channels, batch.x).numpy()
             for kind, rows in self._kinds(batch).items():
                 key = f"{name}/{kind}" if kind else name
                 out[key] = {"value": float(ours[rows].mean()), "floor": float(given[rows].mean())}
-        return {**out, "milliseconds": self._milliseconds(batch)}
+        return out | self._told(batch.cond.label, routings) | self._times(batch)
 
     def _kinds(self, batch: Batch) -> dict[str, np.ndarray]:
         """Rows of all pictures, and of each class."""
@@ -58,16 +68,40 @@ class RestorationJudge(ImageJudge):
             rows |= {n: labels == i for i, n in enumerate(self.run.source.class_names)}
         return {kind: chosen for kind, chosen in rows.items() if chosen.any()}
 
-    def _milliseconds(self, batch: Batch) -> float:
-        """Of one picture alone, median."""
-        one = batch.cond.index(torch.arange(1))
-        times = []
-        for _ in range(ROUNDS + 1):
-            began = time.perf_counter()
-            with torch.no_grad():
-                restore(self.run.model, one, batch.ids[:1])
-            times.append(time.perf_counter() - began)
-        return 1e3 * statistics.median(times[1:])
+    def _told(self, labels: Tensor | None, parts: list[list[Routing]]) -> dict[str, float]:
+        """How well routers tell degradations apart, mean over routers; {} without either."""
+        if labels is None or len(labels) < 2 or not parts[0]:
+            return {}
+        found = [
+            router_calibration(
+                np.concatenate([use_of(part[place]) for part in parts]),
+                labels.numpy(),
+                self.run.source.num_classes,
+            )
+            for place in range(len(parts[0]))
+        ]
+        accuracy, error = np.mean(found, axis=0).tolist()
+        return {"router_accuracy": accuracy, "router_calibration_error": error}
+
+    def _times(self, batch: Batch) -> dict[str, float]:
+        """Processor time per picture, restored ``TIMED`` at once, and its share of what the same
+        network takes with dense feed-forward networks for experts. In turns, medians: what slows
+        the machine down hits both."""
+        rows = torch.arange(TIMED) % len(batch.ids)
+        some, ids = batch.cond.index(rows), batch.ids[rows]
+        config = self.run.config
+        plain = config.model.replace(backbone=without_experts(config.model.backbone))
+        models = [self.run.model, build_model(config.replace(model=plain)).eval()]
+        times: list[list[float]] = [[], []]
+        for _ in range(ROUNDS + 2):
+            for model, taken in zip(models, times, strict=True):
+                began = time.process_time()
+                with torch.no_grad():
+                    restore(model, some, ids)
+                taken.append(time.process_time() - began)
+        ours, dense = (taken[2:] for taken in times)  # the first ones allocate
+        share = statistics.median(one / other for one, other in zip(ours, dense, strict=True))
+        return {"milliseconds": 1e3 * statistics.median(ours) / TIMED, "time_over_dense": share}
 
     def draw(self, num: int, **options: Any) -> Samples:
         """Restored held-out pictures; nothing is random here."""
@@ -75,7 +109,7 @@ class RestorationJudge(ImageJudge):
         label = batch.cond.label
         assert batch.cond.channels is not None
         labels = torch.full((len(batch.ids),), -1) if label is None else label
-        side_by_side = torch.stack([batch.cond.channels, self._restored(batch), batch.x], dim=1)
+        side_by_side = torch.stack([batch.cond.channels, self._restored(batch)[0], batch.x], dim=1)
         return Samples(side_by_side, labels, batch.ids.tolist())
 
     def labels(self, samples: Samples) -> list[int]:
@@ -88,3 +122,18 @@ class RestorationJudge(ImageJudge):
 
     def columns(self, samples: Samples) -> int:
         return max(1, self.run.source.num_classes)
+
+
+def without_experts(backbone: Any) -> Any:
+    """The same configuration with nothing in its slots."""
+    if hasattr(backbone, "trunk"):
+        return backbone.replace(trunk=backbone.trunk.replace(slots=()))
+    return backbone.replace(slots=())
+
+
+def use_of(routing: Routing) -> np.ndarray:
+    """f64 [B, E]: the weight that the tokens of each picture give to each expert, on average."""
+    weights = torch.zeros(len(routing.ids), routing.num_experts + 1)
+    weights.scatter_add_(1, routing.ids, routing.gates.float() * routing.valid)
+    rows = weights[:, :-1].view(routing.batch[0], -1, routing.num_experts)
+    return rows.mean(1).double().numpy()
