@@ -40,10 +40,10 @@ class Condition:
     """One record for every application. All tensors have the batch as first dimension.
 
     ``static`` names the fields that do not depend on x or t (hence cacheable); all are by default.
+    ``keep`` names those that an unconditional sample has nevertheless.
     """
 
     label: Tensor | None = None  # i64 [B], NULL_LABEL = unconditional
-    ``keep`` names those that an unconditional sample has nevertheless.
     vector: Tensor | None = None  # [B, V]
     tokens: Tensor | None = None  # [B, M, C]
     tokens_mask: Tensor | None = None  # bool [B, M]
