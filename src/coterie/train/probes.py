@@ -7,7 +7,7 @@ they?). ``separation``: how far apart are the inputs of different experts (ProMo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -20,8 +20,9 @@ from torch.nn import functional as F
 from coterie.core.rng import generator
 from coterie.core.routing import Routing
 from coterie.data import order
-from coterie.experts import ExpertLayer, Router, RouterConfig
+from coterie.experts import ExpertLayer, RouterConfig
 from coterie.experts.dispatch.backends import experts_of
+from coterie.experts.rerouting import rerouted, token_routers
 from coterie.inspect import Place, off_diagonal_mean
 from coterie.train.judges import judge_of
 from coterie.train.run import LoadedRun, build_source
@@ -29,29 +30,6 @@ from coterie.train.run import LoadedRun, build_source
 DISABLED_SHARE = 1 / 8  # of all routed experts, the best of each token
 ALIKE_TOKENS = 256  # tokens on which the answers of experts are compared
 ALIKE_EXPERTS = 64  # experts of a layer that are compared
-
-
-def token_routers(model: nn.Module) -> list[Router]:
-    """Routers that choose for each token; those of noise levels have no best token to lose."""
-    routers = [module for module in model.modules() if isinstance(module, Router)]
-    return [router for router in routers if router.config.routed_unit == "token"]
-
-
-@contextmanager
-def rerouted(
-    model: nn.Module, change: Callable[[RouterConfig, int], RouterConfig]
-) -> Iterator[None]:
-    """Inside the block every router of tokens runs with ``change(config, num_experts)``."""
-    routers = token_routers(model)
-    before = [router.config for router in routers]
-    try:
-        for router in routers:
-            router.config = change(router.config, router.num_experts)
-            router.config.check(router.num_experts)
-        yield
-    finally:
-        for router, config in zip(routers, before, strict=True):
-            router.config = config
 
 
 @dataclass(frozen=True, eq=False)

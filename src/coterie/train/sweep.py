@@ -8,18 +8,17 @@ Every router of tokens runs with the settings of a row; paths lead into its conf
 from __future__ import annotations
 
 import json
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 from typing import Any
 
-from coterie.core.config import override
-from coterie.core.errors import ConfigError, describe, unknown
+from coterie.core.errors import ConfigError, describe
 from coterie.core.folder import write_text
 from coterie.core.machine import commit, hardware
-from coterie.experts import Router, RouterConfig
+from coterie.experts import Router
+from coterie.experts.rerouting import changed, check_paths, rerouted, token_routers
 from coterie.inspect import analyse_amounts
 from coterie.train.active import (
     Sites,
@@ -30,11 +29,7 @@ from coterie.train.active import (
 )
 from coterie.train.evaluate import held_out
 from coterie.train.judges import judge_of
-from coterie.train.probes import rerouted, token_routers
 from coterie.train.run import LoadedRun
-
-READ_EACH_TIME = ("select", "weight", "when", "probability", "scale", "renorm_eps")
-"""Fields of a router's configuration that need no new parameters or parts."""
 
 Settings = Mapping[str, Any]
 
@@ -107,9 +102,7 @@ def check(run: LoadedRun, paths: Mapping[str, Sequence[Any]]) -> list[dict[str, 
     if not paths:
         hint = "for example select.p=0.1,0.2,0.4"
         raise ConfigError(describe("paths", "none", "at least one path with values", hint))
-    for path in paths:
-        if path.split(".")[0] not in READ_EACH_TIME:
-            raise ConfigError(unknown(path, path.split(".")[0], READ_EACH_TIME))
+    check_paths(paths)
     points = [dict(zip(paths, values)) for values in product(*paths.values())]
     causal = bool(getattr(getattr(run.config.model.backbone, "trunk", None), "causal", False))
     for settings in points:
@@ -122,16 +115,6 @@ def check(run: LoadedRun, paths: Mapping[str, Sequence[Any]]) -> list[dict[str, 
     if not any(_is_trained(run, settings) for settings in points):
         return [{}, *points]
     return points
-
-
-def changed(config: RouterConfig, settings: Settings) -> RouterConfig:
-    """``config`` with the settings applied: whole parts first, then fields inside them."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # what they warn of concerns training
-        for depth in sorted({path.count(".") for path in settings}):
-            level = {path: value for path, value in settings.items() if path.count(".") == depth}
-            config = override(config, level)
-    return config
 
 
 def _is_trained(run: LoadedRun, settings: Settings) -> bool:
