@@ -16,6 +16,9 @@ from torch import Tensor
 
 Unit = Literal["token", "sample"]
 
+ENSEMBLE = "ensemble"
+"""Slot of the routings that say which of several denoisers answered."""
+
 
 @dataclass(frozen=True, eq=False)
 class Aux:

@@ -15,6 +15,7 @@ from coterie.core.errors import ConfigError, describe
 from coterie.core.prediction import Condition, DenoiserLike, Prediction
 from coterie.core.registry import Part, Registry
 from coterie.core.rng import SampleNoise
+from coterie.core.routing import ENSEMBLE
 from coterie.process import Process, convert
 
 SOLVERS = Registry("solver", "coterie.solvers")
@@ -80,6 +81,7 @@ class SolverState:
     valid: Tensor | None = None  # bool [B], whether ``previous`` may be used
     lam_step: Tensor | None = None  # 0-dimensional f64, length in lam of the step before
     length: Tensor | None = None  # f64 [B], step length of adaptive solvers
+    asked: Tensor | None = None  # bool [B, K], members of an ensemble that answered before
 
     def index(self, rows: Tensor) -> Self:
         """State of the particles ``rows`` (i64 or bool [B])."""
@@ -92,6 +94,7 @@ class SolverState:
             previous=pick(self.previous),
             valid=pick(self.valid),
             length=pick(self.length),
+            asked=pick(self.asked),
         )
 
     def reset(self, rows: Tensor | None = None) -> Self:
@@ -101,10 +104,25 @@ class SolverState:
         return dataclasses.replace(self, valid=self.valid & ~rows.to(self.valid.device))
 
 
+def members_asked(prediction: Prediction, batch: int) -> Tensor | None:
+    """bool [B, K]: which members of an ensemble answered for each sample; None where there is none.
+    Of a batch stacked for guidance, its first half."""
+    for routing in prediction.routings:
+        if routing.slot == ENSEMBLE:
+            return routing.one_hot()[:batch].bool()
+    return None
+
+
 class Solver(ABC):
-    """One step of an integrator. Steps to sigma = 0 are not its business: there x is D."""
+    """One step of an integrator. ``zeta``: the noise of the reverse equation it follows,
+
+        dx = (-a x + (1 + zeta^2) / 2 g^2 score) ds + zeta g dW,
+
+    in falling time s; 0 is the probability flow, None is none of these.
+    """
 
     stochastic: bool = False
+    zeta: float | None = 0.0
 
     def perturb(
         self, process: Process, x: Tensor, t: Tensor, steps: int, noise: SampleNoise | None
@@ -122,6 +140,12 @@ class Solver(ABC):
         noise: SampleNoise | None,
     ) -> tuple[Tensor, SolverState]:
         """From ``estimate`` (which holds x and t) to time ``u`` (0-dimensional f64, sigma > 0)."""
+
+    def land(
+        self, query: Query, estimate: Estimate, state: SolverState, noise: SampleNoise | None
+    ) -> Tensor:
+        """The last step, to sigma = 0: the denoised sample, whatever the solver."""
+        return estimate.x0
 
 
 class SolverConfig(Part):

@@ -14,7 +14,18 @@ from torch import Tensor
 
 from coterie.core.rng import SampleNoise
 from coterie.process import Process, expand
-from coterie.solvers.base import SOLVERS, Estimate, Query, Solver, SolverConfig, SolverState, draw
+from coterie.solvers.base import (
+    SOLVERS,
+    Estimate,
+    Query,
+    Solver,
+    SolverConfig,
+    SolverState,
+    draw,
+    members_asked,
+)
+
+AtSwitch = Literal["keep", "reset"]
 
 
 def ddim_move(process: Process, estimate: Estimate, u: Tensor) -> Tensor:
@@ -86,10 +97,18 @@ class DPMSolver2Config(SolverConfig):
 
 @dataclass(frozen=True)
 class DPMSolverPP(Solver):
-    """DPM-Solver++: D extrapolated from the step before (multistep) and, if stochastic, noise."""
+    """DPM-Solver++: D extrapolated from the step before (multistep) and, if stochastic, noise.
+
+    ``at_switch`` reset: a sample whose members of an ensemble change takes a first-order step.
+    """
 
     multistep: bool
     stochastic: bool
+    at_switch: AtSwitch = "keep"
+
+    @property
+    def zeta(self) -> float:  # type: ignore[override]
+        return 1.0 if self.stochastic else 0.0
 
     def step(
         self,
@@ -101,6 +120,9 @@ class DPMSolverPP(Solver):
     ) -> tuple[Tensor, SolverState]:
         process, x, t = query.process, estimate.x, estimate.t
         h = process.lam(u) - process.lam(t)
+        asked = members_asked(estimate.prediction, x.shape[0]) if self.multistep else None
+        if self.at_switch == "reset" and asked is not None and state.asked is not None:
+            state = state.reset((asked != state.asked).any(1))
         denoised = self._extrapolate(estimate.x0, h, state) if self.multistep else estimate.x0
         ratio, alpha, sigma = (
             process.sigma(u) / process.sigma(t),
@@ -117,7 +139,7 @@ class DPMSolverPP(Solver):
         if not self.multistep:
             return moved, state
         valid = torch.ones(x.shape[0], dtype=torch.bool, device=x.device)
-        return moved, SolverState(previous=estimate.x0, valid=valid, lam_step=h)
+        return moved, SolverState(previous=estimate.x0, valid=valid, lam_step=h, asked=asked)
 
     @staticmethod
     def _extrapolate(x0: Tensor, h: Tensor, state: SolverState) -> Tensor:
@@ -130,12 +152,14 @@ class DPMSolverPP(Solver):
 
 @SOLVERS.register
 class DPMPP2MConfig(SolverConfig):
-    """DPM-Solver++(2M): second order, one evaluation per step."""
+    """DPM-Solver++(2M): second order, one evaluation per step. ``at_switch``: whether a sample
+    forgets its last step where other members of an ensemble take over."""
 
     kind: Literal["dpmpp_2m"] = "dpmpp_2m"
+    at_switch: AtSwitch = "keep"
 
     def build(self) -> Solver:
-        return DPMSolverPP(multistep=True, stochastic=False)
+        return DPMSolverPP(multistep=True, stochastic=False, at_switch=self.at_switch)
 
 
 @SOLVERS.register
@@ -150,9 +174,10 @@ class SDEDPMPP1SConfig(SolverConfig):
 
 @SOLVERS.register
 class SDEDPMPP2MConfig(SolverConfig):
-    """SDE-DPM-Solver++(2M)."""
+    """SDE-DPM-Solver++(2M); ``at_switch`` as of ``dpmpp_2m``."""
 
     kind: Literal["sde_dpmpp_2m"] = "sde_dpmpp_2m"
+    at_switch: AtSwitch = "keep"
 
     def build(self) -> Solver:
-        return DPMSolverPP(multistep=True, stochastic=True)
+        return DPMSolverPP(multistep=True, stochastic=True, at_switch=self.at_switch)
