@@ -13,7 +13,7 @@ from coterie.backbones import DiTConfig, TrunkConfig
 from coterie.core.batch import Batch
 from coterie.core.errors import ConfigError, DataError
 from coterie.core.prediction import Condition
-from coterie.denoiser import MODELS
+from coterie.denoiser import MODELS, DenoiserConfig
 from coterie.ensembles import ClusterRouterConfig, ExactPosterior, MixtureConfig, split_mixture
 from coterie.hub import load_pretrained
 from coterie.process import PROCESSES, ExactDenoiser, Mixture
@@ -183,6 +183,13 @@ def test_a_run_trains_a_router(tmp_path: Path) -> None:
     loaded, again = load_run(folder).model, load_pretrained(folder / "model")
     x, t = torch.randn(2, 1, 8, 8), torch.tensor([0.2, 0.8])
     assert torch.equal(loaded(x, t, Condition()).value, again(x, t, Condition()).value)
+
+
+def test_what_is_no_router_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"model: .denoiser.*cluster_router"):
+        ClusterPosteriorConfig().build(DenoiserConfig().build())
+    with pytest.raises(ConfigError, match=r"backbone: .points.*dit"):
+        ClusterRouterConfig.from_dict({"backbone": {"kind": "points"}})
 
 
 def test_router_and_objective_are_registered() -> None:

@@ -25,7 +25,8 @@ from coterie.core.context import NULL_LABEL
 from coterie.core.errors import ConfigError, DataError
 from coterie.core.prediction import VIEWS, Condition, Prediction
 from coterie.core.rng import SampleNoise
-from coterie.ensembles import ENSEMBLES, SLOT, ExactPosterior, MixtureConfig, coverage
+from coterie.core.routing import ENSEMBLE
+from coterie.ensembles import ENSEMBLES, ExactPosterior, MixtureConfig, coverage
 from coterie.inspect import Trace
 from coterie.process import ExactDenoiser, convert
 from coterie.solvers import GRIDS, SOLVERS, GuidanceConfig, guide, initial_noise, sample
@@ -302,13 +303,13 @@ def test_the_choice_is_a_routing_that_traces_read() -> None:
     x, t = states(count=20)
     answer = mixture(choice={"kind": "top_k", "k": 2})(x, t, NOTHING, sample_ids=torch.arange(20))
     (routing,) = answer.routings
-    assert (routing.unit, routing.slot, routing.name) == ("sample", SLOT, "ensemble")
+    assert (routing.unit, routing.slot, routing.name) == ("sample", ENSEMBLE, "ensemble")
     assert routing.num_experts == 3 and routing.top_k == 2 and routing.batch == (20, 1)
     assert torch.equal(routing.sample_ids, torch.arange(20))
     trace = Trace()
     trace.add(answer.routings)
     (found,) = trace.routers
-    assert found.place.slot == SLOT
+    assert found.place.slot == ENSEMBLE
 
 
 def test_top_1_covers_fewer_clusters_than_the_data_near_pure_noise() -> None:

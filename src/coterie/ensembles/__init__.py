@@ -1,29 +1,41 @@
 """Floor 4: many denoisers are one denoiser."""
 
-from coterie.ensembles.base import ENSEMBLES, SLOT, Ensemble, EnsembleConfig
+from coterie.ensembles.base import ENSEMBLES, Ensemble, EnsembleConfig
+from coterie.ensembles.boundaries import Cut, losses_per_bin, search_boundaries
 from coterie.ensembles.choices import CHOICES, Oracle, Sampled
 from coterie.ensembles.closed_form import ExactPosterior, split_mixture
+from coterie.ensembles.contrast import StrongWeak, StrongWeakConfig
 from coterie.ensembles.coverage import Coverage, coverage
 from coterie.ensembles.members import MemberFacts, Members
 from coterie.ensembles.mixture import Mixture, MixtureConfig
+from coterie.ensembles.noise_ranges import NoiseRanges, NoiseRangesConfig
+from coterie.ensembles.residency import LoadedMembers, Loader
 from coterie.ensembles.router import ClusterRouter, ClusterRouterConfig
 
 __all__ = [
     "CHOICES",
     "ENSEMBLES",
-    "SLOT",
     "ClusterRouter",
     "ClusterRouterConfig",
     "Coverage",
+    "Cut",
     "Ensemble",
     "EnsembleConfig",
     "ExactPosterior",
+    "LoadedMembers",
+    "Loader",
     "MemberFacts",
     "Members",
     "Mixture",
     "MixtureConfig",
+    "NoiseRanges",
+    "NoiseRangesConfig",
     "Oracle",
     "Sampled",
+    "StrongWeak",
+    "StrongWeakConfig",
     "coverage",
+    "losses_per_bin",
+    "search_boundaries",
     "split_mixture",
 ]

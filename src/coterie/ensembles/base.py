@@ -26,14 +26,11 @@ from torch import Generator, Tensor, nn
 from coterie.core.errors import ConfigError, DataError, describe
 from coterie.core.prediction import Condition, DenoiserLike, Prediction, View
 from coterie.core.registry import Part, Registry
-from coterie.core.routing import Aux, Routing
+from coterie.core.routing import ENSEMBLE, Aux, Routing
 from coterie.ensembles.members import Members, check_alike
 from coterie.process import PROCESSES, Process, Transported, as_view, expand
 
 ENSEMBLES = Registry("ensemble", "coterie.ensembles")
-
-SLOT = "ensemble"
-"""Slot of the routings that say which member was asked."""
 
 
 class EnsembleConfig(Part):
@@ -116,7 +113,9 @@ class Ensemble(nn.Module):
         value = torch.zeros_like(x)
         variance: Tensor | None = None
         routings = [routing]
-        for index in self.order(routing):
+        order = self.order(routing)
+        for place, index in enumerate(order):
+            self._expect(order[place:])
             at = (routing.ids == index).nonzero()
             rows, gate = at[:, 0], routing.gates[at[:, 0], at[:, 1]].to(x)
             part = self._ask_rows(index, x, t, cond, rows)
@@ -128,6 +127,17 @@ class Ensemble(nn.Module):
                 shift = expand(gate, x) * (part.variance.to(x) + 1.0)
                 variance = variance.index_add(0, rows, shift)
         return Prediction(value, self.view, tuple(routings), variance=variance)
+
+    def successor(self, index: int) -> int | None:
+        """Who is likely to be asked after ``index``, in calls to come."""
+        return None
+
+    def _expect(self, order: list[int]) -> None:
+        """``order[0]`` is asked now: have it, then say who comes next."""
+        self.members.get(order[0])
+        after = order[1] if len(order) > 1 else self.successor(order[0])
+        if after is not None:
+            self.members.expect(after)
 
     def order(self, routing: Routing) -> list[int]:
         """Chosen members, in the order in which they are called."""
@@ -166,8 +176,8 @@ class Ensemble(nn.Module):
             probs=probs,
             logits=logits,
             batch=(t.shape[0], 1),
-            slot=SLOT,
-            name=SLOT,
+            slot=ENSEMBLE,
+            name=ENSEMBLE,
             noise=t,
             step_index=self.process.step_index(t),
             label=cond.label,

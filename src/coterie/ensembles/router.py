@@ -7,19 +7,22 @@ Shapes: B batch, N tokens, D width, K clusters.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Annotated, Literal
 
 import torch
-from pydantic import Field, SerializeAsAny
+from pydantic import Field, SerializeAsAny, model_validator
 from torch import Generator, Tensor, nn
 
+from coterie.backbones import BACKBONES
 from coterie.backbones.dit import DiTConfig, PatchEncoder
 from coterie.core.context import Context
-from coterie.core.errors import DataError, describe
+from coterie.core.errors import ConfigError, DataError, describe
 from coterie.core.prediction import Condition, Prediction
 from coterie.core.registry import Part
 from coterie.core.routing import Routing
 from coterie.denoiser import MODELS, Model, context_at, time_inputs
+from coterie.experts.routers.config import within
 from coterie.process import PRECONDITIONS, PROCESSES, Process, expand
 
 
@@ -54,9 +57,18 @@ class ClusterRouterConfig(Part):
 
     kind: Literal["cluster_router"] = "cluster_router"
     num_clusters: int = Field(2, ge=1)
-    backbone: DiTConfig = DiTConfig(num_classes=0)
+    backbone: Annotated[SerializeAsAny[Part], BACKBONES.validator] = DiTConfig(num_classes=0)
     process: Annotated[SerializeAsAny[Part], PROCESSES.validator] = "rectified_flow"  # type: ignore[assignment]
     precondition: Annotated[SerializeAsAny[Part], PRECONDITIONS.validator] = "none"  # type: ignore[assignment]
+
+    @model_validator(mode="after")
+    def _check(self) -> ClusterRouterConfig:
+        if not isinstance(self.backbone, DiTConfig):
+            hint = "a router pools the tokens of an image transformer"
+            raise ConfigError(describe("backbone", self.backbone.kind, "dit", hint))
+        told = self.backbone.told - {"task"}
+        within("backbone", partial(self.backbone.check_told, told, "a router of clusters"))
+        return self
 
     def build(self) -> ClusterRouter:
         return ClusterRouter(self)
@@ -75,6 +87,7 @@ class ClusterRouter(Model):
         self.config = config
         self.process: Process = config.process.build()
         self.precondition = config.precondition.build(self.process)
+        assert isinstance(config.backbone, DiTConfig)
         self.backbone = PosteriorNetwork(config.backbone, config.num_clusters)
         self.register_buffer("time_inputs", time_inputs(self.process), persistent=False)
 

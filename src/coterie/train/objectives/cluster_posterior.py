@@ -14,12 +14,15 @@ from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
 from coterie.core.batch import Batch, Losses
-from coterie.core.errors import DataError, describe
+from coterie.core.errors import ConfigError, DataError, describe
 from coterie.core.prediction import Condition
 from coterie.core.registry import Part
+from coterie.ensembles.router import ClusterRouterConfig
 from coterie.process import TIMES
 from coterie.train.objectives.base import OBJECTIVES
 from coterie.train.objectives.denoising import drop_some
+
+CLUSTER_MODELS = (ClusterRouterConfig.model_fields["kind"].default,)
 
 
 @OBJECTIVES.register
@@ -35,6 +38,10 @@ class ClusterPosteriorConfig(Part):
     answers: ClassVar[str] = "posterior"
 
     def build(self, model: Any) -> ClusterPosterior:
+        if model.config.kind not in CLUSTER_MODELS:
+            hint = "its answer is no logits of clusters"
+            allowed = ", ".join(CLUSTER_MODELS)
+            raise ConfigError(describe("model", model.config.kind, allowed, hint))
         return ClusterPosterior(self, model)
 
 

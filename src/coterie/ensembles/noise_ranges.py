@@ -1,0 +1,142 @@
+"""Denoisers that each answer for a range of the noise level, the noisiest first.
+
+Two of them are Wan 2.2's pair (``transformer``, ``transformer_2``, ``boundary_ratio``); there may
+be any number, of any process. Of members on disk (:mod:`.residency`) the one in use is resident and
+the next one is read meanwhile. Shapes: B batch, K members.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from typing import Any, Literal
+
+import torch
+from pydantic import model_validator
+from torch import Tensor
+
+from coterie.core.errors import ConfigError, describe
+from coterie.core.prediction import Condition, DenoiserLike, Prediction
+from coterie.core.routing import Routing
+from coterie.ensembles.base import ENSEMBLES, Ensemble, EnsembleConfig, as_members
+from coterie.ensembles.members import Members
+from coterie.process import ContrastConfig, Process, contrast, with_and_without
+
+ROUNDING = 1e-6
+"""A time that was rounded to float32 still lies on the boundary it was meant to lie on."""
+
+
+@ENSEMBLES.register
+class NoiseRangesConfig(EnsembleConfig):
+    """``boundaries``: K - 1 noise levels from noisy to clean; the upper member answers on them. In
+    ``t`` and ``sigma`` (sigma / alpha) they fall, in ``log_snr`` (log alpha^2 / sigma^2) they rise;
+    ``t`` is that of the ensemble's process.
+
+    ``guidance``: a weight for each member, or null where it is left to whoever asks. Members with a
+    weight guide themselves (classifier-free, from one stacked batch).
+    """
+
+    kind: Literal["noise_ranges"] = "noise_ranges"
+    boundaries: tuple[float, ...] = ()
+    boundaries_in: Literal["t", "sigma", "log_snr"] = "t"
+    guidance: tuple[float | None, ...] | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> NoiseRangesConfig:
+        sign = -1.0 if self.boundaries_in == "log_snr" else 1.0
+        if not all(sign * a > sign * b for a, b in pairwise(self.boundaries)):
+            allowed = "levels from noisy to clean, all different"
+            hint = f"{self.boundaries_in} {'rises' if sign < 0 else 'falls'} on that way"
+            raise ConfigError(describe("boundaries", self.boundaries, allowed, hint))
+        ranges = len(self.boundaries) + 1
+        if self.guidance is not None and len(self.guidance) != ranges:
+            allowed = f"{ranges} weights, one per range"
+            raise ConfigError(describe("guidance", self.guidance, allowed))
+        return self
+
+    def build(
+        self,
+        members: Members | Mapping[str, DenoiserLike | None] | Sequence[DenoiserLike | None],
+        router: Any = None,
+    ) -> NoiseRanges:
+        """``members``: the noisiest first. There is no router: the noise level decides."""
+        if router is not None:
+            raise ConfigError(describe("router", type(router).__name__, "none", "t decides"))
+        return NoiseRanges(self, as_members(members))
+
+
+class NoiseRanges(Ensemble):
+    """See the module. Where a member is missing, the nearest range answers for it."""
+
+    config: NoiseRangesConfig
+
+    def __init__(self, config: NoiseRangesConfig, members: Members) -> None:
+        ranges = len(config.boundaries) + 1
+        if len(members) != ranges:
+            hint = f"{len(members)} members have {len(members) - 1} boundaries"
+            raise ConfigError(describe("boundaries", config.boundaries, f"{ranges} ranges", hint))
+        super().__init__(config, members)
+        self._stand_ins = _nearest(self.present)
+
+    @property
+    def guides_itself(self) -> bool:
+        """Whether some member has a guidance weight of its own."""
+        return any(weight is not None for weight in self.config.guidance or ())
+
+    def member_at(self, t: Tensor) -> Tensor:
+        """i64 [B]: the range that each t [B] lies in (its member may be missing)."""
+        level = _level(self.process, t.double(), self.config.boundaries_in)
+        falling = -1.0 if self.config.boundaries_in == "log_snr" else 1.0
+        edges = level.new_tensor(self.config.boundaries)
+        slack = ROUNDING * edges.abs().clamp_min(1e-3)
+        below = falling * level[:, None] < falling * edges - slack
+        return below.sum(1)
+
+    def choose(self, x: Tensor, t: Tensor, cond: Condition) -> Routing:
+        ids = self._stand_ins.to(t.device)[self.member_at(t)][:, None]
+        probs = torch.zeros(len(t), len(self.members), device=t.device).scatter_(1, ids, 1.0)
+        gates = torch.ones(len(t), 1, device=t.device)
+        return self.record(probs, probs, ids, gates, t, cond)
+
+    def successor(self, index: int) -> int | None:
+        later = self.present.nonzero()[:, 0]
+        later = later[later > index]
+        return int(later[0]) if len(later) else None
+
+    def paired(self, x: Tensor, t: Tensor, cond: Condition, null: Condition) -> Prediction:
+        if self.guides_itself:
+            hint = "its members have weights of their own; ask it as it is"
+            raise ConfigError(describe("guidance", self.config.guidance, "none", hint))
+        return super().paired(x, t, cond, null)
+
+    def ask(self, index: int, x: Tensor, t: Tensor, cond: Condition) -> Prediction:
+        weight = (self.config.guidance or (None,) * len(self.members))[index]
+        if weight is None or weight == 1.0:
+            return super().ask(index, x, t, cond)
+        strong, weak = with_and_without(_Unguided(self, index), x, t, cond)
+        return contrast(self.process, ContrastConfig(weight=weight), x, t, strong, weak)
+
+
+class _Unguided:
+    """One member of an ensemble as a denoiser of the ensemble's process."""
+
+    def __init__(self, ensemble: Ensemble, index: int) -> None:
+        self.ensemble, self.index, self.process = ensemble, index, ensemble.process
+
+    def __call__(self, x: Tensor, t: Tensor, cond: Condition) -> Prediction:
+        return Ensemble.ask(self.ensemble, self.index, x, t, cond)
+
+
+def _level(process: Process, t: Tensor, unit: str) -> Tensor:
+    if unit == "t":
+        return t
+    lam = process.lam(t)
+    return torch.exp(-lam) if unit == "sigma" else 2.0 * lam
+
+
+def _nearest(present: Tensor) -> Tensor:
+    """i64 [K]: who answers in each range: its member, or the nearest that is there (the noisier of
+    two)."""
+    there = present.nonzero()[:, 0]
+    gap = (torch.arange(len(present))[:, None] - there).abs()
+    return there[gap.argmin(1)]

@@ -1,0 +1,113 @@
+"""Members that are read when they are needed and released afterwards.
+
+``resident`` members are in memory at most, the least recently asked released first, and the one
+that is expected next while a thread reads it (``prefetch``). Released is released: only the files
+remember its weights, which is all that inference needs.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from coterie.core.errors import ConfigError, describe
+from coterie.core.prediction import DenoiserLike
+from coterie.ensembles.members import MemberFacts, Members
+
+
+@dataclass(frozen=True)
+class Loader:
+    """One member on disk: ``load()`` gives it anew; ``num_bytes``: of its weights."""
+
+    facts: MemberFacts
+    load: Callable[[], DenoiserLike]
+    num_bytes: int
+
+
+class LoadedMembers(Members):
+    """``get`` gives a member that is valid until ``resident`` others have been asked for.
+
+    ``num_bytes`` are the weights in memory or being read now, ``peak_bytes`` the most so far,
+    ``loads`` how often a member was read. Not for several threads at once.
+    """
+
+    def __init__(
+        self,
+        loaders: Sequence[Loader],
+        resident: int = 1,
+        prefetch: bool = True,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        if resident < 1:
+            raise ConfigError(describe("resident", resident, "1 or more"))
+        self.facts = tuple(loader.facts for loader in loaders)
+        self.resident, self.prefetch, self.device = resident, prefetch, torch.device(device)
+        self.loads = self.peak_bytes = 0
+        self._loaders = tuple(loaders)
+        self._held: OrderedDict[int, DenoiserLike] = OrderedDict()
+        self._pending: tuple[int, Future[DenoiserLike]] | None = None
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="prefetch")
+
+    @property
+    def modules(self) -> list[nn.Module]:
+        return []
+
+    @property
+    def num_bytes(self) -> int:
+        indices = [*self._held, *([self._pending[0]] if self._pending else [])]
+        return sum(self._loaders[index].num_bytes for index in indices)
+
+    @property
+    def held(self) -> tuple[int, ...]:
+        """Members in memory, the most recently asked last."""
+        return tuple(self._held)
+
+    def get(self, index: int) -> DenoiserLike:
+        """The member, read first if need be; CheckpointError if its files are damaged."""
+        if index in self._held:
+            self._held.move_to_end(index)
+            return self._held[index]
+        while len(self._held) >= self.resident:
+            self._held.popitem(last=False)
+        self._held[index] = self._take(index)
+        return self._held[index]
+
+    def expect(self, index: int) -> None:
+        """Read ``index`` meanwhile, unless it is there or already being read."""
+        if not self.prefetch or index in self._held or self.facts[index].missing:
+            return
+        if self._pending is None:
+            self._pending = index, self._thread.submit(self._read, index)
+            self._count()
+
+    def release(self) -> None:
+        """Let go of every member; the next call reads again."""
+        if self._pending is not None:
+            self._pending[1].cancel()
+            self._pending = None
+        self._held.clear()
+
+    def _take(self, index: int) -> DenoiserLike:
+        if self._pending is not None:
+            pending, future = self._pending
+            self._pending = None
+            # Another one was expected: wait for it all the same, and let it go.
+            made = future.result()
+            if pending == index:
+                return made
+            del made, future
+        self.peak_bytes = max(self.peak_bytes, self.num_bytes + self._loaders[index].num_bytes)
+        return self._read(index)
+
+    def _read(self, index: int) -> DenoiserLike:
+        made = self._loaders[index].load()
+        self.loads += 1
+        return made.to(self.device) if isinstance(made, nn.Module) else made
+
+    def _count(self) -> None:
+        self.peak_bytes = max(self.peak_bytes, self.num_bytes)
