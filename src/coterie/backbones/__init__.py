@@ -4,13 +4,13 @@ from coterie.backbones.base import BACKBONES, BackboneOutput
 from coterie.backbones.causal import CausalConfig, CausalTransformer
 from coterie.backbones.dit import DiT, DiTConfig
 from coterie.backbones.points import MaskConfig, PointsConfig, PointTransformer
+from coterie.backbones.policy import Policy, PolicyConfig
 from coterie.backbones.restorer import Restorer, RestorerConfig
 from coterie.backbones.slots import ExpertHost, SlotConfig
 from coterie.backbones.trunk import Trunk, TrunkConfig
 from coterie.backbones.unet import UNet, UNetConfig
 
 __all__ = [
-from coterie.backbones.policy import Policy, PolicyConfig
     "BACKBONES",
     "BackboneOutput",
     "CausalConfig",
@@ -21,6 +21,8 @@ from coterie.backbones.policy import Policy, PolicyConfig
     "MaskConfig",
     "PointTransformer",
     "PointsConfig",
+    "Policy",
+    "PolicyConfig",
     "Restorer",
     "RestorerConfig",
     "SlotConfig",
@@ -29,5 +31,3 @@ from coterie.backbones.policy import Policy, PolicyConfig
     "UNet",
     "UNetConfig",
 ]
-    "Policy",
-    "PolicyConfig",
