@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from coterie.backbones.base import BACKBONES, TOLD_BY_DENOISERS, BackboneOutput, BackbonePart
 from coterie.backbones.conditioning import embed_condition
 from coterie.backbones.trunk import Trunk, TrunkConfig
+from coterie.core.batch import Source
 from coterie.core.context import Context
-from coterie.core.errors import DataError, describe
+from coterie.core.errors import ConfigError, DataError, describe
 from coterie.core.prediction import Condition
 from coterie.experts.routers.config import within
 from coterie.nn.embed import LabelEmbedding
@@ -70,6 +71,13 @@ class PolicyConfig(BackbonePart):
     @property
     def observation_shape(self) -> tuple[int, ...]:
         return self.observations, self.observation_size
+
+    def check_source(self, source: Source) -> None:
+        """ConfigError where the data's observations are not those the network reads."""
+        given = getattr(source, "observation", None)
+        if self.observations and given is not None and tuple(given) != self.observation_shape:
+            hint = f"source {source.name!r} has observations of shape {tuple(given)}"
+            raise ConfigError(describe("observations", self.observation_shape, str(given), hint))
 
     def build(self) -> Policy:
         return Policy(self)

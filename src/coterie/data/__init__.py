@@ -2,6 +2,7 @@
 
 # Importing a module registers its sources and downloads.
 from coterie.data import (
+    demonstrations,
     emoji,
     fetch,
     folder,
@@ -53,6 +54,7 @@ __all__ = [
     "Split",
     "Subset",
     "build_source",
+    "demonstrations",
     "describe_source",
     "emoji",
     "fetch",

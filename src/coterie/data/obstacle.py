@@ -22,12 +22,12 @@ from coterie.data.source import SOURCES, SourceConfig, SourceInfo, Split
 
 GOALS = np.array([(0.85, -0.6), (0.85, -0.2), (0.85, 0.2), (0.85, 0.6)])
 GOAL_NAMES = ("far right", "right", "left", "far left")
-RADIUS = 0.4
+RADIUS = 0.35
 """Of the obstacle, a disc about the origin."""
 REACH = 0.1
 SECONDS = 0.08  # per step
 INERTIA = 0.5  # share of the velocity that stays from step to step
-CLEARANCE = 0.62  # how far beside the origin the planner passes
+CLEARANCE = 0.6  # how far beside the origin the planner passes
 GATES = 0.35  # distance before and behind it at which it turns
 SPARE = 1.25
 """Episodes planned for each one wanted: those that touch the obstacle are left out."""
