@@ -150,7 +150,8 @@ def test_guided_samples_are_the_same(solver: str) -> None:
 @torch.no_grad()
 def test_an_empty_batch_is_answered() -> None:
     folded = fold_by_step(model(), TIMES)
-    answer = folded(images(0).x, TIMES[:0].float(), images(0).cond)
+    nobody = Condition(label=torch.zeros(0, dtype=torch.long))
+    answer = folded(torch.zeros(0, 1, 8, 8), TIMES[:0].float(), nobody)
     assert answer.value.shape == (0, 1, 8, 8)
 
 

@@ -65,6 +65,11 @@ LAYERS: dict[str, dict[str, Any]] = {
     "rounds": {"experts": SWIGLU, "shared": {"hidden": 4}, "rounds": 2, "inner_norm": True},
     "rounds with one router": {"experts": GELU, "rounds": 2, "round_routing": "shared"},
     "rounds of one decision": {"experts": GELU, "rounds": 3, "round_routing": "frozen"},
+    "tasks of noise levels": {
+        "experts": SWIGLU,
+        "noise_tasks": 2,
+        "router": {**TOP, "edits": [{"kind": "candidates", "by_task": [[0, 1], [1, 2, 3]]}]},
+    },
     "the stream replaced": {"experts": SWIGLU, "answer": "output"},
 }
 
@@ -214,12 +219,16 @@ def test_routers_that_see_more_are_refused_by_name(fields: dict[str, Any], reaso
     assert reason in str(error.value)
 
 
-def test_a_kind_that_cannot_be_fused_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    from coterie.experts.kinds import ExpertKind, GeluMLP
+def test_gates_that_read_what_the_experts_read_are_refused() -> None:
+    fields = {"noise_tasks": 2, "self_gate": {"by_task": [[0], [1]]}}
+    layer = build(experts=SWIGLU, router={**TOP, "select": "dense"}, **fields)
+    with pytest.raises(ConfigError, match=r"here: self_gate: .* it reads what the experts read"):
+        check_foldable(layer, "here")
 
-    monkeypatch.setattr(GeluMLP, "fuse", ExpertKind.fuse)
-    with pytest.raises(ConfigError, match="here: experts: 'gelu_mlp' is not allowed"):
-        fold(build(experts=GELU))
+
+def test_a_kind_that_cannot_be_fused_is_refused_by_name() -> None:
+    with pytest.raises(ConfigError, match="here: experts: 'norm_mlp' is not allowed"):
+        fold(build(experts="norm_mlp"))
 
 
 def test_a_folded_layer_needs_a_step() -> None:

@@ -28,14 +28,18 @@ def check_foldable(layer: ExpertLayer, name: str) -> None:
     """ConfigError, naming the layer, where its choices depend on more than the noise level."""
     router = layer.config.router
     score = router.score_part
-    by_noise = set(score.reads) and set(score.reads) <= NOISE_LEVEL
+    known = NOISE_LEVEL if layer.config.noise_tasks is None else NOISE_LEVEL | {"task"}
+    by_noise = set(score.reads) and set(score.reads) <= known
     if score.reads_rows or router.routed_unit != "sample" or not by_noise:
         hint = "its choices depend on more than the noise level"
         raise ConfigError(describe(f"{name}: score", score.kind, "noise_level, noise_window", hint))
     for field, kind, reads in router.reads:
-        if not set(reads) <= NOISE_LEVEL:
+        if not set(reads) <= known:
             hint = f"it reads {', '.join(reads)}"
             raise ConfigError(describe(f"{name}: {field}", kind, "parts that read none", hint))
+    if layer.self_gate is not None:
+        hint = "it reads what the experts read"
+        raise ConfigError(describe(f"{name}: self_gate", layer.config.self_gate, "null", hint))
 
 
 class FoldedLayer(ExpertLayer):
@@ -144,6 +148,7 @@ class FoldedLayer(ExpertLayer):
             noise=ctx.noise,
             step_index=ctx.step_index,
             label=ctx.label,
+            task=ctx.task,
             sample_ids=ctx.sample_ids,
             table=self._buffers[f"table{round}"],
         )
