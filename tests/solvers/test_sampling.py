@@ -20,6 +20,7 @@ from coterie.solvers import (
 
 F64 = torch.float64
 KINDS = PROCESSES.kinds()
+ALONE = [kind for kind in SOLVERS.kinds() if kind != "feynman_kac"]  # that one wants a composition
 
 
 def build(kind, **settings):
@@ -122,7 +123,7 @@ def test_respaced_models_are_asked_at_exact_integers(spacing):
         assert asked.tolist() == grid.indices(1000, steps).tolist()
 
 
-@pytest.mark.parametrize("solver", SOLVERS.kinds())
+@pytest.mark.parametrize("solver", ALONE)
 def test_counts_of_evaluations(solver):
     process = build("vp_linear")
     config = SOLVERS.parse(solver)
@@ -141,7 +142,7 @@ def test_counts_of_evaluations(solver):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("solver", SOLVERS.kinds())
+@pytest.mark.parametrize("solver", ALONE)
 def test_samples_depend_on_their_own_seed_only(kind, solver):
     process = build(kind)
     three = run(process, solver, seeds=(5, 6, 7))
@@ -154,7 +155,7 @@ def test_samples_depend_on_their_own_seed_only(kind, solver):
 
 
 @pytest.mark.parametrize("kind", ["ddpm", "rectified_flow", "ve"])
-@pytest.mark.parametrize("solver", SOLVERS.kinds())
+@pytest.mark.parametrize("solver", ALONE)
 def test_samples_come_from_the_mixture(kind, solver):
     process = build(kind)
     steps = {"euler": 60, "ancestral": 60, "sde_dpmpp_1s": 60, "ddim": 60}.get(solver, 25)
@@ -167,7 +168,7 @@ def test_samples_come_from_the_mixture(kind, solver):
     assert float(x[~right].std(0).mean()) == pytest.approx(0.2, abs=0.04)
 
 
-@pytest.mark.parametrize("solver", SOLVERS.kinds())
+@pytest.mark.parametrize("solver", ALONE)
 def test_float64_is_kept(solver):
     process = build("vp_linear")
     data = mixture()
@@ -184,7 +185,7 @@ def test_float64_is_kept(solver):
 
 def test_final_step_is_the_denoised_sample():
     process = build("rectified_flow")
-    for solver in SOLVERS.kinds():
+    for solver in ALONE:
         noise = SampleNoise([3])
         x = initial_noise(process, (2,), noise)
         expected = mixture().denoise(process, x, torch.ones(1))
@@ -312,7 +313,7 @@ def test_configuration_round_trip(registry):
         assert registry.parse(config.model_dump(mode="json")) == config
 
 
-@pytest.mark.parametrize("solver", sorted(set(SOLVERS.kinds()) - {"rk45"}))
+@pytest.mark.parametrize("solver", sorted(set(ALONE) - {"rk45"}))
 def test_the_times_of_a_run_are_known_beforehand(solver):
     for kind in ("rectified_flow", "ddpm"):
         process = build(kind)

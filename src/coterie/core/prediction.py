@@ -30,6 +30,9 @@ class Prediction:
     """Learned variance, x's shape: -1 = posterior variance, +1 = forward variance (log-linear)."""
     visible: Tensor | None = None
     """Which parts of x the network saw in masked training, bool [B, ...]; None: all of it."""
+    weight_rate: Tensor | None = None
+    """f64 [B]: change of log weight per unit of lam of a particle that follows this answer, where
+    the answer alone does not sample what it stands for (Feynman-Kac correctors)."""
 
     def replace(self, **changes: Any) -> Self:
         return dataclasses.replace(self, **changes)
@@ -52,10 +55,10 @@ class Condition:
     task: Tensor | None = None  # i64 [B], a hard index (task, view, modality)
     likelihood: Any = None  # callable (x0, ids) -> log p(y | x0), [B]
     null: Mapping[str, Tensor] = field(default_factory=dict)  # field -> its null row, [...]
+    keep: frozenset[str] = frozenset({"task"})
     static: frozenset[str] = frozenset(
         {"label", "vector", "tokens", "tokens_mask", "channels", "keys_values", "task"}
     )
-    keep: frozenset[str] = frozenset({"task"})
 
     def tensors(self) -> dict[str, Tensor]:
         out = {}

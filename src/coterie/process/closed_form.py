@@ -117,3 +117,13 @@ class ExactDenoiser:
             denoised = torch.where(expand(cond.label >= 0, x), chosen, denoised)
         value = convert(self.process, denoised, "x0", self.view, x, t)
         return Prediction(value, self.view)
+
+    def log_prob(self, x: Tensor, t: Tensor, cond: Condition) -> Tensor:
+        """[B]: log density of the marginal at t, of the component that the label selects."""
+        joint = self.mixture.log_joint(self.process, x, t)
+        whole = torch.logsumexp(joint, dim=1)
+        if cond.label is None:
+            return whole
+        label = cond.label.clamp_min(0)
+        chosen = joint.gather(1, label[:, None])[:, 0] - self.mixture.weights.to(x).log()[label]
+        return torch.where(cond.label >= 0, chosen, whole)

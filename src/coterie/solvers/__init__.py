@@ -1,6 +1,6 @@
 """Floor 4: solvers, grids, the sampling loop, guidance and thresholds."""
 
-from coterie.solvers import exponential, runge_kutta, stochastic
+from coterie.solvers import exponential, feynman_kac, runge_kutta, stochastic
 from coterie.solvers.base import (
     SOLVERS,
     Estimate,
@@ -9,20 +9,26 @@ from coterie.solvers.base import (
     SolverConfig,
     SolverState,
 )
+from coterie.solvers.feynman_kac import FeynmanKac, FeynmanKacConfig, ParticleRecord
 from coterie.solvers.grids import GRIDS, GridConfig
 from coterie.solvers.guidance import ClassifierGuided, GuidanceConfig, Guided, guide
+from coterie.solvers.resampling import SCHEMES, effective_size, resample
 from coterie.solvers.sampling import Callback, asked_times, initial_noise, integrate, sample
 from coterie.solvers.thresholds import ThresholdConfig, Thresholded
 
 __all__ = [
     "GRIDS",
+    "SCHEMES",
     "SOLVERS",
     "Callback",
     "ClassifierGuided",
     "Estimate",
+    "FeynmanKac",
+    "FeynmanKacConfig",
     "GridConfig",
     "GuidanceConfig",
     "Guided",
+    "ParticleRecord",
     "Query",
     "Solver",
     "SolverConfig",
@@ -30,10 +36,13 @@ __all__ = [
     "ThresholdConfig",
     "Thresholded",
     "asked_times",
+    "effective_size",
     "exponential",
+    "feynman_kac",
     "guide",
     "initial_noise",
     "integrate",
+    "resample",
     "runge_kutta",
     "sample",
     "stochastic",

@@ -34,6 +34,10 @@ class Ancestral(Solver):
     def stochastic(self) -> bool:  # type: ignore[override]
         return self.eta > 0
 
+    @property
+    def zeta(self) -> float:  # type: ignore[override]
+        return self.eta
+
     def step(
         self,
         query: Query,
@@ -82,6 +86,10 @@ class Churn(Solver):
     @property
     def stochastic(self) -> bool:  # type: ignore[override]
         return self.churn > 0
+
+    @property
+    def zeta(self) -> float | None:  # type: ignore[override]
+        return None if self.stochastic else 0.0
 
     def perturb(
         self, process: Process, x: Tensor, t: Tensor, steps: int, noise: SampleNoise | None
