@@ -120,6 +120,7 @@ def test_an_arm_is_run_after_the_one_it_goes_on_from(
         return ThreadPoolExecutor(max_workers)
 
     monkeypatch.setattr(verify, "run_arm", stub)
+    monkeypatch.setattr(verify, "train_part", stub)  # of ``dense``: no claim asks about it
     monkeypatch.setattr(verify, "_budget", lambda config: {})
     monkeypatch.setattr(verify, "ProcessPoolExecutor", threads)
     steps: list[tuple[int, int]] = []

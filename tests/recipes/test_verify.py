@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
-from coterie.recipes.base import Claim
+from coterie.recipes.base import Claim, get_recipe
 from coterie.recipes.tables import claims_table
-from coterie.recipes.verify import judge
+from coterie.recipes.verify import _claimed, job_of, judge
 
 MEASURED = {
     "a": [{"loss": 1.0, "easy": 1.2}, {"loss": 1.1, "easy": 1.25}, {"loss": 0.9, "easy": 1.3}],
@@ -54,3 +56,10 @@ def test_the_table_names_both_metrics_where_they_differ() -> None:
     rows = claims_table([result]).splitlines()[2:4]
     assert "| easy against loss (higher is better) | 1.25 | 1 |" in rows[0]
     assert "| loss (lower is better) | 1 | 1.533 |" in rows[1]
+
+
+def test_what_only_others_are_made_of_is_not_measured() -> None:
+    recipe = get_recipe("upcycling")
+    asked = _claimed(recipe)
+    assert "dense" not in asked and {"continued", "copy", "slice-copy"} <= asked
+    assert job_of(recipe, "copy", 0, Path("runs")).after == ("dense",)

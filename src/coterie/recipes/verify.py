@@ -4,7 +4,8 @@ Arms run in worker processes of one thread each, resume where they stopped, and 
 numbers in ``<work>/<commit>/<hash of the configuration>/measures.json``: an arm that two recipes
 share is run once, and no number of another commit is reused. An arm may name others, by
 ``arm:NAME`` in place of a path: it is run after them and finds what they have learnt under the same
-seed. What the first weights of an arm with ``init`` are worth is measured too (``initial_...``).
+seed. What the first weights of an arm with ``init`` are worth is measured too (``initial_...``); an
+arm that others build on and no claim asks about is trained, but not measured.
 The verdict uses differences paired by seed:
 
     shown = the mean difference has the right sign, every seed agrees,
@@ -178,6 +179,7 @@ def _run_arms(
     arms = list(recipe.arms())
     left = [job_of(recipe, arm, seed, root) for seed in range(seeds) for arm in arms]
     total = len(left)
+    parts = {name for job in left for name in job.after} - _claimed(recipe)
     results: dict[tuple[str, int], dict[str, float]] = {}
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(max_workers=workers, mp_context=spawn) as pool:
@@ -186,7 +188,8 @@ def _run_arms(
             ready = [job for job in left if all((arm, job.seed) in results for arm in job.after)]
             left = [job for job in left if job not in ready]
             for job in ready:
-                waiting[pool.submit(run_arm, job.config.to_json(), str(job.folder))] = job
+                work = train_part if job.arm in parts else run_arm
+                waiting[pool.submit(work, job.config.to_json(), str(job.folder))] = job
             done, _ = wait(waiting, return_when=FIRST_COMPLETED)
             for future in done:
                 job = waiting.pop(future)
@@ -194,6 +197,23 @@ def _run_arms(
                 if progress is not None:
                     progress(f"{job.arm} seed {job.seed}", len(results), total)
     return {arm: [results[arm, seed] for seed in range(seeds)] for arm in arms}
+
+
+def _claimed(recipe: Recipe) -> set[str]:
+    return {arm for claim in recipe.claims for arm in (claim.ours, claim.baseline)}
+
+
+def train_part(config_json: str, folder: str) -> dict[str, float]:
+    """Train an arm that others are made of (in a worker process); nothing of it is measured."""
+    import torch
+
+    from coterie.train.run import start
+
+    torch.set_num_threads(1)
+    config = RunConfig.from_json(config_json)
+    began = time.process_time()
+    start(config.replace(train=config.train.replace(threads=1)), folder, progress=False)
+    return {"train_cpu_seconds": time.process_time() - began}
 
 
 def run_arm(config_json: str, folder: str) -> dict[str, float]:
