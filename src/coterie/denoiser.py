@@ -197,3 +197,53 @@ class TokenDenoiser(Model):
         )
         out = self.backbone(ids_BN, ctx, cond)
         return Prediction(out.sample, "logits", out.routings)
+
+
+@MODELS.register
+class PredictorConfig(Part):
+    """Several answers about one input, without noise: what a multi-task backbone is for."""
+
+    kind: Literal["predictor"] = "predictor"
+    backbone: Annotated[SerializeAsAny[Part], BACKBONES.validator]
+
+    @model_validator(mode="after")
+    def _check(self) -> PredictorConfig:
+        if getattr(self.backbone, "answers", "sample") != "tasks":
+            allowed = "a backbone that answers tasks"
+            raise ConfigError(describe("backbone", self.backbone.kind, allowed, "use multitask"))
+        return self
+
+    def build(self) -> Predictor:
+        return Predictor(self)
+
+
+class Predictor(Model):
+    """``forward(x i64 [B, C], cond) -> Prediction`` with logits f32 [B, T], one per task.
+
+    ``tasks``: numbers of those to answer, the others cost nothing; None: all.
+    """
+
+    def __init__(self, config: PredictorConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.backbone = config.backbone.build()
+
+    def forward(
+        self,
+        x: Tensor,
+        cond: Condition | None = None,
+        sample_ids: Tensor | None = None,
+        rng: Generator | None = None,
+        progress: float = 1.0,
+        tasks: Sequence[int] | None = None,
+    ) -> Prediction:
+        ctx = Context(
+            batch=x.shape[0],
+            tokens=0,
+            sample_ids=sample_ids,
+            training=self.training,
+            rng=rng,
+            progress=progress,
+        )
+        out = self.backbone(x, ctx, cond or Condition(), tasks)
+        return Prediction(out.sample, "logits", out.routings)

@@ -3,6 +3,12 @@
 from coterie.backbones.base import BACKBONES, BackboneOutput
 from coterie.backbones.causal import CausalConfig, CausalTransformer
 from coterie.backbones.dit import DiT, DiTConfig
+from coterie.backbones.multitask import (
+    FieldConfig,
+    LevelConfig,
+    MultiTask,
+    MultiTaskConfig,
+)
 from coterie.backbones.points import MaskConfig, PointsConfig, PointTransformer
 from coterie.backbones.policy import Policy, PolicyConfig
 from coterie.backbones.restorer import Restorer, RestorerConfig
@@ -18,7 +24,11 @@ __all__ = [
     "DiT",
     "DiTConfig",
     "ExpertHost",
+    "FieldConfig",
+    "LevelConfig",
     "MaskConfig",
+    "MultiTask",
+    "MultiTaskConfig",
     "PointTransformer",
     "PointsConfig",
     "Policy",

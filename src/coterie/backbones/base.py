@@ -27,8 +27,9 @@ TOLD_BY_DENOISERS = frozenset({"time_embedding", "step_index", "label", "task"})
 class BackbonePart(Part):
     """Base of backbone configurations."""
 
-    answers: ClassVar[Literal["sample", "logits"]] = "sample"
-    """``sample``: x's shape in, x's shape out; ``logits``: token ids in, logits out."""
+    answers: ClassVar[Literal["sample", "logits", "tasks"]] = "sample"
+    """``sample``: x's shape in, x's shape out; ``logits``: token ids in, logits out; ``tasks``:
+    one logit per task out."""
     told: ClassVar[frozenset[str]] = frozenset()
     """Fields of the Context that its slots find set wherever the model runs (``label`` and
     ``task`` where the data have them)."""

@@ -38,7 +38,7 @@ class CausalConfig(BackbonePart):
     """``trunk.causal`` False gives the bidirectional network of masked diffusion."""
 
     kind: Literal["causal"] = "causal"
-    answers: ClassVar[Literal["sample", "logits"]] = "logits"
+    answers: ClassVar[Literal["sample", "logits", "tasks"]] = "logits"
     told: ClassVar[frozenset[str]] = frozenset({"step_index", "label", "task"})
     vocabulary: int = Field(260, ge=2)
     context: int = Field(128, ge=2)  # longest sequence, in tokens

@@ -123,6 +123,9 @@ def build_source(config: RunConfig, split: str = "train") -> Source:
         hint = f"source {source.name!r} has {source.num_classes} classes"
         allowed = str(source.num_classes)
         raise ConfigError(describe("model.backbone.num_classes", classes, allowed, hint))
+    check = getattr(backbone, "check_source", None)
+    if check is not None:
+        within("model.backbone", partial(check, source))
     if isinstance(backbone, BackbonePart):
         known = {"label": source.num_classes, "task": len(getattr(source, "task_names", ()))}
         told = backbone.told - {name for name, count in known.items() if not count}
