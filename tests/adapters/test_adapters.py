@@ -15,6 +15,7 @@ from coterie.adapters import (
     LowRank,
     adapters_of,
     attach,
+    base_digest,
     capacity,
     detach,
     fold,
@@ -304,3 +305,15 @@ def test_configurations_survive_json_and_refuse_nonsense() -> None:
     for bad in ({"rows": (1,)}, {"embeddings": ("t",), "rows": (1, 1)}, {"targets": ()}):
         with pytest.raises(ConfigError):
             LoraConfig.from_dict(bad)
+
+
+def test_the_base_has_one_digest_whatever_is_put_on_it() -> None:
+    net = Net()
+    first = base_digest(net)
+    attach(net, "a", PLAIN)
+    wake(net)
+    assert base_digest(net) == first
+    merge(net)
+    assert base_digest(net) != first
+    unmerge(net)
+    assert base_digest(net) == first == base_digest(Net())

@@ -3,12 +3,14 @@
 from coterie.adapters.attach import (
     adapters_of,
     attach,
+    base_digest,
     configs_of,
     detach,
     fold,
     merge,
     unmerge,
     weigh,
+    weights_of,
 )
 from coterie.adapters.basis import BasisConfig, capacity
 from coterie.adapters.checks import Pair, check_together, pairs, room
@@ -25,6 +27,7 @@ __all__ = [
     "Rows",
     "adapters_of",
     "attach",
+    "base_digest",
     "capacity",
     "check_together",
     "configs_of",
@@ -38,4 +41,5 @@ __all__ = [
     "save_adapter",
     "unmerge",
     "weigh",
+    "weights_of",
 ]

@@ -12,6 +12,7 @@ adapted network holds its adapters alone.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
 
@@ -22,7 +23,7 @@ from coterie.adapters.checks import check_together
 from coterie.adapters.config import LoraConfig
 from coterie.adapters.layers import Additions, Gain, LowRank, Rows, add, fits
 from coterie.core.errors import ConfigError, describe, unknown
-from coterie.core.tensors import borrow
+from coterie.core.tensors import borrow, tensors_of
 
 Parts = dict[str, LowRank | Rows]
 
@@ -44,7 +45,7 @@ def attach(model: nn.Module, name: str, config: LoraConfig, weight: Gain = 1.0) 
     for path in tables:
         table = modules[path]
         assert isinstance(table, nn.Embedding)
-        made[path] = Rows(table, config.rows, path)
+        made[path] = Rows(table, config, path)
     for module in modules.values():
         borrow(module)
     for path, part in made.items():
@@ -116,13 +117,29 @@ def adapters_of(model: nn.Module) -> dict[str, Parts]:
 
 
 def configs_of(model: nn.Module) -> dict[str, LoraConfig]:
-    """Adapter -> its configuration (of those with low-rank parts)."""
-    return {
-        name: part.config
-        for name, parts in adapters_of(model).items()
-        for part in parts.values()
-        if isinstance(part, LowRank)
-    }
+    """Adapter -> its configuration."""
+    return {name: next(iter(parts.values())).config for name, parts in adapters_of(model).items()}
+
+
+def weights_of(model: nn.Module) -> dict[str, Gain]:
+    """Adapter -> how much of it is added."""
+    out: dict[str, Gain] = {}
+    for _, additions in additions_of(model).values():
+        out |= additions.gains
+    return out
+
+
+def base_digest(model: nn.Module) -> str:
+    """SHA-256 of the network's own tensors, without what adapters added: names, shapes, values."""
+    added = {id(m) for a in model.modules() if isinstance(a, Additions) for m in a.modules()}
+    own = {id(v) for m in model.modules() if id(m) not in added for v in tensors_of(m)}
+    hasher = hashlib.sha256()
+    for name, value in model.state_dict(keep_vars=True).items():
+        if id(value) in own:
+            data = value.detach().cpu().contiguous()
+            hasher.update(f"{name} {data.dtype} {tuple(data.shape)} ".encode())
+            hasher.update(data.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return hasher.hexdigest()
 
 
 def weigh(model: nn.Module, weights: Mapping[str, Gain]) -> None:

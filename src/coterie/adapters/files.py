@@ -67,20 +67,16 @@ def save_adapter(
     return folder
 
 
-def _lora(parts: Parts) -> LoraConfig | None:
-    return next((part.config for part in parts.values() if isinstance(part, LowRank)), None)
-
-
 def _header(parts: Parts) -> dict[str, str]:
-    config = _lora(parts)
-    if config is None or config.basis is None:
+    config = next(iter(parts.values())).config
+    if config.basis is None:
         return {"format": "pt"}
     told = {"basis": config.basis.model_dump(mode="json"), "basis_hash": config.basis.hash}
     return {"format": "pt", "coterie": json.dumps(told, sort_keys=True)}
 
 
 def _peft(parts: Parts, base: str) -> dict[str, Any]:
-    config = _lora(parts) or LoraConfig(targets=(), embeddings=("*",), rows=(0,))
+    config = next(iter(parts.values())).config
     rows = {path: list(part.rows) for path, part in parts.items() if isinstance(part, Rows)}
     return {
         "peft_type": "LORA",
@@ -116,6 +112,9 @@ def read_adapter(folder: str | Path) -> AdapterFile:
     told = _told(folder / WEIGHTS)
     factors, tables = _sorted(tensors, str(folder / WEIGHTS))
     rows = data.get("trainable_token_indices") or {}
+    if len({tuple(own) for own in rows.values()}) > 1:
+        where = f"{folder / CONFIG}: trainable_token_indices"
+        raise CheckpointError(describe(where, rows, "the same rows for every table"))
     if set(rows) != set(tables):
         allowed = f"those of {CONFIG}: {', '.join(rows) or 'none'}"
         raise CheckpointError(describe(f"{folder / WEIGHTS}: tables", sorted(tables), allowed))

@@ -84,14 +84,14 @@ class LowRank(nn.Module):
 class Rows(nn.Module):
     """``change [n, D]``, added to n rows of an embedding table."""
 
-    def __init__(self, table: nn.Embedding, rows: tuple[int, ...], path: str) -> None:
+    def __init__(self, table: nn.Embedding, config: LoraConfig, path: str) -> None:
         super().__init__()
-        for row in rows:
+        for row in config.rows:
             if row >= table.num_embeddings:
                 allowed = f"0..{table.num_embeddings - 1}, the rows of {path}"
                 raise ConfigError(describe("rows", row, allowed))
-        self.rows = rows
-        self.change = nn.Parameter(torch.zeros_like(table.weight[: len(rows)]))
+        self.config, self.rows = config, config.rows
+        self.change = nn.Parameter(torch.zeros_like(table.weight[: len(self.rows)]))
 
     def forward(self, table: nn.Embedding, ids: Tensor) -> Tensor:
         """What is added to ``table(ids)``."""

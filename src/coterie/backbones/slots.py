@@ -18,6 +18,7 @@ from torch import Generator, nn
 from coterie.core.config import Config
 from coterie.core.errors import ConfigError, describe
 from coterie.core.routing import Aux, Routing
+from coterie.core.tensors import is_borrowed
 from coterie.experts import (
     ExpertLayer,
     ExpertLayerConfig,
@@ -191,7 +192,9 @@ class ExpertHost(nn.Module):
     @torch.no_grad()
     def after_step(self, routings: Sequence[Routing]) -> None:
         """Balance by selection bias: reads all routings of one optimiser step, outside forward;
-        then what routers themselves change from step to step."""
+        then what routers themselves change from step to step. Those of a borrowed network stay."""
+        if is_borrowed(self):
+            return
         for system in self._systems:
             own = _of(system, routings)
             routers = routers_of(self.expert_layer(system.slot, layer) for layer in system.layers)

@@ -2,6 +2,7 @@
 
 # Importing a module registers its sources and downloads.
 from coterie.data import (
+    classes,
     demonstrations,
     emoji,
     fetch,
@@ -54,6 +55,7 @@ __all__ = [
     "Split",
     "Subset",
     "build_source",
+    "classes",
     "demonstrations",
     "describe_source",
     "emoji",

@@ -17,6 +17,7 @@ from coterie.train.active import (
     expert_sites,
     slot_parameters,
 )
+from coterie.train.adapter_measures import adapter_measures
 from coterie.train.judges import HeldOut, judge_of
 from coterie.train.routing_measures import routing_measures
 from coterie.train.run import LoadedRun
@@ -37,7 +38,7 @@ def measure(run: LoadedRun, num_samples: int = 500) -> dict[str, float]:
     out |= routing_measures(found.trace, run.source.class_names)
     out["active_parameters"] = float(measured_active(run, found.trace))
     out["slot_parameters"] = float(slot_parameters(run.model))
-    out |= probes.measure(run) | _speed(run)
+    out |= probes.measure(run) | adapter_measures(run) | _speed(run)
     return out | flat(judge.scores(num_samples))
 
 

@@ -4,6 +4,7 @@ packaged EfficientNet-Lite0 for colour. Trained once per source and kept in the 
 from __future__ import annotations
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from coterie.core.batch import Source
@@ -19,6 +20,7 @@ from coterie.train.objectives.classification import Classification
 
 SETTINGS = TrainConfig(steps=300, batch=64, lr=2e-3, weight_decay=1e-2, ema=(0.98,), clip=1.0)
 WIDTH = 16
+BATCH = 128  # pictures whose class is read at once
 
 
 def feature_network(data: Part) -> Features:
@@ -27,6 +29,17 @@ def feature_network(data: Part) -> Features:
     if source.shape[0] == 3:
         return lite0_extractor()
     return _classifier(data, source).as_features(f"SmallClassifier trained on {source.name}")
+
+
+def read_labels(data: Part, images: Tensor) -> Tensor | None:
+    """The class i64 [S] that a classifier of ``data`` sees in each picture; None where there is
+    none (colour, or no classes)."""
+    source: Source = data.build(split="train")
+    if source.shape[0] == 3 or not source.num_classes:
+        return None
+    network = _classifier(data, source)
+    with torch.inference_mode():
+        return torch.cat([network(part).argmax(1) for part in images.float().split(BATCH)])
 
 
 def learnt_rows(size: int) -> np.ndarray:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
 from coterie.core.errors import CheckpointError, ConfigError, describe
+from coterie.core.tensors import is_borrowed
 from coterie.train.config import TrainConfig
 
 
@@ -35,7 +36,8 @@ def decayed(model: nn.Module) -> set[int]:
 
 def freeze(model: nn.Module, patterns: Iterable[str]) -> list[nn.Module]:
     """Take the modules whose names fit a shell pattern (``*`` also matches dots) out of training;
-    ConfigError for a pattern that fits none. Their eval mode is the loop's matter."""
+    ConfigError for a pattern that fits none. Borrowed modules are out too. Their eval mode is the
+    loop's matter."""
     found: list[nn.Module] = []
     for pattern in patterns:
         named = [module for name, module in model.named_modules() if fnmatchcase(name, pattern)]
@@ -47,7 +49,7 @@ def freeze(model: nn.Module, patterns: Iterable[str]) -> list[nn.Module]:
         found += named
     for module in found:
         module.requires_grad_(False)
-    return found
+    return found + [module for module in model.modules() if is_borrowed(module)]
 
 
 def trainable(model: nn.Module, objective: Any) -> dict[str, nn.Parameter]:

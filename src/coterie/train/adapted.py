@@ -1,0 +1,106 @@
+"""Runs on a frozen base: adapters are trained, or taken from where they were trained.
+
+The base (``init.path``) is read each time such a run is loaded; its checkpoints and its model
+directory hold adapters alone.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from coterie.adapters import (
+    AdapterConfig,
+    attach,
+    base_digest,
+    configs_of,
+    load_adapter,
+    weights_of,
+)
+from coterie.adapters.attach import Parts
+from coterie.adapters.files import CONFIG
+from coterie.core.errors import CheckpointError, ConfigError, describe
+from coterie.core.tensors import assign, module_tensors
+from coterie.train import checkpoint
+
+PARTS = ".adapters.parts."
+
+
+def put(model: nn.Module, config: AdapterConfig, base: str) -> None:
+    """One adapter on ``model``: a new one, open to training; or that of a folder or a run, closed.
+    ``base``: digest of the origin of the model's weights."""
+    if config.lora is not None:
+        attach(model, config.name, config.lora, config.weight)
+        return
+    assert config.path is not None
+    if (Path(config.path) / CONFIG).is_file():
+        parts = load_adapter(model, config.name, config.path, config.weight)
+    elif (Path(config.path) / "config.json").is_file():
+        parts = _from_run(model, config, base)
+    else:
+        allowed = "a run directory, or a folder in PEFT's layout"
+        where = f"init.adapters: {config.name}: path"
+        raise ConfigError(describe(where, config.path, allowed))
+    for part in parts.values():
+        part.requires_grad_(False)
+
+
+def _from_run(model: nn.Module, config: AdapterConfig, base: str) -> Parts:
+    """The adapter that a run has trained (of several: that of the same name)."""
+    path = Path(str(config.path))
+    theirs = _init_of(path)
+    listed = [AdapterConfig.from_dict(entry) for entry in theirs.get("adapters", ())]
+    new = {adapter.name: adapter for adapter in listed if adapter.lora is not None}
+    chosen = next(iter(new.values())) if len(new) == 1 else new.get(config.name)
+    if chosen is None or chosen.lora is None:
+        allowed = f"a run that trains an adapter (it trains: {', '.join(new) or 'none'})"
+        raise ConfigError(describe(f"init.adapters: {config.name}: path", config.path, allowed))
+    trained_on = (theirs.get("origin") or {}).get("digest", base)
+    if trained_on != base:
+        hint = f"its adapter was trained on {theirs.get('path')}"
+        raise CheckpointError(describe(f"{path}: base", trained_on[:16], base[:16], hint))
+    found = checkpoint.load_latest(path)
+    if found is None:
+        raise CheckpointError(f"{path}: no checkpoint yet; train the run first")
+    tensors = found.state.get("ema", found.state["model"])
+    parts = attach(model, config.name, chosen.lora, config.weight)
+    for module, part in parts.items():
+        prefix = f"{module}{PARTS}{chosen.name}."
+        values = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+        own = module_tensors(part)
+        cast = {k: v.to(own[k].dtype) if k in own else v for k, v in values.items()}
+        _require_finite(cast, f"{found.path}: {prefix}")
+        assign(own, cast, f"{found.path}: {module}")
+    return parts
+
+
+def _init_of(path: Path) -> dict[str, Any]:
+    """``init`` of a run's configuration; {} if it has none."""
+    try:
+        data = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConfigError(f"{path / 'config.json'}: not valid JSON ({error})") from None
+    init = data.get("init") if isinstance(data, dict) else None
+    return init if isinstance(init, dict) else {}
+
+
+def _require_finite(tensors: dict[str, Tensor], where: str) -> None:
+    for name, value in tensors.items():
+        if not bool(torch.isfinite(value).all()):
+            raise CheckpointError(f"{where}{name} holds NaN or infinity")
+
+
+def described(model: nn.Module, base: str) -> dict[str, Any]:
+    """What a model directory says of its adapters and of the base they need, at ``base``."""
+    weights = weights_of(model)
+    return {
+        "base": {"path": base, "digest": base_digest(model)},
+        "adapters": [
+            {"name": name, "lora": config.model_dump(mode="json"), "weight": weights[name]}
+            for name, config in configs_of(model).items()
+        ],
+    }
