@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from coterie.core.config import Config
 from coterie.core.errors import CheckpointError, ConfigError, describe
 from coterie.core.folder import MANIFEST, read_manifest, verify_file
-from coterie.core.tensors import module_tensors
+from coterie.core.tensors import is_borrowed, module_tensors
 from coterie.experts import Router
 
 FORMAT = "coterie.model"
@@ -121,6 +121,8 @@ def split(model: nn.Module) -> Split:
     stacked: set[str] = set()
     routed: set[str] = set()
     for path, module in model.named_modules():
+        if is_borrowed(module):
+            continue
         own = module_tensors(module)
         if isinstance(module, Pool):
             names = {owners[id(own[name])] for name in module.expert_state(0)}

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from coterie.core.errors import CheckpointError, ConfigError, describe
 from coterie.core.tensors import assign, module_tensors, read_tensors
+from coterie.hub.adapted import base_folder, is_adapted, put_on_base
 from coterie.hub.layout import ROUTER, TRUNK, Manifest, Split, load_manifest, model_config, split
 
 
@@ -84,19 +85,30 @@ def load_into(
 
 
 def load_pretrained(
-    path: str | Path, *, degraded: bool = False, check_finite: bool = False
+    path: str | Path,
+    *,
+    degraded: bool = False,
+    check_finite: bool = False,
+    base: str | Path | None = None,
 ) -> nn.Module:
     """Build the model a directory describes and load it, in eval mode; see :func:`load_into`.
 
-    ConfigError if its configuration is not one of a registered model.
+    ``base``: where the base of adapters lies now, if not where they were trained. ConfigError if
+    its configuration is not one of a registered model.
     """
     from coterie.denoiser import MODELS
 
-    config = model_config(load_manifest(path).config)
+    manifest = load_manifest(path)
+    config = model_config(manifest.config)
     if config is None:
         hint = "build the model yourself and call load_into"
         raise ConfigError(describe("config", "no kind", ", ".join(MODELS.kinds()), hint))
-    model: nn.Module = MODELS.parse(config).build()
+    model: nn.Module
+    if is_adapted(manifest):
+        model = load_pretrained(base_folder(manifest, base), degraded=degraded)
+        put_on_base(model, manifest)
+    else:
+        model = MODELS.parse(config).build()
     load_into(model, path, degraded=degraded, check_finite=check_finite)
     return model.eval()
 

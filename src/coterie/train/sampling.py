@@ -29,11 +29,12 @@ class Samples:
 
 
 def balanced_labels(run: LoadedRun, num: int) -> Tensor:
-    """Classes in turn, so that a grid has one column per class; NULL_LABEL without classes."""
+    """The data's classes in turn, so that a grid has one column per class; NULL_LABEL without."""
     classes = run.source.num_classes
     if not classes or not conditional(run):
         return torch.full((num,), NULL_LABEL)
-    return torch.arange(num) % classes
+    there = torch.tensor(getattr(run.source, "classes", range(classes)))
+    return there[torch.arange(num) % len(there)]
 
 
 def conditional(run: LoadedRun) -> bool:

@@ -14,7 +14,7 @@ from coterie.core.rng import generator
 from coterie.core.routing import Routing
 from coterie.data import Subset
 from coterie.metrics import NoiseBins, evaluate_images
-from coterie.train.features import feature_network, reference_rows
+from coterie.train.features import feature_network, read_labels, reference_rows
 from coterie.train.judges.base import (
     LEVELS,
     HeldOut,
@@ -87,6 +87,11 @@ class NoiseJudge(Judge):
         return path
 
 
+def _share(seen: torch.Tensor | None, wanted: torch.Tensor) -> float:
+    assert seen is not None
+    return float((seen == wanted).float().mean())
+
+
 @judges("image")
 class ImageJudge(NoiseJudge):
     """Frechet and kernel distance, precision and recall; floors are what real pictures reach."""
@@ -99,9 +104,22 @@ class ImageJudge(NoiseJudge):
             torch.cat([batch.x for batch in batches(source, 250, REAL)])
             for source in (reference, build_source(run.config, "held_out"))
         )
-        return evaluate_images(
-            feature_network(run.config.data.whole), self.draw(num).x, real, fresh
-        )
+        made = self.draw(num)
+        scores = evaluate_images(feature_network(run.config.data.whole), made.x, real, fresh)
+        return scores | self._as_asked(made)
+
+    def _as_asked(self, made: Samples) -> dict[str, Any]:
+        """Share of samples in which a classifier of the data sees the class they were asked for;
+        ``floor`` is what it sees in held-out pictures."""
+        data = self.run.config.data.whole
+        seen = read_labels(data, made.x) if conditional(self.run) else None
+        if seen is None:
+            return {}
+        held_out = batches(build_source(self.run.config, "held_out"), 250, REAL)
+        fresh = read_labels(data, torch.cat([batch.x for batch in held_out]))
+        true = torch.cat([batch.cond.label for batch in held_out if batch.cond.label is not None])
+        found = {"value": _share(seen, made.labels), "floor": _share(fresh, true)}
+        return {"label_accuracy": found}
 
     def show(self, samples: Samples) -> np.ndarray:
         return to_pixels(samples.x)
