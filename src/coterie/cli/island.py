@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from coterie.cli.output import facts, progress_bar, say, say_json, table
-from coterie.cli.overrides import ANY_FLAG, recipe_and_config, takes_paths
+from coterie.cli.overrides import ANY_FLAG, one_word, recipe_and_config, split, takes_paths
 
 PLAN = click.argument("plan", type=click.Path(path_type=Path), metavar="PLAN")
 JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
@@ -129,6 +129,83 @@ def status_command(plan: Path, as_json: bool) -> None:
 
     rows = status(plan)
     say_json(rows) if as_json else say(table(rows))
+
+
+@command.command("router", context_settings=ANY_FLAG)
+@takes_paths("PLAN [--PATH=VALUE]...")
+@QUIET
+@click.pass_context
+def router_command(ctx: click.Context, arguments: tuple[str, ...], quiet: bool) -> None:
+    """Train the router: which island is a noisy sample from? The same command resumes.
+
+    A flag with a dot is a path into its configuration, for example --train.steps=500.
+    """
+    plan, paths = _plan_and_paths(arguments)
+    from coterie.train.islands.together import train_router
+
+    run = train_router(plan, paths, progress=not quiet)
+    say(f"router  {run}")
+    say(f"next    coterie island assemble {plan} --out {plan}/together")
+
+
+@command.command("assemble", context_settings=ANY_FLAG)
+@takes_paths("PLAN [--PATH=VALUE]...")
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="Run to write.")
+@click.option(
+    "--choice",
+    type=click.Choice(["full", "top-1", "top-k", "nucleus", "sampled"]),
+    default="top-1",
+    show_default=True,
+    help="Whose answers count: all, the most probable, ...",
+)
+@click.option("-k", type=int, default=2, show_default=True, help="For top-k.")
+@click.option("-p", type=float, default=0.9, show_default=True, help="Mass, for nucleus.")
+@click.option("--partial", is_flag=True, help="Without the islands that are not there.")
+@click.pass_context
+def assemble_command(
+    ctx: click.Context,
+    arguments: tuple[str, ...],
+    out: Path,
+    choice: str,
+    k: int,
+    p: float,
+    partial: bool,
+) -> None:
+    """Make the islands one model: a run that can be sampled and reported like any other."""
+    plan, paths = _plan_and_paths(arguments)
+    from coterie.train.islands.together import assemble
+
+    parts: dict[str, dict[str, Any]] = {
+        "full": {"kind": "dense"},
+        "top-1": {"kind": "top_k", "k": 1},
+        "top-k": {"kind": "top_k", "k": k},
+        "nucleus": {"kind": "top_p", "p": p},
+        "sampled": {"kind": "sampled"},
+    }
+    run = assemble(plan, out, parts[choice], paths, partial)
+    say(f"run     {run}")
+    say(f"next    coterie sample {run}")
+    say(f"        coterie report {run}")
+
+
+@command.command("distil", context_settings=ANY_FLAG)
+@takes_paths("PLAN [--PATH=VALUE]...")
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="Run to write.")
+@QUIET
+@click.pass_context
+def distil_command(ctx: click.Context, arguments: tuple[str, ...], out: Path, quiet: bool) -> None:
+    """Train one dense model on what the islands answer. The same command resumes."""
+    plan, paths = _plan_and_paths(arguments)
+    from coterie.train.islands.together import distil
+
+    run = distil(plan, out, paths, progress=not quiet)
+    say(f"run     {run}")
+    say(f"next    coterie sample {run}")
+
+
+def _plan_and_paths(arguments: Sequence[str]) -> tuple[Path, dict[str, str]]:
+    words, paths = split(arguments)
+    return Path(one_word(words, "PLAN")), paths
 
 
 def _unequal(given: Sequence[str]) -> dict[int, dict[str, str]]:

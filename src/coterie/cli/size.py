@@ -15,6 +15,8 @@ def size_of(config: RunConfig) -> dict[str, Any]:
     from coterie.train.run import plan
 
     size = plan(config, measure=False)
+    if not config.train.steps:
+        return size
     gib = BYTES_PER_PARAMETER * size["parameters_total"] / 2**30
     return {**size, "training_memory_gib": round(gib, 2)}
 
@@ -30,6 +32,8 @@ def projection(config: RunConfig) -> dict[str, Any]:
     from coterie.train.run import plan
 
     size = size_of(config)
+    if not config.train.steps:
+        return {**size, "projected_minutes": 0.0}
     here = hardware()["memory_gib"]
     if here is not None and size["training_memory_gib"] > here:
         return {**size, "projected_minutes": None, "note": f"this machine has {here} GiB"}

@@ -6,6 +6,7 @@ What an island needs on a machine that has no other part of the data: ``train.sa
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -26,19 +27,27 @@ READ = 512  # samples read at a time
 
 def write_shard(sources: dict[Split, Source], target: Path) -> Path:
     """Write both splits of a source. DataError where samples have more than a label to them."""
-    train = sources["train"]
+    train, hashes = sources["train"], {}
     with atomic_folder(target, overwrite=True) as work:
         for split, source in sources.items():
-            write_tensors(work / f"{split}.safetensors", _tensors(source))
+            tensors = _tensors(source)
+            write_tensors(work / f"{split}.safetensors", tensors)
+            hashes[split] = ids_digest(tensors["ids"])
         header: dict[str, Any] = {
             "name": train.name,
             "modality": train.modality,
             "shape": list(train.shape),
             "class_names": list(train.class_names),
             "licence": train.licence,
+            "sha256": hashes["train"],
         }
         seal(work, {"format": FORMAT, "version": VERSION, **header})
     return target
+
+
+def ids_digest(ids: Tensor) -> str:
+    """SHA-256 over little-endian i64 bytes, as of a :class:`coterie.data.partition.Shard`."""
+    return hashlib.sha256(ids.numpy().astype("<i8").tobytes()).hexdigest()
 
 
 def _tensors(source: Source) -> dict[str, Tensor]:
@@ -59,10 +68,12 @@ def _tensors(source: Source) -> dict[str, Tensor]:
 
 @SOURCES.register
 class ShardConfig(SourceConfig):
-    """A folder as ``coterie island plan --export`` writes it."""
+    """A folder as ``coterie island plan --export`` writes it. ``sha256``: what its training samples
+    must be (of their ids), "" = any."""
 
     kind: Literal["shard"] = "shard"
     path: str
+    sha256: str = ""
     info: ClassVar[SourceInfo] = SourceInfo(
         summary="one island's samples in a folder of their own",
         modality="of its data",
@@ -79,6 +90,8 @@ class ShardConfig(SourceConfig):
                 verify_file(folder, f"{name}.safetensors", manifest)
         except CheckpointError as error:
             raise DataError(describe("data.path", self.path, "a whole shard", str(error))) from None
+        if self.sha256 and manifest["sha256"] != self.sha256:
+            raise DataError(describe("data.path", self.path, f"shard {self.sha256[:16]}..."))
         return ShardSource(read_tensors(folder / f"{split}.safetensors"), manifest)
 
 

@@ -8,7 +8,9 @@ from coterie.ensembles.contrast import StrongWeak, StrongWeakConfig
 from coterie.ensembles.coverage import Coverage, coverage
 from coterie.ensembles.members import MemberFacts, Members
 from coterie.ensembles.mixture import Mixture, MixtureConfig
+from coterie.ensembles.model import EnsembleModelConfig, MemberConfig, model_of
 from coterie.ensembles.noise_ranges import NoiseRanges, NoiseRangesConfig
+from coterie.ensembles.product import Composition, CompositionConfig, compose
 from coterie.ensembles.residency import LoadedMembers, Loader
 from coterie.ensembles.router import ClusterRouter, ClusterRouterConfig
 
@@ -17,13 +19,17 @@ __all__ = [
     "ENSEMBLES",
     "ClusterRouter",
     "ClusterRouterConfig",
+    "Composition",
+    "CompositionConfig",
     "Coverage",
     "Cut",
     "Ensemble",
     "EnsembleConfig",
+    "EnsembleModelConfig",
     "ExactPosterior",
     "LoadedMembers",
     "Loader",
+    "MemberConfig",
     "MemberFacts",
     "Members",
     "Mixture",
@@ -34,8 +40,10 @@ __all__ = [
     "Sampled",
     "StrongWeak",
     "StrongWeakConfig",
+    "compose",
     "coverage",
     "losses_per_bin",
+    "model_of",
     "search_boundaries",
     "split_mixture",
 ]

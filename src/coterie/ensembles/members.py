@@ -54,15 +54,16 @@ class Members:
         self,
         denoisers: Mapping[str, DenoiserLike | None] | Sequence[DenoiserLike | None],
         reasons: Mapping[str, str] | None = None,
+        traits: Mapping[str, Mapping[str, Any]] | None = None,
     ) -> None:
         if not isinstance(denoisers, Mapping):
             denoisers = {f"expert {index}": one for index, one in enumerate(denoisers)}
         self._denoisers = tuple(denoisers.values())
-        why = reasons or {}
+        why, known = reasons or {}, traits or {}
         self.facts: tuple[MemberFacts, ...] = tuple(
             MemberFacts(name, None, reason=why.get(name, "not given"))
             if one is None
-            else facts_of(name, one)
+            else facts_of(name, one, known.get(name))
             for name, one in denoisers.items()
         )
 

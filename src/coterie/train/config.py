@@ -31,7 +31,7 @@ class TrainConfig(Config):
     )
     """Fields that may differ when a run is resumed: they do not change what is learnt."""
 
-    steps: int = Field(default=1000, ge=1)  # optimiser steps
+    steps: int = Field(default=1000, ge=0)  # optimiser steps; 0 = the model is as it is
     batch: int = Field(default=64, ge=1)  # samples per optimiser step, all micro-batches together
     accumulate: int = Field(default=1, ge=1)  # micro-batches per optimiser step
     optimizer: Literal["adamw"] = "adamw"

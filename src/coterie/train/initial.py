@@ -7,9 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field, NonNegativeInt
+from pydantic import Field, NonNegativeInt, model_validator
 from torch import nn
 
+from coterie.adapters import AdapterConfig, fold
 from coterie.convert import UpcycleConfig
 from coterie.core.batch import Source
 from coterie.core.config import Config
@@ -18,11 +19,13 @@ from coterie.core.folder import MANIFEST, file_digest
 from coterie.core.machine import commit
 from coterie.core.registry import Part
 from coterie.core.rng import generator
+from coterie.core.tensors import assign, module_tensors
 from coterie.data import order
 from coterie.denoiser import MODELS
 from coterie.hub import load_manifest, load_pretrained
 from coterie.hub.layout import model_config
 from coterie.train import checkpoint
+from coterie.train.adapted import put
 from coterie.train.state import load_weights
 
 MICRO_BATCH = 64  # samples at a time that calibrate a router
@@ -47,12 +50,32 @@ class InitConfig(Config):
 
     ``upcycle``: the weights there are dense; make experts of them first. The run's model then has
     the slots of :func:`coterie.convert.upcycled_config`.
+
+    ``adapters``: the weights there stay as they are, and these are added. Only new ones are trained
+    and saved; without any the run trains nothing (``train.steps`` 0). Such a run reads its base
+    each time it is loaded.
     """
 
     path: str = Field(min_length=1)
     weights: str = "ema"
     upcycle: UpcycleConfig | None = None
+    adapters: tuple[AdapterConfig, ...] = ()
     origin: Origin | None = None
+
+    @model_validator(mode="after")
+    def _one_way(self) -> InitConfig:
+        names = [adapter.name for adapter in self.adapters]
+        if len(set(names)) < len(names):
+            raise ConfigError(describe("adapters", names, "names that all differ"))
+        if names and self.upcycle is not None:
+            hint = "upcycle first, and put adapters on that run"
+            raise ConfigError(describe("upcycle", self.upcycle.mode, "null with adapters", hint))
+        return self
+
+    @property
+    def trains_nothing(self) -> bool:
+        """Whether all that is added comes from elsewhere."""
+        return bool(self.adapters) and all(adapter.path for adapter in self.adapters)
 
 
 def source_config(path: str | Path) -> Part:
@@ -79,6 +102,8 @@ def find_origin(init: InitConfig) -> Origin:
     path = Path(init.path)
     if not (path / "config.json").is_file():
         return Origin(digest=file_digest(path / MANIFEST), commit=commit())
+    if is_untrained(path):
+        return Origin(digest=file_digest(path / "config.json"), step=0, commit=commit())
     newest = checkpoint.latest(path)
     if newest is None:
         raise CheckpointError(f"{path}: no checkpoint yet; train the run first")
@@ -99,8 +124,34 @@ def load_source(init: InitConfig) -> Any:
     if not (Path(init.path) / "config.json").is_file():
         return load_pretrained(init.path)
     model: nn.Module = source_config(init.path).build()
-    load_weights(init.path, model, init.weights)
+    theirs = init_of(init.path)
+    if theirs is not None and theirs.adapters:
+        adapt(model, theirs)
+    if not is_untrained(init.path):
+        load_weights(init.path, model, init.weights)
+    fold(model)
     return model.eval()
+
+
+def adapt(model: nn.Module, init: InitConfig) -> None:
+    """Give ``model`` the weights that ``init`` names, and put its adapters on it."""
+    assign(module_tensors(model), module_tensors(load_source(init)), f"init.path: {init.path}")
+    base = find_origin(init).digest
+    for adapter in init.adapters:
+        put(model, adapter, base)
+
+
+def init_of(path: str | Path) -> InitConfig | None:
+    """Where the first weights of the run at ``path`` come from."""
+    data = json.loads((Path(path) / "config.json").read_text(encoding="utf-8"))
+    found = data.get("init") if isinstance(data, dict) else None
+    return None if found is None else InitConfig.from_dict(found)
+
+
+def is_untrained(path: str | Path) -> bool:
+    """Whether the run at ``path`` trains nothing: its model is what the configuration names."""
+    data = json.loads((Path(path) / "config.json").read_text(encoding="utf-8"))
+    return isinstance(data, dict) and data.get("train", {}).get("steps") == 0
 
 
 def calibration(

@@ -14,7 +14,9 @@ from typing import Annotated, Any
 import torch
 from pydantic import Field, SerializeAsAny, model_validator
 
-import coterie.train.islands  # noqa: F401 (registers its source)
+import coterie.train.islands
+import coterie.train.pretrained  # noqa: F401 (both register what a run may be made of)
+from coterie.adapters import attach
 from coterie.backbones import TrunkConfig
 from coterie.backbones.base import BackbonePart
 from coterie.convert import UpcycleConfig, upcycle, upcycled_config, upcycled_slot
@@ -30,8 +32,15 @@ from coterie.denoiser import MODELS, DenoiserConfig
 from coterie.experts.routers.config import within
 from coterie.solvers import GRIDS, SOLVERS, GuidanceConfig, ThresholdConfig
 from coterie.train import checkpoint
+from coterie.train.adapted import described
 from coterie.train.config import TrainConfig
-from coterie.train.initial import InitConfig, calibration, find_origin, load_source
+from coterie.train.initial import (
+    InitConfig,
+    adapt,
+    calibration,
+    find_origin,
+    load_source,
+)
 from coterie.train.loop import Trainer
 from coterie.train.objectives import OBJECTIVES, DenoisingConfig
 from coterie.train.rundir import RunDir
@@ -73,6 +82,18 @@ class RunConfig(Config):
             raise ConfigError(describe("init.upcycle", wanted.mode, allowed, hint))
         return self
 
+    @model_validator(mode="after")
+    def _trains_or_is_trained(self) -> RunConfig:
+        added = self.init is not None and self.init.trains_nothing
+        trained, steps = getattr(self.model, "is_trained", added), self.train.steps
+        if trained and steps:
+            hint = "to train a model further, name it in init.path"
+            allowed = f"0, for the model {self.model.kind}"
+            raise ConfigError(describe("train.steps", steps, allowed, hint))
+        if not trained and not steps:
+            raise ConfigError(describe("train.steps", 0, "1 or more"))
+        return self
+
 
 def _has_slot(model: Part, config: UpcycleConfig) -> bool:
     """Whether a model has the experts of an upcycled one (its balance losses may be others)."""
@@ -103,7 +124,10 @@ def build_model(config: RunConfig) -> Any:
     """The model with initial weights that depend on ``config.seed`` alone."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive(config.seed, "init"))
-        return config.model.build()
+        model = config.model.build()
+        if config.init is not None and config.init.adapters:
+            adapt(model, config.init)
+        return model
 
 
 def build_source(config: RunConfig, split: str = "train") -> Source:
@@ -140,7 +164,7 @@ def initial_model(config: RunConfig, source: Source) -> Any:
     """
     model = build_model(config)
     init = config.init
-    if init is None:
+    if init is None or init.adapters:
         return model
     found = load_source(init)
     if init.upcycle is not None:
@@ -172,16 +196,33 @@ def make_trainer(
 
 
 def start(config: RunConfig, out: str | Path, progress: bool = True) -> Path:
-    """Train to ``config.train.steps``; the same call again resumes, bit for bit on a CPU."""
+    """Train to ``config.train.steps``; the same call again resumes, bit for bit on a CPU.
+
+    With 0 steps the run is its configuration: nothing is copied, its model lies where that says.
+    """
+    if not config.train.steps:
+        return _as_it_is(config, out)
     trainer, run_dir, source = _begin(config, out)
     trainer.fit(progress=progress)
     _export(trainer, config, run_dir, source)
     return run_dir.path
 
 
+def _as_it_is(config: RunConfig, out: str | Path) -> Path:
+    """A run that trains nothing; refused before it is written if its model cannot be built."""
+    build_source(config)
+    run_dir = RunDir(out)
+    config = pinned(config, run_dir)
+    build_model(config)
+    run_dir.write_config(config.model_dump(mode="json"))
+    return run_dir.path
+
+
 def prepare(config: RunConfig, out: str | Path) -> Path:
     """A run directory at step 0: ``start`` with the same configuration trains it, and it can be
     loaded and sampled as it is."""
+    if not config.train.steps:
+        return _as_it_is(config, out)
     trainer, run_dir, source = _begin(config, out)
     trainer.begin()
     _export(trainer, config, run_dir, source)
@@ -212,8 +253,14 @@ def _export(trainer: Trainer, config: RunConfig, run_dir: RunDir, source: Source
     """The averaged weights as a model directory."""
     from coterie.hub import save_pretrained
 
-    facts = {"recipe": config.recipe, "preset": config.preset, "data": config.data.kind}
+    facts: dict[str, Any] = {
+        "recipe": config.recipe,
+        "preset": config.preset,
+        "data": config.data.kind,
+    }
     with trainer.averaged() as model:
+        if config.init is not None and config.init.adapters:
+            facts |= described(model, config.init.path)
         save_pretrained(
             model,
             run_dir.path / "model",
@@ -229,14 +276,21 @@ def load_run(path: str | Path, which: str = "ema") -> LoadedRun:
     run_dir = RunDir(path)
     config = run_dir.read_config(RunConfig)
     model = build_model(config)
-    step = load_weights(run_dir.path, model, which).step
+    step = load_weights(run_dir.path, model, which).step if config.train.steps else 0
     return LoadedRun(run_dir.path, config, model.eval(), build_source(config), step)
 
 
 def plan(config: RunConfig, measure: bool = True) -> dict[str, Any]:
-    """Sizes and cost before any work: parameters, multiply-adds, projected minutes."""
+    """Sizes and cost before any work: parameters, multiply-adds, projected minutes; of a run that
+    trains nothing only that."""
+    if not config.train.steps:
+        return {"recipe": config.recipe, "preset": config.preset, "steps": 0}
     with torch.device("meta"):  # shapes are enough, and published sizes fit few machines
-        counted = count_parameters(config.model.build())
+        outline = config.model.build()
+        for adapter in config.init.adapters if config.init is not None else ():
+            if adapter.lora is not None:
+                attach(outline, adapter.name, adapter.lora, adapter.weight)
+        counted = count_parameters(outline)
     backbone = getattr(config.model, "backbone", None)
     tokens = int(getattr(backbone, "tokens", 1))
     own = getattr(backbone, "multiply_adds", None)  # where a parameter serves many places
@@ -253,7 +307,9 @@ def plan(config: RunConfig, measure: bool = True) -> dict[str, Any]:
         "flops_per_step": 6 * work * config.train.batch,
     }
     if measure:
-        # What a step costs does not depend on where the first weights come from.
-        seconds = make_trainer(config.replace(init=None), None).project(steps=5)
+        # What a step costs does not depend on where the first weights come from, but adapters do.
+        plain = config.init is None or not config.init.adapters
+        timed = config.replace(init=None) if plain else config
+        seconds = make_trainer(timed, None).project(steps=5)
         out["projected_minutes"] = round(seconds / 60, 2)
     return out

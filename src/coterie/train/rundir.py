@@ -186,7 +186,9 @@ def _disk(path: Path) -> Iterator[None]:
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
-    """All whole records of a ``metrics.jsonl``."""
+    """All whole records of a ``metrics.jsonl``; [] where none was written."""
+    if not Path(path).is_file():
+        return []
     lines = Path(path).read_text(encoding="utf-8", errors="replace").splitlines()
     return [json.loads(line) for line in lines if _step(line) is not None]
 

@@ -95,7 +95,7 @@ def make_plan(
     )
     for entry in made.islands:
         data = made.data(out, entry.index)
-        config = share.replace(data=_exported(data, out / entry.folder) if export else data)
+        config = share.replace(data=_exported(data, out, entry) if export else data)
         config = override(config, changes.get(entry.index, {}))
         build_source(config)  # an island whose model cannot read its data is refused here
         RunDir(out / entry.folder).write_config(config.model_dump(mode="json"))
@@ -141,12 +141,12 @@ def preview(base: RunConfig, partition: PartitionConfig, budget: Budget) -> dict
     }
 
 
-def _exported(data: IslandConfig, folder: Path) -> ShardConfig:
+def _exported(data: IslandConfig, out: Path, entry: IslandEntry) -> ShardConfig:
     """The island's samples in a folder of their own."""
-    target = folder / "shard"
+    target = out / entry.folder / "shard"
     if not target.exists():
         write_shard({split: data.build(split) for split in SPLITS}, target)
-    return ShardConfig(path=str(target))
+    return ShardConfig(path=str(target), sha256=entry.sha256)
 
 
 def _entries(islands: Islands) -> Sequence[IslandEntry]:

@@ -66,12 +66,16 @@ def status(folder: str | Path) -> list[dict[str, Any]]:
     """One row per island, and one for the router: samples, steps, state, last loss."""
     folder, plan = Path(folder), read_plan(folder)
     rows = [
-        {"part": f"island {entry.index}", "samples": entry.samples, **_state(folder / entry.folder)}
+        {
+            "part": f"island {entry.index}",
+            "samples": entry.samples,
+            **state_of(folder / entry.folder),
+        }
         for entry in plan.islands
     ]
     if (folder / "router" / "config.json").is_file():
         total = sum(entry.samples for entry in plan.islands)
-        rows.append({"part": "router", "samples": total, **_state(folder / "router")})
+        rows.append({"part": "router", "samples": total, **state_of(folder / "router")})
     return rows
 
 
@@ -81,16 +85,12 @@ def entry_of(plan: IslandPlan, index: int) -> Any:
     return plan.islands[index]
 
 
-def is_trained(folder: Path) -> bool:
-    """Whether the run in ``folder`` has reached its last step."""
-    return bool(_state(folder)["state"] == "done")
-
-
-def _state(folder: Path) -> dict[str, Any]:
+def state_of(folder: Path) -> dict[str, Any]:
+    """``state`` (waiting, running, stopped or done), ``step`` of ``steps``, the last ``loss``."""
     run = RunDir(folder)
     config = run.read_config(RunConfig)
     saved = [step for step, _ in checkpoint.steps(folder)]
-    records = read_metrics(run.metrics_path) if run.metrics_path.is_file() else []
+    records = read_metrics(run.metrics_path)
     step = max([0, *saved, *(record["step"] for record in records[-1:])])
     finished = max(saved, default=0) >= config.train.steps
     state = "done" if finished else "running" if run.is_held() else "stopped"

@@ -1,6 +1,6 @@
 """Who says what a run is worth: one judge per modality."""
 
-from coterie.train.judges import action, noise, points, ratings, restoration, text
+from coterie.train.judges import action, noise, points, posterior, ratings, restoration, text
 from coterie.train.judges.base import JUDGES, HeldOut, Judge, judge_of
 
 __all__ = [
@@ -11,6 +11,7 @@ __all__ = [
     "judge_of",
     "noise",
     "points",
+    "posterior",
     "ratings",
     "restoration",
     "text",

@@ -134,8 +134,11 @@ def judges(*modalities: str) -> Callable[[type[Judge]], type[Judge]]:
 
 
 def judge_of(run: LoadedRun) -> Judge:
-    """ConfigError where nobody knows what samples of this modality are worth."""
-    modality = run.source.modality
+    """By what the objective answers where that is no sample, else by the data's modality.
+
+    ConfigError where nobody knows what samples of this modality are worth.
+    """
+    modality = getattr(run.config.objective, "answers", run.source.modality)
     if modality not in JUDGES:
         raise ConfigError(unknown("modality", modality, JUDGES))
     return JUDGES[modality](run)

@@ -13,6 +13,7 @@ from coterie.core.batch import Batch
 from coterie.core.rng import generator
 from coterie.core.routing import Routing
 from coterie.data import Subset
+from coterie.ensembles import coverage
 from coterie.metrics import NoiseBins, evaluate_images
 from coterie.train.features import feature_network, read_labels, reference_rows
 from coterie.train.judges.base import (
@@ -24,6 +25,7 @@ from coterie.train.judges.base import (
     loss_bins,
     make_trace,
 )
+from coterie.train.judges.class_shares import class_shares
 from coterie.train.run import build_source
 from coterie.train.sampling import Samples, conditional, grid_image, to_pixels
 
@@ -38,7 +40,8 @@ class NoiseJudge(Judge):
     steps = True
 
     def unit(self) -> str:
-        return f"mean squared error, {self.run.config.model.view}"
+        model = self.run.model
+        return f"mean squared error, {getattr(model, 'view', None) or model.config.view}"
 
     def at(self, batch: Batch, unit: float, seed: torch.Generator) -> tuple[torch.Tensor, Any]:
         """(error per sample f32 [B], prediction) at one noise level in [0, 1]."""
@@ -87,6 +90,16 @@ class NoiseJudge(Judge):
         return path
 
 
+def covered(source: Any, made: torch.Tensor) -> dict[str, Any]:
+    """How far the samples' islands are from those of the data, in total variation, where the source
+    knows the island of a sample; ``floor`` is what chance leaves."""
+    placed = source.place(made) if hasattr(source, "place") else None
+    if placed is None:
+        return {}
+    found = coverage(torch.from_numpy(placed), tuple(source.islands.prior))
+    return {"island_distance": {"value": found.total_variation, "floor": found.expected}}
+
+
 def _share(seen: torch.Tensor | None, wanted: torch.Tensor) -> float:
     assert seen is not None
     return float((seen == wanted).float().mean())
@@ -106,6 +119,7 @@ class ImageJudge(NoiseJudge):
         )
         made = self.draw(num)
         scores = evaluate_images(feature_network(run.config.data.whole), made.x, real, fresh)
+        scores |= covered(run.source, made.x) | class_shares(run, made.x)
         return scores | self._as_asked(made)
 
     def _as_asked(self, made: Samples) -> dict[str, Any]:

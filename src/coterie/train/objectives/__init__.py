@@ -4,6 +4,7 @@ from coterie.train.objectives.base import OBJECTIVES
 from coterie.train.objectives.classification import ClassificationConfig
 from coterie.train.objectives.cluster_posterior import ClusterPosteriorConfig
 from coterie.train.objectives.denoising import DenoisingConfig
+from coterie.train.objectives.distillation import DistillationConfig
 from coterie.train.objectives.multitask import MultiTaskObjectiveConfig
 from coterie.train.objectives.restoration import RestorationConfig
 from coterie.train.objectives.text import MaskedTokenConfig, NextTokenConfig
@@ -13,6 +14,7 @@ __all__ = [
     "ClassificationConfig",
     "ClusterPosteriorConfig",
     "DenoisingConfig",
+    "DistillationConfig",
     "MaskedTokenConfig",
     "MultiTaskObjectiveConfig",
     "NextTokenConfig",

@@ -1,0 +1,127 @@
+"""An ensemble as one model: its members, each a model's configuration, and how they are joined."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import BeforeValidator, Field, SerializeAsAny, model_validator
+
+from coterie.core.config import Config
+from coterie.core.errors import CheckpointError, ConfigError, describe
+from coterie.core.registry import Part
+from coterie.denoiser import MODELS
+from coterie.ensembles.base import ENSEMBLES, Ensemble
+from coterie.ensembles.members import MemberFacts, Members, traits_of
+
+
+def _model(value: Any) -> Part | None:
+    return None if value is None else MODELS.parse(value)
+
+
+Model = Annotated[SerializeAsAny[Part], BeforeValidator(_model)]
+
+
+class MemberConfig(Config):
+    """One model of an ensemble; None: it is missing, for ``reason``. ``space``: name of what
+    samples are, an autoencoder's latents for example, where members might differ in that."""
+
+    name: str = Field(min_length=1)
+    model: Model | None = None
+    reason: str = ""
+    space: str = ""
+
+    @property
+    def absent(self) -> str:
+        """Why there is no such model; "" if there is."""
+        if self.model is None:
+            return self.reason or "not given"
+        return str(getattr(self.model, "absent", ""))
+
+    @property
+    def resolved(self) -> Part | None:
+        """The configuration of its network, also where the model says only where that lies."""
+        return getattr(self.model, "model", self.model)
+
+    @property
+    def traits(self) -> dict[str, Any]:
+        return {"space": self.space} if self.space else {}
+
+    def facts(self) -> MemberFacts:
+        """What is known before any weights are read."""
+        config = self.resolved if not self.absent else None
+        if config is None:
+            return MemberFacts(self.name, None, reason=self.absent)
+        view = getattr(config, "view", None)
+        traits = {**traits_of(config), **self.traits}
+        return MemberFacts(self.name, config.process.build(), view, traits)
+
+
+@MODELS.register
+class EnsembleModelConfig(Part):
+    """Several models as one. ``router``: the model that says whom to ask, where the kind of
+    ensemble needs one. A member that is not there is left out, with a warning."""
+
+    kind: Literal["ensemble"] = "ensemble"
+    ensemble: Annotated[SerializeAsAny[Part], ENSEMBLES.validator] = "mixture"  # type: ignore[assignment]
+    members: tuple[MemberConfig, ...] = ()
+    router: Model | None = None
+    is_trained: ClassVar[bool] = True
+
+    @model_validator(mode="after")
+    def _named(self) -> EnsembleModelConfig:
+        names = [member.name for member in self.members]
+        if len(set(names)) < len(names):
+            raise ConfigError(describe("members", names, "names that all differ"))
+        return self
+
+    @property
+    def backbone(self) -> Any:
+        """That of the first member that is there: they agree on the data."""
+        for member in self.members:
+            if not member.absent and member.model is not None:
+                return member.model.backbone
+        raise ConfigError(describe("members", [m.name for m in self.members], "one that is there"))
+
+    def build(self) -> Ensemble:
+        reasons = {member.name: member.absent for member in self.members if member.absent}
+        if self.members and len(reasons) == len(self.members):
+            raise CheckpointError(f"no member is there: {'; '.join(reasons.values())}")
+        denoisers = {
+            member.name: None if member.model is None or member.absent else member.model.build()
+            for member in self.members
+        }
+        traits = {member.name: member.traits for member in self.members}
+        return self.join(Members(denoisers, reasons, traits))
+
+    def join(self, members: Members) -> Ensemble:
+        """The ensemble of members that are built already, in eval mode."""
+        router = None if self.router is None else self.router.build()
+        made: Ensemble = self.ensemble.build(members, router).eval()
+        return made
+
+
+def model_of(ensemble: Ensemble) -> EnsembleModelConfig:
+    """The configuration of an ensemble in memory; ConfigError where a member or the router is no
+    registered model."""
+    members = []
+    for index, facts in enumerate(ensemble.members.facts):
+        member = MemberConfig(name=facts.name, reason=facts.reason)
+        if not facts.missing:
+            model = _registered(f"members.{facts.name}", ensemble.members.get(index))
+            member = member.replace(model=model, space=str(facts.traits.get("space", "")))
+        members.append(member)
+    router = getattr(ensemble, "router", None)
+    return EnsembleModelConfig(
+        ensemble=ensemble.config,
+        members=tuple(members),
+        router=None if router is None else _registered("router", router),
+    )
+
+
+def _registered(field: str, model: Any) -> Part:
+    config = getattr(model, "config", None)
+    if not isinstance(config, Part) or config.kind not in MODELS.kinds():
+        hint = "a model directory holds what its configuration can build"
+        allowed = f"a model of kind {', '.join(MODELS.kinds())}"
+        raise ConfigError(describe(field, type(model).__name__, allowed, hint))
+    return config

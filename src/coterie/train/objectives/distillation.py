@@ -1,0 +1,88 @@
+"""Distillation: one network learns what a trained model, or several as one, would answer.
+
+Shapes: B batch.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import Field, SerializeAsAny
+from torch import Generator, Tensor, nn
+
+from coterie.core.batch import Batch, Losses
+from coterie.core.prediction import Condition, Prediction
+from coterie.core.registry import Part
+from coterie.denoiser import MODELS
+from coterie.process import TIMES, WEIGHTINGS, Transported, as_view, target_of
+from coterie.train.objectives.base import OBJECTIVES
+from coterie.train.objectives.denoising import drop_some, mean_over
+
+
+@OBJECTIVES.register
+class DistillationConfig(Part):
+    """``teacher``: any model; an ensemble of clusters with the choice ``oracle`` asks, for each
+    sample, the expert of its cluster (``cond.task``), as Decentralized Diffusion Models does.
+    ``times`` and ``weighting`` as in denoising.
+    """
+
+    kind: Literal["distillation"] = "distillation"
+    teacher: Annotated[SerializeAsAny[Part], MODELS.validator] = "denoiser"  # type: ignore[assignment]
+    times: Annotated[SerializeAsAny[Part], TIMES.validator] = "uniform"  # type: ignore[assignment]
+    weighting: Annotated[SerializeAsAny[Part], WEIGHTINGS.validator] = "constant"  # type: ignore[assignment]
+    label_dropout: float = Field(0.1, ge=0, le=1)  # share of samples without condition, for both
+
+    def build(self, model: Any) -> Distillation:
+        return Distillation(self, model)
+
+
+class Distillation(nn.Module):
+    """MSE between the student's answer and the teacher's, in the student's process and view."""
+
+    def __init__(self, config: DistillationConfig, model: Any) -> None:
+        super().__init__()
+        self.config = config
+        self.process = model.process
+        self.times = config.times.build(self.process)
+        self.weighting = config.weighting.build(self.process)
+        self.teacher: Any = config.teacher.build().requires_grad_(False).eval()
+
+    def train(self, mode: bool = True) -> Distillation:
+        """The teacher stays as it is."""
+        super().train(mode)
+        self.teacher.eval()
+        return self
+
+    def forward(self, model: Any, batch: Batch, rng: Generator, progress: float = 1.0) -> Losses:
+        B, device = batch.x.shape[0], batch.x.device
+        t = self.times.sample(B, rng).to(device)
+        eps = torch.randn(batch.x.shape, generator=rng).to(device)
+        cond = drop_some(
+            batch.cond, torch.rand(B, generator=rng).to(device), self.config.label_dropout
+        )
+        x_t = self.process.diffuse(batch.x, eps, t)
+        prediction = model(x_t, t, cond, sample_ids=batch.ids, rng=rng, progress=progress)
+        with torch.no_grad():
+            told = self._asked(x_t, t, cond)
+            target = as_view(self.process, told, prediction.view, x_t, t).value
+        gap = (prediction.value.float() - target.float()).square()
+        per_sample = mean_over(gap, prediction.visible)
+        return Losses(
+            main={"distillation": self.weighting.combine(per_sample, t, prediction.view)},
+            aux=model.aux_losses(prediction.routings, rng),
+            routings=prediction.routings,
+            per_sample=per_sample.detach(),
+            noise=self.process.unit_time(t),
+        )
+
+    def error(self, prediction: Prediction, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+        """Against the data, f32 [B]: what held-out losses compare students and teachers by."""
+        target = target_of(self.process, x0, eps, prediction.view, t)
+        return mean_over((prediction.value.float() - target.float()).square(), prediction.visible)
+
+    def _asked(self, x_t: Tensor, t: Tensor, cond: Condition) -> Prediction:
+        if self.teacher.process == self.process:
+            answer: Prediction = self.teacher(x_t, t, cond)
+            return answer
+        return Transported(self.teacher, self.process)(x_t, t, cond)

@@ -1,0 +1,67 @@
+"""A trained model where it lies, for ensembles (:mod:`coterie.ensembles.model`) and teachers.
+
+A run whose ``model`` is one of these and whose ``train.steps`` is 0 trains nothing. It says how
+what is there is put together, sampled and judged, and works with every verb like any other run.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from pydantic import Field
+
+from coterie.core.folder import MANIFEST
+from coterie.core.registry import Part
+from coterie.denoiser import MODELS
+from coterie.train import checkpoint
+from coterie.train.initial import (
+    InitConfig,
+    Origin,
+    find_origin,
+    is_untrained,
+    load_source,
+    source_config,
+)
+
+
+@MODELS.register
+class PretrainedConfig(Part):
+    """The model at ``path``, a run directory or a model directory, with its weights, in eval mode
+    and frozen. ``weights`` as in ``load_weights``; ``origin``: refuse others than these."""
+
+    kind: Literal["pretrained"] = "pretrained"
+    path: str = Field("runs/dit", min_length=1)
+    weights: str = "ema"
+    origin: Origin | None = None
+    is_trained: ClassVar[bool] = True
+
+    @property
+    def _init(self) -> InitConfig:
+        return InitConfig(path=self.path, weights=self.weights, origin=self.origin)
+
+    @property
+    def absent(self) -> str:
+        """Why there is nothing at ``path`` to load; "" if there is."""
+        path = Path(self.path)
+        if (path / "config.json").is_file():
+            here = is_untrained(path) or checkpoint.steps(path)
+            return "" if here else f"{path} has no checkpoint yet"
+        return "" if (path / MANIFEST).is_file() else f"nothing at {path}"
+
+    @property
+    def model(self) -> Part:
+        """The configuration of the model that lies there."""
+        return source_config(self.path)
+
+    @property
+    def backbone(self) -> Any:
+        return self.model.backbone
+
+    def pinned(self) -> PretrainedConfig:
+        """With the origin of the weights that lie there now."""
+        return self.replace(origin=find_origin(self._init))
+
+    def build(self) -> Any:
+        """CheckpointError if the weights are damaged, or not those of ``origin``."""
+        return load_source(self._init).requires_grad_(False)
