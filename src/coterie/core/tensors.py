@@ -31,7 +31,7 @@ def module_tensors(module: nn.Module) -> dict[str, Tensor]:
     The values are the module's own tensors, not copies.
     """
     out: dict[str, Tensor] = {}
-    seen = {id(value) for part in module.modules() if is_borrowed(part) for value in _own(part)}
+    seen = {id(value) for part in module.modules() if is_borrowed(part) for value in tensors_of(part)}
     for name, value in module.state_dict(keep_vars=True).items():
         if isinstance(value, Tensor) and id(value) not in seen:
             seen.add(id(value))
@@ -39,7 +39,8 @@ def module_tensors(module: nn.Module) -> dict[str, Tensor]:
     return out
 
 
-def _own(module: nn.Module) -> Iterator[Tensor]:
+def tensors_of(module: nn.Module) -> Iterator[Tensor]:
+    """A module's own parameters and buffers, without those of its children."""
     yield from module.parameters(recurse=False)
     yield from module.buffers(recurse=False)
 
@@ -83,6 +84,24 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
     try:
         return load_file(path)
+    except (SafetensorError, OSError, KeyError, ValueError, RuntimeError) as error:
+        raise CheckpointError(f"{path}: not a valid safetensors file ({error})") from None
+
+
+def copy_tensors(path: Path) -> dict[str, Tensor]:
+    """As :func:`read_tensors`, but in memory of their own: aligned as any other tensor's, so that
+    every kernel computes with them as it did before they were saved. The file is open for one
+    tensor at a time, and no more of it than that is held beside the copies."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            names = list(file.keys())
+        out = {}
+        for name in names:
+            with safe_open(path, framework="pt") as file:
+                out[name] = file.get_tensor(name).clone()
+        return out
     except (SafetensorError, OSError, KeyError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"{path}: not a valid safetensors file ({error})") from None
 
