@@ -116,9 +116,11 @@ def test_its_report_needs_no_code_of_its_own(
     page = report.report_run(run.path, tmp_path / "report", progress=False)
     found = json.loads(page.with_name("report.json").read_text(encoding="utf-8"))
     assert found["num_samples"] == 4 and found["class_names"] == ["rain", "drops", "snow", "haze"]
-    assert found["metrics"]["psnr"].keys() == {"value", "floor"}
+    assert found["metrics"]["psnr"].keys() == {"value", "floor", "floor_of"}
     assert len(found["routing"]["routers"]) == 1 and found["loss_by_noise"] == []
-    assert "psnr" in page.read_text(encoding="utf-8")
+    text = page.read_text(encoding="utf-8")
+    assert text.count("the degraded pictures") == 3  # two sentences, and under the table
+    assert "pictures: degraded, restored, clean" in text and "real held-out" not in text
 
 
 def test_scores_become_plain_numbers() -> None:

@@ -11,14 +11,13 @@ from typing import ClassVar, Literal
 
 import numpy as np
 import torch
-from PIL import Image
 from pydantic import Field
 
 from coterie.core.batch import Batch
 from coterie.core.errors import DataError, describe
 from coterie.core.prediction import Condition
 from coterie.core.rng import numpy_generator
-from coterie.data.pictures import SUFFIXES, to_pixels
+from coterie.data.pictures import SUFFIXES, read_picture
 from coterie.data.source import SOURCES, SourceConfig, SourceInfo, Split, as_rows, is_held_out
 from coterie.data.weather import scaled
 
@@ -121,12 +120,3 @@ def find_pairs(config: PairsFolderConfig) -> tuple[tuple[str, ...], list[tuple[s
 def _pictures(folder: Path) -> list[Path]:
     files = folder.iterdir() if folder.is_dir() else ()
     return sorted(file for file in files if file.suffix.lower() in SUFFIXES)
-
-
-def read_picture(file: Path) -> np.ndarray:
-    """u8 [3, H, W]; DataError where it cannot be decoded."""
-    try:
-        with Image.open(file) as image:
-            return to_pixels(image, 3, None)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise DataError(f"{file}: cannot be decoded ({error}); repair or remove it") from None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,15 @@ def to_pixels(image: Image.Image, channels: int, side: int | None) -> np.ndarray
         flat = ImageOps.fit(flat, (side, side), method=Image.Resampling.LANCZOS)
     pixels = np.asarray(flat, dtype=np.uint8)
     return pixels.reshape(*pixels.shape[:2], channels).transpose(2, 0, 1)
+
+
+def read_picture(file: Path) -> np.ndarray:
+    """u8 [3, H, W]; DataError where it cannot be decoded."""
+    try:
+        with Image.open(file) as image:
+            return to_pixels(image, 3, None)
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise DataError(f"{file}: cannot be decoded ({error}); repair or remove it") from None
 
 
 class Pictures:

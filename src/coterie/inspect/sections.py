@@ -96,8 +96,8 @@ def _show(pictures: Pictures, *names: str) -> str:
 def _summary(data: ReportData, trace: Trace, items: Sequence[RouterStats]) -> str:
     lines = sentences(trace, items, data.class_names)
     for name, entry in _metrics(data.metrics):
-        if "floor" in entry:
-            text = f"By {name} the samples score {_short(entry['value'])}, real held-out data "
+        if "floor" in entry and "/" not in name.replace(" / ", ""):  # classes are in the table
+            text = f"By {name} the samples score {_short(entry['value'])}, {_floor_of(entry)} "
             lines.append(f"{text}{_short(entry['floor'])} in their place.")
     notes = [Finding("note", text) for text in data.notes]
     return html.finding_list([*notes, *findings(items)]) + html.card(html.says(lines))
@@ -313,9 +313,14 @@ def _metric_table(metrics: Mapping[str, Any], entries: list[tuple[str, dict[str,
     head = ["Metric", "Value"]
     if floors:
         head.append("Floor")
-        floor = "Floor: what real held-out data score in the place of the samples. "
-        caption = floor + caption
+        whose = next(_floor_of(entry) for _, entry in entries if "floor" in entry)
+        caption = f"Floor: what {whose} score in the place of the samples. {caption}"
     return html.table(caption or "What was measured.", head, rows)
+
+
+def _floor_of(entry: Mapping[str, Any]) -> str:
+    """What stands in the place of samples to score the floor."""
+    return str(entry.get("floor_of", "real held-out data"))
 
 
 def _run(data: ReportData) -> str:

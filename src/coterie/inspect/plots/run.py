@@ -147,14 +147,16 @@ def _scale(ax: Any, values: Sequence[float]) -> None:
 def plot_samples(
     images: np.ndarray, labels: Sequence[int] | None, class_names: Sequence[str]
 ) -> Plot:
-    """``images`` u8 [n, h, w, c] with 1, 3 or 4 channels."""
-    shown = images[:MAX_SAMPLES]
-    count, height, width, channels = shown.shape
+    """``images`` u8 [n, h, w, c] with 1, 3 or 4 channels; fewer and larger where they are wide."""
+    height, width = images.shape[1:3]
+    wide = max(1.0, width / height)
+    shown = images[: max(1, round(MAX_SAMPLES / wide))]
+    count, channels = len(shown), shown.shape[3]
 
     def draw() -> Any:
-        columns = min(count, 10)
+        columns = min(count, max(1, round(10 / wide)))
         lines = math.ceil(count / columns)
-        tile = min(1.5, FULL_WIDTH / columns)
+        tile = min(1.5 * wide, FULL_WIDTH / columns)
         label = 0.22 if labels is not None else 0.0
         fig = figure(columns * tile, lines * (tile * height / width + label))
         ax = fig.subplots()

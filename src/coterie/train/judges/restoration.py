@@ -57,7 +57,12 @@ class RestorationJudge(ImageJudge):
             given = metric(batch.cond.channels, batch.x).numpy()
             for kind, rows in self._kinds(batch).items():
                 key = f"{name}/{kind}" if kind else name
-                out[key] = {"value": float(ours[rows].mean()), "floor": float(given[rows].mean())}
+                out[key] = {
+                    "value": float(ours[rows].mean()),
+                    "floor": float(given[rows].mean()),
+                    "floor_of": "the degraded pictures",
+                }
+        out["pictures"] = "degraded, restored, clean"
         return out | self._told(batch.cond.label, routings) | self._times(batch)
 
     def _kinds(self, batch: Batch) -> dict[str, np.ndarray]:
