@@ -10,7 +10,7 @@ from coterie.core.errors import CheckpointError, ConfigError
 from coterie.core.prediction import Condition
 from coterie.ensembles import Mixture
 from coterie.recipes.common import image_tiny
-from coterie.train.evaluate import held_out
+from coterie.train.evaluate import held_out, measured_active
 from coterie.train.islands import PartitionConfig
 from coterie.train.islands.plan import make_plan, read_plan
 from coterie.train.islands.together import (
@@ -106,6 +106,17 @@ def test_full_is_the_weighted_sum_and_oracle_the_islands_own_expert(plan, tmp_pa
         torch.testing.assert_close(oracle(x, t, batch.cond).value, own, atol=1e-6, rtol=1e-5)
         best = parts[probs.argmax(1), torch.arange(6)]
         torch.testing.assert_close(run.model(x, t, batch.cond).value, best, atol=1e-6, rtol=1e-5)
+
+
+def test_one_of_two_members_is_active_and_all_are_when_all_answer(plan, tmp_path):
+    from coterie.core.cost import count_parameters
+
+    router = count_parameters(load_run(plan / "router").model).total
+    island = count_parameters(load_run(plan / "island-0").model).total
+    for choice, members in (({"kind": "top_k", "k": 1}, 1), ({"kind": "dense"}, 2)):
+        run = load_run(assemble(plan, tmp_path / str(members), choice))
+        trace = held_out(run, limit=16).trace
+        assert measured_active(run, trace) == router + members * island
 
 
 def test_a_missing_island_is_refused_then_left_out_and_named(copied, tmp_path):

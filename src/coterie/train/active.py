@@ -13,6 +13,8 @@ from torch import nn
 
 from coterie.backbones.trunk import Block
 from coterie.core.cost import count_parameters
+from coterie.core.routing import ENSEMBLE
+from coterie.ensembles import Ensemble
 from coterie.experts import ExpertLayer, ExpertPool, multiply_adds
 from coterie.inspect import Place, Trace, analyse
 from coterie.train.probes import observed, probe_loss
@@ -23,10 +25,39 @@ Sites = Mapping[ExpertLayer, tuple[str, int]]
 
 
 def expert_sites(run: LoadedRun) -> dict[ExpertLayer, tuple[str, int]]:
-    """Asked of the model itself, by one small forward pass."""
+    """Asked of the model itself, by one small forward pass; slots of an ensemble's members begin
+    with the member's name, as in its routings."""
     with observed(run.model) as seen:
         probe_loss(run, limit=1)
-    return {item.layer: (item.routings[0].slot, item.routings[0].layer) for item in seen}
+    owner = {
+        module: f"{name}/" for name, network in networks(run.model) for module in network.modules()
+    }
+    return {
+        item.layer: (owner.get(item.layer, "") + item.routings[0].slot, item.routings[0].layer)
+        for item in seen
+    }
+
+
+def networks(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Members of an ensemble that are in memory, by name; [] of any other model."""
+    if not isinstance(model, Ensemble):
+        return []
+    there = [facts.name for facts in model.members.facts if not facts.missing]
+    return list(zip(there, model.networks, strict=False))
+
+
+def member_shares(model: nn.Module, trace: Trace) -> dict[nn.Module, float]:
+    """How often each member of an ensemble is asked, per row."""
+    if not isinstance(model, Ensemble):
+        return {}
+    asked = next((item for item in analyse(trace) if item.place.slot == ENSEMBLE), None)
+    if asked is None:
+        return {}
+    index = {name: at for at, name in enumerate(model.members.names)}
+    return {
+        network: float(asked.load[index[name]] * asked.choices_per_row)
+        for name, network in networks(model)
+    }
 
 
 def choices_per_row(trace: Trace) -> dict[Place, float]:
@@ -46,9 +77,15 @@ def slot_parameters(model: nn.Module) -> int:
     return sum({p: p.numel() for part in parts for p in part.parameters()}.values())
 
 
-def active_parameters(model: nn.Module, sites: Sites, choices: Mapping[Place, float]) -> int:
+def active_parameters(
+    model: nn.Module,
+    sites: Sites,
+    choices: Mapping[Place, float],
+    asked: Mapping[nn.Module, float] | None = None,
+) -> int:
     """Parameters that take part in the answer for one row: the dense part, and of each pool as
-    many experts as its layers and rounds chose on average (a frozen decision counts once)."""
+    many experts as its layers and rounds chose on average (a frozen decision counts once).
+    ``asked``: modules that not every row goes through, and how often one does."""
     used: dict[ExpertPool, float] = {}
     for layer, (slot, index) in sites.items():
         rounds = 1 if layer.config.round_routing == "frozen" else layer.config.rounds
@@ -58,7 +95,10 @@ def active_parameters(model: nn.Module, sites: Sites, choices: Mapping[Place, fl
         pool: dict.fromkeys(pool.names, min(1.0, chosen / pool.num_experts))
         for pool, chosen in used.items()
     }
-    return count_parameters(model, measured).active
+    active: float = count_parameters(model, measured).active
+    for module, share in (asked or {}).items():
+        active -= (1.0 - min(1.0, share)) * count_parameters(module, measured).active
+    return round(active)
 
 
 def expert_multiply_adds(sites: Sites, choices: Mapping[Place, float]) -> float:

@@ -15,6 +15,7 @@ from coterie.train.active import (
     active_parameters,
     choices_per_row,
     expert_sites,
+    member_shares,
     slot_parameters,
 )
 from coterie.train.adapter_measures import adapter_measures
@@ -55,7 +56,8 @@ def flat(scores: dict[str, Any]) -> dict[str, float]:
 
 def measured_active(run: LoadedRun, trace: Trace) -> int:
     """Parameters that one row uses, from the choices counted in ``trace``."""
-    return active_parameters(run.model, expert_sites(run), choices_per_row(trace))
+    asked = member_shares(run.model, trace)
+    return active_parameters(run.model, expert_sites(run), choices_per_row(trace), asked)
 
 
 def _speed(run: LoadedRun) -> dict[str, float]:
