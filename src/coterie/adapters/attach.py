@@ -129,16 +129,25 @@ def weights_of(model: nn.Module) -> dict[str, Gain]:
     return out
 
 
-def base_digest(model: nn.Module) -> str:
-    """SHA-256 of the network's own tensors, without what adapters added: names, shapes, values."""
-    added = {id(m) for a in model.modules() if isinstance(a, Additions) for m in a.modules()}
-    own = {id(v) for m in model.modules() if id(m) not in added for v in tensors_of(m)}
-    hasher = hashlib.sha256()
+def base_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """The network's own parameters and persistent buffers, without what adapters added; each
+    tensor once, not a copy."""
+    own = {id(v) for module in own_modules(model).values() for v in tensors_of(module)}
+    out: dict[str, Tensor] = {}
     for name, value in model.state_dict(keep_vars=True).items():
         if id(value) in own:
-            data = value.detach().cpu().contiguous()
-            hasher.update(f"{name} {data.dtype} {tuple(data.shape)} ".encode())
-            hasher.update(data.reshape(-1).view(torch.uint8).numpy().tobytes())
+            own.remove(id(value))
+            out[name] = value
+    return out
+
+
+def base_digest(model: nn.Module) -> str:
+    """SHA-256 of :func:`base_tensors`: names, types, shapes, values."""
+    hasher = hashlib.sha256()
+    for name, value in base_tensors(model).items():
+        data = value.detach().cpu().contiguous()
+        hasher.update(f"{name} {data.dtype} {tuple(data.shape)} ".encode())
+        hasher.update(data.reshape(-1).view(torch.uint8).numpy().tobytes())
     return hasher.hexdigest()
 
 

@@ -7,6 +7,7 @@ directory hold adapters alone.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +31,16 @@ from coterie.train import checkpoint
 PARTS = ".adapters.parts."
 
 
-def put(model: nn.Module, config: AdapterConfig, base: str) -> None:
-    """One adapter on ``model``: a new one, open to training; or that of a folder or a run, closed.
-    ``base``: digest of the origin of the model's weights."""
-    if config.lora is not None:
-        attach(model, config.name, config.lora, config.weight)
-        return
+def put_new(model: nn.Module, adapters: Sequence[AdapterConfig]) -> None:
+    """The adapters that are to be trained."""
+    for config in adapters:
+        if config.lora is not None:
+            attach(model, config.name, config.lora, config.weight)
+
+
+def put_trained(model: nn.Module, config: AdapterConfig, base: str) -> None:
+    """The adapter of a folder or a run, closed to training. ``base``: digest of the origin of the
+    model's weights."""
     assert config.path is not None
     if (Path(config.path) / CONFIG).is_file():
         parts = load_adapter(model, config.name, config.path, config.weight)

@@ -10,7 +10,7 @@ from typing import Any
 from pydantic import Field, NonNegativeInt, model_validator
 from torch import nn
 
-from coterie.adapters import AdapterConfig, fold
+from coterie.adapters import AdapterConfig, base_tensors, fold
 from coterie.convert import UpcycleConfig
 from coterie.core.batch import Source
 from coterie.core.config import Config
@@ -25,7 +25,7 @@ from coterie.denoiser import MODELS
 from coterie.hub import load_manifest, load_pretrained
 from coterie.hub.layout import model_config
 from coterie.train import checkpoint
-from coterie.train.adapted import put
+from coterie.train.adapted import put_new, put_trained
 from coterie.train.state import load_weights
 
 MICRO_BATCH = 64  # samples at a time that calibrate a router
@@ -126,19 +126,21 @@ def load_source(init: InitConfig) -> Any:
     model: nn.Module = source_config(init.path).build()
     theirs = init_of(init.path)
     if theirs is not None and theirs.adapters:
-        adapt(model, theirs)
+        put_new(model, theirs.adapters)
+        put_on_base(model, theirs)
     if not is_untrained(init.path):
         load_weights(init.path, model, init.weights)
     fold(model)
     return model.eval()
 
 
-def adapt(model: nn.Module, init: InitConfig) -> None:
-    """Give ``model`` the weights that ``init`` names, and put its adapters on it."""
-    assign(module_tensors(model), module_tensors(load_source(init)), f"init.path: {init.path}")
+def put_on_base(model: nn.Module, init: InitConfig) -> None:
+    """Give a model, with its new adapters, the base that ``init`` names and the other adapters."""
+    assign(base_tensors(model), module_tensors(load_source(init)), f"init.path: {init.path}")
     base = find_origin(init).digest
     for adapter in init.adapters:
-        put(model, adapter, base)
+        if adapter.path is not None:
+            put_trained(model, adapter, base)
 
 
 def init_of(path: str | Path) -> InitConfig | None:

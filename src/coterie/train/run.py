@@ -16,7 +16,6 @@ from pydantic import Field, SerializeAsAny, model_validator
 
 import coterie.train.islands
 import coterie.train.pretrained  # noqa: F401 (both register what a run may be made of)
-from coterie.adapters import attach
 from coterie.backbones import TrunkConfig
 from coterie.backbones.base import BackbonePart
 from coterie.convert import UpcycleConfig, upcycle, upcycled_config, upcycled_slot
@@ -32,14 +31,14 @@ from coterie.denoiser import MODELS, DenoiserConfig
 from coterie.experts.routers.config import within
 from coterie.solvers import GRIDS, SOLVERS, GuidanceConfig, ThresholdConfig
 from coterie.train import checkpoint
-from coterie.train.adapted import described
+from coterie.train.adapted import described, put_new
 from coterie.train.config import TrainConfig
 from coterie.train.initial import (
     InitConfig,
-    adapt,
     calibration,
     find_origin,
     load_source,
+    put_on_base,
 )
 from coterie.train.loop import Trainer
 from coterie.train.objectives import OBJECTIVES, DenoisingConfig
@@ -125,9 +124,17 @@ def build_model(config: RunConfig) -> Any:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive(config.seed, "init"))
         model = config.model.build()
-        if config.init is not None and config.init.adapters:
-            adapt(model, config.init)
+        if config.init is not None:
+            put_new(model, config.init.adapters)
         return model
+
+
+def based_model(config: RunConfig) -> Any:
+    """The model as its own weights find it: with the base under its adapters, if it has any."""
+    model = build_model(config)
+    if config.init is not None and config.init.adapters:
+        put_on_base(model, config.init)
+    return model
 
 
 def build_source(config: RunConfig, split: str = "train") -> Source:
@@ -162,7 +169,7 @@ def initial_model(config: RunConfig, source: Source) -> Any:
 
     CheckpointError names the first tensor of ``init.path`` that does not fit ``config.model``.
     """
-    model = build_model(config)
+    model = based_model(config)
     init = config.init
     if init is None or init.adapters:
         return model
@@ -189,7 +196,7 @@ def make_trainer(
     """A trainer of the configured model; ``source`` where it is already built."""
     source = source or build_source(config)
     resumes = run_dir is not None and bool(checkpoint.steps(run_dir.path))
-    model = build_model(config) if resumes else initial_model(config, source)
+    model = based_model(config) if resumes else initial_model(config, source)
     objective = config.objective.build(model)
     whole = config.model_dump(mode="json")
     return Trainer(config.train, model, objective, source, config.seed, run_dir, run_config=whole)
@@ -213,7 +220,7 @@ def _as_it_is(config: RunConfig, out: str | Path) -> Path:
     build_source(config)
     run_dir = RunDir(out)
     config = pinned(config, run_dir)
-    build_model(config)
+    based_model(config)
     run_dir.write_config(config.model_dump(mode="json"))
     return run_dir.path
 
@@ -275,7 +282,7 @@ def load_run(path: str | Path, which: str = "ema") -> LoadedRun:
     """The run's newest valid weights; ``which``: "ema", "ema-<decay>" or "model"."""
     run_dir = RunDir(path)
     config = run_dir.read_config(RunConfig)
-    model = build_model(config)
+    model = based_model(config)
     step = load_weights(run_dir.path, model, which).step if config.train.steps else 0
     return LoadedRun(run_dir.path, config, model.eval(), build_source(config), step)
 
@@ -286,11 +293,7 @@ def plan(config: RunConfig, measure: bool = True) -> dict[str, Any]:
     if not config.train.steps:
         return {"recipe": config.recipe, "preset": config.preset, "steps": 0}
     with torch.device("meta"):  # shapes are enough, and published sizes fit few machines
-        outline = config.model.build()
-        for adapter in config.init.adapters if config.init is not None else ():
-            if adapter.lora is not None:
-                attach(outline, adapter.name, adapter.lora, adapter.weight)
-        counted = count_parameters(outline)
+        counted = count_parameters(build_model(config))
     backbone = getattr(config.model, "backbone", None)
     tokens = int(getattr(backbone, "tokens", 1))
     own = getattr(backbone, "multiply_adds", None)  # where a parameter serves many places
