@@ -217,3 +217,12 @@ def test_transport_from_pure_noise_is_finite():
     moved, at = transport(a, b, x, torch.ones(1, dtype=F64))
     assert float(at) == 80.0
     torch.testing.assert_close(moved, 80.0 * x, rtol=1e-3, atol=0)
+
+
+def test_transport_from_pure_noise_reaches_processes_that_never_get_there():
+    a = build("rectified_flow")
+    for kind in ("vp_linear", "cosine"):
+        b = build(kind)
+        moved, at = transport(a, b, torch.ones(1, 2, dtype=F64), torch.ones(1, dtype=F64))
+        torch.testing.assert_close(at, torch.full((1,), b.t_max, dtype=F64))
+        torch.testing.assert_close(moved, torch.ones(1, 2, dtype=F64), rtol=1e-3, atol=0)

@@ -20,7 +20,11 @@ def transport(source: Process, target: Process, x: Tensor, t: Tensor) -> tuple[T
     Noise levels outside the target's usable range are answered at its nearest end. The scale is
     the ratio of sqrt(alpha^2 + sigma^2): alpha_B / alpha_A at equal lam, and finite at alpha = 0.
     """
-    moved = target.time_of_lam(source.lam(t)).clamp(target.t_min, target.t_max)
+    low, high = target.lam(t.new_tensor([target.t_max, target.t_min])).unbind()
+    lam = source.lam(t)
+    # Pure noise, lam = -inf, has no time in every process.
+    moved = target.time_of_lam(lam.clamp(low, high)).clamp(target.t_min, target.t_max)
+    moved = moved.masked_fill(lam <= low, target.t_max).masked_fill(lam >= high, target.t_min)
     scale = _norm(target, moved) / _norm(source, t)
     return expand(scale, x) * x, moved
 
