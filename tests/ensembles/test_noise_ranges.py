@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import threading
-from itertools import pairwise
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from exact_mixtures import DATA, F64, NAMES, NOTHING, process, states, whole
-from torch import Tensor, nn
+from torch import Tensor
 
-from coterie.core.batch import Batch
 from coterie.core.context import NULL_LABEL
-from coterie.core.errors import CheckpointError, ConfigError, DataError
+from coterie.core.errors import ConfigError
 from coterie.core.prediction import Condition, Prediction
 from coterie.core.rng import SampleNoise
 from coterie.ensembles import (
@@ -23,10 +19,8 @@ from coterie.ensembles import (
     MemberFacts,
     MixtureConfig,
     NoiseRangesConfig,
-    losses_per_bin,
-    search_boundaries,
 )
-from coterie.process import ExactDenoiser, Mixture
+from coterie.process import ExactDenoiser
 from coterie.solvers import (
     GRIDS,
     SOLVERS,
@@ -171,192 +165,6 @@ class Twins(LoadedMembers):
     def __init__(self) -> None:
         facts = MemberFacts("one", process())
         super().__init__([Loader(facts, whole, 1)] * 2)
-
-
-# Members on disk
-
-
-class Net(nn.Module):
-    """A denoiser with weights: 8 kB each, all different."""
-
-    view = "flow"
-
-    def __init__(self, number: int) -> None:
-        super().__init__()
-        rng = torch.Generator().manual_seed(number)
-        self.weight = nn.Parameter(torch.randn(2048, generator=rng))
-        self.process = process()
-
-    @torch.no_grad()
-    def forward(self, x: Tensor, t: Tensor, cond: Condition) -> Prediction:
-        return Prediction(torch.tanh(x * self.weight[:2] + self.weight[2:4] * t[:, None]), "flow")
-
-
-SIZE = 2048 * 4
-
-
-class Disk:
-    """Loaders of four networks; counts what is alive."""
-
-    def __init__(self, fail: int | None = None) -> None:
-        self.log: list[tuple[int, str]] = []
-        self.fail = fail
-
-    def loaders(self) -> list[Loader]:
-        facts = [MemberFacts(f"expert {i}", process(), "flow") for i in range(4)]
-        return [
-            Loader(one, lambda i=index: self.load(i), SIZE)  # type: ignore[misc]
-            for index, one in enumerate(facts)
-        ]
-
-    def load(self, index: int) -> Net:
-        self.log.append((index, threading.current_thread().name.split("_")[0]))
-        if index == self.fail:
-            raise CheckpointError(f"expert {index}: damaged")
-        return Net(index)
-
-
-EDGES = (0.75, 0.5, 0.25)
-SETTINGS: dict[str, Any] = {
-    "solver": SOLVERS.parse("heun"),
-    "grid": GRIDS.parse("uniform"),
-    "steps": 12,
-}
-
-
-def start() -> Tensor:
-    return initial_noise(process(), (2,), SampleNoise(range(6)))
-
-
-def draw(members: Any) -> Tensor:
-    return sample(NoiseRangesConfig(boundaries=EDGES).build(members), start(), NOTHING, **SETTINGS)
-
-
-@pytest.mark.parametrize(("prefetch", "most"), [(False, 1), (True, 2)])
-def test_one_member_is_resident_and_samples_are_those_of_all(prefetch: bool, most: int) -> None:
-    disk = Disk()
-    members = LoadedMembers(disk.loaders(), resident=1, prefetch=prefetch)
-    made = NoiseRangesConfig(boundaries=EDGES).build(members)
-    assert members.num_bytes == 0 and not disk.log  # nothing is read before it is needed
-    seen: list[tuple[int, ...]] = []
-    found = sample(
-        made, start(), NOTHING, callback=lambda *_: seen.append(members.held), **SETTINGS
-    )
-    assert torch.equal(found, draw([Net(i) for i in range(4)]))
-    assert members.peak_bytes == most * SIZE
-    assert all(len(held) == 1 for held in seen)
-    assert [held for held, after in pairwise([*seen, ()]) if held != after] == [
-        (0,), (1,), (2,), (3,),
-    ]  # fmt: skip
-    assert [index for index, _ in disk.log] == [0, 1, 2, 3] and members.loads == 4
-    thread = "prefetch" if prefetch else "MainThread"
-    assert [name for _, name in disk.log] == ["MainThread", *[thread] * 3]
-    assert list(made.parameters()) == []
-    members.release()
-    assert members.num_bytes == 0
-
-
-def test_a_second_run_reads_again_and_more_may_stay() -> None:
-    disk = Disk()
-    members = LoadedMembers(disk.loaders(), resident=4)
-    first, second = draw(members), draw(members)
-    assert torch.equal(first, second) and members.loads == 4
-    assert members.peak_bytes == 4 * SIZE and members.held == (0, 1, 2, 3)
-    small = LoadedMembers(disk.loaders(), resident=2, prefetch=False)
-    assert torch.equal(draw(small), first) and torch.equal(draw(small), first)
-    assert small.peak_bytes == 2 * SIZE and small.loads == 8
-
-
-def test_a_wrong_guess_of_what_is_next_changes_nothing() -> None:
-    disk = Disk()
-    members = LoadedMembers(disk.loaders())
-    members.get(0)
-    members.expect(3)
-    member = members.get(1)
-    assert isinstance(member, Net) and torch.equal(member.weight, Net(1).weight)
-    assert members.held == (1,) and [index for index, _ in disk.log] == [0, 3, 1]
-
-
-@pytest.mark.parametrize("prefetch", [False, True])
-def test_a_damaged_member_is_an_error_when_it_is_needed(prefetch: bool) -> None:
-    members = LoadedMembers(Disk(fail=2).loaders(), prefetch=prefetch)
-    with pytest.raises(CheckpointError, match="expert 2: damaged"):
-        draw(members)
-    with pytest.raises(ConfigError, match="resident"):
-        LoadedMembers([], resident=0)
-
-
-# Where to cut
-
-
-def test_the_best_cut_is_that_of_all_cuts() -> None:
-    rng = np.random.default_rng(0)
-    edges = np.linspace(0.0, 1.0, 8)
-    for keep in (False, True):
-        table = rng.random((3, 7))
-        found = search_boundaries(table, edges, keep_order=keep)
-        best = float("inf")
-        orders = [(0, 1, 2)] if keep else [(a, b, c) for a in range(3) for b in range(3)
-                                           for c in range(3) if len({a, b, c}) == 3]  # fmt: skip
-        for order in orders:
-            for first in range(8):
-                for second in range(first, 8):  # noisy bins are the last ones
-                    owner = [order[2]] * first + [order[1]] * (second - first)
-                    owner += [order[0]] * (7 - second)
-                    best = min(best, float(np.mean([table[m, n] for n, m in enumerate(owner)])))
-        assert found.loss == pytest.approx(best)
-        assert found.best_alone == pytest.approx(float(table.mean(1).min()))
-        assert list(found.boundaries) == sorted(found.boundaries, reverse=True)
-        assert len(found.members) == len(found.boundaries) + 1
-
-
-def test_experts_of_known_ranges_are_cut_where_they_were_made() -> None:
-    edges = [0.0, 0.25, 0.5, 0.75, 1.0]
-    table = [[3.0, 3.0, 3.0, 1.0], [1.0, 3.0, 3.0, 3.0], [3.0, 1.0, 1.0, 3.0]]
-    found = search_boundaries(table, edges)
-    assert found.members == (0, 2, 1) and found.boundaries == (0.75, 0.25)
-    assert found.loss == 1.0 and found.best_alone == 2.0
-    alone = search_boundaries([[1.0] * 4, [2.0] * 4], edges)  # nobody needs the second
-    assert alone.members == (0,) and alone.boundaries == ()
-
-
-def test_tables_with_gaps_are_refused() -> None:
-    with pytest.raises(DataError, match=r"losses\[1\]\[0\]"):
-        search_boundaries([[1.0, 2.0], [float("nan"), 1.0]], [0.0, 0.5, 1.0])
-    with pytest.raises(DataError, match="edges"):
-        search_boundaries([[1.0, 2.0]], [0.0, 1.0])
-    with pytest.raises(ConfigError, match="keep_order"):
-        search_boundaries(np.ones((20, 2)), [0.0, 0.5, 1.0])
-    assert search_boundaries(np.ones((20, 2)), [0.0, 0.5, 1.0], keep_order=True).loss == 1.0
-
-
-def test_losses_per_bin_find_who_is_good_where() -> None:
-    narrow = Mixture(DATA.means, DATA.stds, torch.tensor([0.0, 0.0, 0.0, 0.5, 0.5], dtype=F64))
-    poor = ExactDenoiser(process(), narrow)
-
-    class Upper(ExactDenoiser):
-        """Exact above 0.5, and below as poor as the other is above."""
-
-        def __call__(self, x: Tensor, t: Tensor, cond: Condition) -> Prediction:
-            right, wrong = super().__call__(x, t, cond), poor(x, t, cond)
-            return right.replace(value=torch.where(t[:, None] > 0.5, right.value, wrong.value))
-
-    class Lower(Upper):
-        def __call__(self, x: Tensor, t: Tensor, cond: Condition) -> Prediction:
-            right, wrong = whole()(x, t, cond), poor(x, t, cond)
-            return right.replace(value=torch.where(t[:, None] > 0.5, wrong.value, right.value))
-
-    x0, _ = DATA.sample(200, torch.Generator().manual_seed(0))
-    batches = [Batch(part, NOTHING, torch.arange(100)) for part in x0.split(100)]
-    edges = np.linspace(0.05, 0.95, 10)
-    members = {"low": Lower(process(), DATA), "high": Upper(process(), DATA)}
-    made = NoiseRangesConfig(boundaries=(0.9,)).build(members)
-    table = losses_per_bin(made, batches, edges.tolist())
-    assert np.array_equal(table, losses_per_bin(made, batches, edges.tolist()))
-    found = search_boundaries(table, edges)
-    assert found.members == (1, 0)
-    assert found.boundaries[0] == pytest.approx(0.45) or found.boundaries[0] == pytest.approx(0.55)
-    assert found.loss < found.best_alone
 
 
 # Multistep solvers at a switch

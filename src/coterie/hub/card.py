@@ -14,7 +14,6 @@ def model_card(manifest: Manifest, name: str, description: str, data_licence: st
     recipe = facts.get("recipe") or "none (built from its configuration)"
     preset = facts.get("preset")
     total, active = manifest.parameters["total"], manifest.parameters["active"]
-    experts = [f"| `{pool}` | {len(files)} |" for pool, files in manifest.pools.items()]
     lines = [
         "---",
         "library_name: coterie",
@@ -32,7 +31,7 @@ def model_card(manifest: Manifest, name: str, description: str, data_licence: st
         "",
         "## Experts",
         "",
-        *(["| pool | experts |", "|---|---|", *experts] if experts else ["None: a dense model."]),
+        *_experts(manifest),
         "",
         "One file per expert: `coterie.hub.load_expert(path, pool, index)` reads one alone.",
         "",
@@ -49,6 +48,19 @@ def model_card(manifest: Manifest, name: str, description: str, data_licence: st
         "```",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _experts(manifest: Manifest) -> list[str]:
+    members = [m["name"] for m in manifest.config.get("members", []) if m["model"] is not None]
+    files = [
+        f"| {name} | `{file}` |" for name, file in zip(members, manifest.members, strict=False)
+    ]
+    pools = [f"| `{pool}` | {len(names)} |" for pool, names in manifest.pools.items()]
+    return [
+        *(["| member | file |", "|---|---|", *files, ""] if files else []),
+        *(["| pool | experts |", "|---|---|", *pools] if pools else []),
+        *([] if files or pools else ["None: a dense model."]),
+    ]
 
 
 def _data(facts: dict[str, object]) -> str:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
+from pydantic import Field
 from torch import Tensor, nn
 
 from coterie.core.config import Config
 from coterie.core.errors import CheckpointError, ConfigError, describe
 from coterie.core.folder import MANIFEST, read_manifest, verify_file
 from coterie.core.tensors import is_borrowed, module_tensors
+from coterie.ensembles import Ensemble
 from coterie.experts import Router
 
 FORMAT = "coterie.model"
@@ -20,6 +22,7 @@ VERSION = 1
 TRUNK = "trunk.safetensors"
 ROUTER = "router.safetensors"
 EXPERTS = "experts"
+MEMBERS = "members"
 CARD = "README.md"
 
 
@@ -35,6 +38,7 @@ class _ManifestFile(Config):
     parameters: dict[str, int]
     extra: dict[str, Any]
     files: dict[str, dict[str, Any]]
+    members: list[str] = Field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -49,6 +53,7 @@ class Manifest:
     libraries: dict[str, str]
     extra: dict[str, Any]
     files: dict[str, dict[str, Any]]  # name -> bytes, sha256
+    members: list[str] = field(default_factory=list)  # file of each network of an ensemble
 
     def file(self, name: str, *, hashes: bool = True) -> Path:
         """Path of a listed file after checking its size and hash."""
@@ -71,7 +76,7 @@ def load_manifest(path: str | Path) -> Manifest:
         parsed = _ManifestFile.from_dict(data)
     except ConfigError as error:
         raise CheckpointError(f"{path / MANIFEST}: {error}") from None
-    listed = [name for names in parsed.pools.values() for name in names]
+    listed = [*parsed.members, *(name for names in parsed.pools.values() for name in names)]
     for name in listed:
         if name not in parsed.files:
             raise CheckpointError(f"{path / MANIFEST}: expert file {name!r} is not among its files")
@@ -103,18 +108,25 @@ class Pool(Protocol):
 
 @dataclass(frozen=True)
 class Split:
-    """A model's tensors by destination; every tensor is in exactly one place."""
+    """A model's tensors by destination; every tensor is in exactly one place.
+
+    ``members``: file -> tensors, under their names in the member, of each network of an ensemble.
+    """
 
     trunk: dict[str, Tensor]
     router: dict[str, Tensor]
     pools: dict[str, Pool]
+    members: dict[str, dict[str, Tensor]] = field(default_factory=dict)
 
 
 def split(model: nn.Module) -> Split:
     """Sort parameters and persistent buffers into trunk, routers and pools of experts.
 
     The stacks of a :class:`Pool` leave the trunk. Pools that share their tensors are stored once.
+    Each network of an ensemble is split alone, so that its files hold all of it.
     """
+    if isinstance(model, Ensemble):
+        return _split_ensemble(model)
     everything = module_tensors(model)
     owners = {id(value): name for name, value in everything.items()}
     pools: dict[str, Pool] = {}
@@ -137,6 +149,26 @@ def split(model: nn.Module) -> Split:
         router={n: v for n, v in everything.items() if n in routed},
         pools=pools,
     )
+
+
+def _split_ensemble(model: Ensemble) -> Split:
+    out = Split({}, {}, {})
+    for index, network in enumerate(model.networks):
+        parts = split(network)
+        out.members[member_name(index)] = {**parts.trunk, **parts.router}
+        out.pools.update({f"networks.{index}.{path}": pool for path, pool in parts.pools.items()})
+    router = getattr(model, "router", None)
+    if isinstance(router, nn.Module):
+        parts = split(router)
+        own = {**parts.trunk, **parts.router}
+        out.router.update({f"router.{name}": value for name, value in own.items()})
+        out.pools.update({f"router.{path}": pool for path, pool in parts.pools.items()})
+    return out
+
+
+def member_name(index: int) -> str:
+    """File of one network of an ensemble."""
+    return f"{MEMBERS}/{index:02d}.safetensors"
 
 
 def expert_name(pool: str, index: int) -> str:

@@ -104,6 +104,10 @@ def load_pretrained(
         hint = "build the model yourself and call load_into"
         raise ConfigError(describe("config", "no kind", ", ".join(MODELS.kinds()), hint))
     model: nn.Module
+    if manifest.members:
+        from coterie.hub.ensembles import load_ensemble
+
+        return load_ensemble(path, degraded=degraded)
     if is_adapted(manifest):
         model = load_pretrained(base_folder(manifest, base), degraded=degraded)
         put_on_base(model, manifest)
@@ -124,6 +128,8 @@ class ModelTensors(Mapping[str, Tensor]):
             for pool, files in manifest.pools.items()
             for index, file in enumerate(files)
         }
+        for index, file in enumerate(manifest.members):
+            self._prefixes[file] = f"networks.{index}."
 
     def __getitem__(self, key: str) -> Tensor:
         for file in self._files(key):
@@ -145,7 +151,8 @@ class ModelTensors(Mapping[str, Tensor]):
         return [*flat, *self._prefixes]
 
     def _files(self, key: str) -> list[str]:
-        experts = [file for file, prefix in self._prefixes.items() if key.startswith(prefix)]
+        matching = {f: prefix for f, prefix in self._prefixes.items() if key.startswith(prefix)}
+        experts = sorted(matching, key=lambda file: -len(matching[file]))  # experts before members
         return experts or [file for file in self._all_files() if file not in self._prefixes]
 
     def _tensors(self, file: str) -> dict[str, Tensor]:
@@ -155,7 +162,8 @@ class ModelTensors(Mapping[str, Tensor]):
 
 
 def _flat(parts: Split) -> dict[str, dict[str, Tensor]]:
-    return {file: own for file, own in ((TRUNK, parts.trunk), (ROUTER, parts.router)) if own}
+    flat = {file: own for file, own in ((TRUNK, parts.trunk), (ROUTER, parts.router)) if own}
+    return flat | parts.members
 
 
 def _read(manifest: Manifest, file: str, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -165,7 +173,8 @@ def _read(manifest: Manifest, file: str, own: Mapping[str, Tensor]) -> dict[str,
         for name, value in read_tensors(manifest.file(file)).items()
     }
     # Into stand-ins first: nothing in the model changes before everything has been checked.
-    assign({n: torch.empty_like(v) for n, v in own.items()}, values, str(manifest.path / file))
+    stand_ins = {name: torch.empty_like(value, device="meta") for name, value in own.items()}
+    assign(stand_ins, values, str(manifest.path / file))
     return values
 
 

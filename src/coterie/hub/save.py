@@ -61,10 +61,15 @@ def save_pretrained(
         "parameters": {"total": counts.total, "active": counts.active},
         "extra": _plain(extra or {}, "extra"),
     }
+    if parts.members:
+        header["members"] = list(parts.members)
     with atomic_folder(target, overwrite=overwrite) as folder:
         for file, tensors in ((TRUNK, parts.trunk), (ROUTER, parts.router)):
             if tensors:
                 write_tensors(folder / file, tensors)
+        for file, tensors in parts.members.items():
+            (folder / file).parent.mkdir(exist_ok=True)
+            write_tensors(folder / file, tensors)
         for name, pool in parts.pools.items():
             (folder / pools[name][0]).parent.mkdir(parents=True)
             for index, file in enumerate(pools[name]):
