@@ -17,6 +17,7 @@ VERBS = {
     "island": "Train experts apart, each on its part of the data, and make them one system.",
     "sample": "Draw samples from a run.",
     "restore": "Restore the pictures of a folder with a run.",
+    "rollout": "A policy at work: success in its simulator, with intervals and pictures.",
     "report": "Who does what in a run, or in a Hugging Face model that reads a text.",
     "sweep": "Quality against cost of a run when its routers choose more or fewer experts.",
     "verify": "Measure the claims of recipes against their baselines.",

@@ -1,6 +1,6 @@
 """Demonstrations of robots: chunks of actions with what was seen, the goal, and a simulator.
 
-A sample is a window of the next T actions from one moment of an episode; past an episode's end the
+A sample is a window of the next T actions from a moment of an episode; past an episode's end the
 actions are ``rest``. ``Batch.cond.label`` is the goal, ``cond.tokens`` what was observed at the
 window's first moment: it is kept where the goal is dropped.
 Legend: E episodes, S moments of all episodes, W windows, B batch, T chunk, A action, M tokens of an
@@ -130,7 +130,7 @@ class Demonstrations:
 
 
 class ActionSource:
-    """Windows of T actions from every moment of every episode.
+    """Windows of T actions from every ``stride``-th moment of every episode.
 
     ``rest`` f32 [A]: the action past an episode's end. ``make_simulator``: a new simulator of what
     was demonstrated; None where there is none.
@@ -148,6 +148,7 @@ class ActionSource:
         rest: Array,
         licence: str,
         make_simulator: Callable[[], Simulator] | None = None,
+        stride: int = 1,
     ) -> None:
         episodes.check(name, len(goal_names))
         self.name, self.licence, self.make_simulator = name, licence, make_simulator
@@ -161,17 +162,19 @@ class ActionSource:
         self._actions = np.concatenate([episodes.actions, rest[None]]).astype(np.float32)
         self._ends = np.repeat(np.cumsum(episodes.lengths), episodes.lengths)
         self._goals = np.repeat(episodes.goals, episodes.lengths)
-        self._count = count
+        since = np.arange(count) - (self._ends - np.repeat(episodes.lengths, episodes.lengths))
+        self._starts = np.flatnonzero(since % stride == 0)
 
     def __len__(self) -> int:
-        return self._count
+        return len(self._starts)
 
     def get(self, indices: Any) -> Batch:
         rows = as_rows(indices, len(self), self.name)
-        moments = rows[:, None] + np.arange(self.shape[0])
-        moments = np.where(moments < self._ends[rows][:, None], moments, self._count)
-        label = torch.from_numpy(self._goals[rows]) if self.num_classes else None
-        seen = torch.from_numpy(self._observations[rows])
+        first = self._starts[rows]
+        moments = first[:, None] + np.arange(self.shape[0])
+        moments = np.where(moments < self._ends[first][:, None], moments, len(self._ends))
+        label = torch.from_numpy(self._goals[first]) if self.num_classes else None
+        seen = torch.from_numpy(self._observations[first])
         return Batch(
             x=torch.from_numpy(self._actions[moments]),
             cond=Condition(label=label, tokens=seen, keep=KEPT),

@@ -22,13 +22,13 @@ from coterie.data.source import SOURCES, SourceConfig, SourceInfo, Split
 
 GOALS = np.array([(0.85, -0.6), (0.85, -0.2), (0.85, 0.2), (0.85, 0.6)])
 GOAL_NAMES = ("far right", "right", "left", "far left")
-RADIUS = 0.35
+RADIUS = 0.25
 """Of the obstacle, a disc about the origin."""
 REACH = 0.1
 SECONDS = 0.08  # per step
 INERTIA = 0.5  # share of the velocity that stays from step to step
-CLEARANCE = 0.6  # how far beside the origin the planner passes
-GATES = 0.35  # distance before and behind it at which it turns
+CLEARANCE = 0.45  # how far beside the origin the planner passes
+GATES = 0.3  # distance before and behind it at which it turns
 SPARE = 1.25
 """Episodes planned for each one wanted: those that touch the obstacle are left out."""
 
@@ -130,7 +130,8 @@ def _start(seed: int) -> tuple[Array, float, float]:
 
 @SOURCES.register
 class ObstacleConfig(SourceConfig):
-    """``episodes`` for training, a quarter as many held out; ``horizon`` actions are a sample.
+    """``episodes`` for training, a quarter as many held out; a sample are ``horizon`` actions from
+    every ``stride``-th moment: where chunks are carried out whole, others are never asked about.
 
     ``jitter``: standard deviation of what disturbs the demonstrator's actions.
     """
@@ -138,13 +139,14 @@ class ObstacleConfig(SourceConfig):
     kind: Literal["obstacle"] = "obstacle"
     episodes: int = Field(default=2000, ge=4, le=1_000_000)
     horizon: int = Field(default=8, ge=1, le=64)
+    stride: int = Field(default=1, ge=1)
     jitter: float = Field(default=0.2, ge=0, le=1)
     seed: int = 0
     info: ClassVar[SourceInfo] = SourceInfo(
         summary="A point mass goes around an obstacle to one of four goals, left or right",
         modality="action",
         shape="horizon x 2",
-        count="any (2000 + 500 episodes, about 45 windows each)",
+        count="any (2000 + 500 episodes, about 28 moments each)",
         licence="none needed: computed",
     )
 
@@ -158,6 +160,7 @@ class ObstacleConfig(SourceConfig):
             rest=np.zeros(2, np.float32),
             licence=self.info.licence,
             make_simulator=ObstacleSimulator,
+            stride=self.stride,
         )
 
 

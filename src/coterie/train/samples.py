@@ -7,8 +7,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from coterie.train.judges import judge_of
+from coterie.train.judges import Judge, judge_of
 from coterie.train.run import LoadedRun
+from coterie.train.sampling import Samples
 
 
 def sample_run(
@@ -23,14 +24,18 @@ def sample_run(
 ) -> Path:
     """Write samples to ``out`` (default: the run's ``samples/``), in place of those of an earlier
     draw, and return what people open: a sheet of pictures, a file of texts."""
-    folder = Path(out) if out is not None else run.path / "samples"
-    folder.mkdir(parents=True, exist_ok=True)
-    for old in folder.glob("[0-9][0-9][0-9][0-9][0-9].png"):  # of an earlier, larger draw
-        old.unlink()
     judge = judge_of(run)
     made = judge.draw(
         num, labels=labels, seed=seed, steps=steps, guidance=guidance, progress=progress
     )
+    return write_samples(judge, made, Path(out) if out is not None else run.path / "samples")
+
+
+def write_samples(judge: Judge, made: Samples, folder: Path) -> Path:
+    """The files of samples that a judge has drawn; what people open."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for old in folder.glob("[0-9][0-9][0-9][0-9][0-9].png"):  # of an earlier, larger draw
+        old.unlink()
     entries: list[dict[str, Any]] = [
         {"index": index, "label": int(label), "seed": made.seeds[index]}
         for index, label in enumerate(made.labels)
