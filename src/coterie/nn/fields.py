@@ -6,6 +6,7 @@ Shapes: B samples, C columns, F fields, d width of each.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
@@ -28,13 +29,14 @@ class FieldEmbedding(nn.Module):
     def __init__(self, fields: Sequence[tuple[int, int]], width: int, std: float = 0.1) -> None:
         super().__init__()
         self.num_fields = len(fields)
-        starts = torch.tensor([0, *(size for size, _ in fields)]).cumsum(0)
+        starts = list(accumulate((size for size, _ in fields), initial=1))
         columns = [index for index, (_, count) in enumerate(fields) for _ in range(count)]
-        self.register_buffer("offset", 1 + starts[columns], persistent=False)
+        offset = torch.tensor([starts[index] for index in columns])
+        self.register_buffer("offset", offset, persistent=False)
         sizes = torch.tensor([fields[index][0] for index in columns])
         self.register_buffer("size", sizes, persistent=False)
         self.register_buffer("field", torch.tensor(columns), persistent=False)
-        self.weight = nn.Parameter(torch.randn(1 + int(starts[-1]), width) * std)
+        self.weight = nn.Parameter(torch.randn(starts[-1], width) * std)
         with torch.no_grad():
             self.weight[0].zero_()
 
