@@ -25,6 +25,8 @@ PICTURE_METRICS = {"psnr", "ssim", "milliseconds", "time_over_dense"}
 ROUTER_METRICS = {"router_accuracy", "router_calibration_error"}
 INITIAL_METRICS = {"initial_loss", "initial_load_cv"}
 ANSWER_METRICS = {"answer_loss", "answer_accuracy"}
+ACTION_METRICS = {"success", "mode_coverage"}
+CACHE_METRICS = {"cached_flops_per_call", "all_experts_flops_per_call", "cache_difference"}
 CLOUD_METRICS = {f"{score}_cd" for score in ("one_nn", "coverage", "mmd")}
 ROUTING_METRICS = {
     "load_cv",
@@ -56,6 +58,7 @@ def test_all_recipes_are_there() -> None:
         "dynamic-routing",
         "fastdit-3d",
         "mofme",
+        "noise-ranges",
         "promoe",
         "rexmoe",
         "rmoe",
@@ -111,6 +114,8 @@ def can_be_measured(metric: str, config: RunConfig) -> bool:
         return hasattr(source, "answer_mask")
     if name in CLOUD_METRICS:
         return config.data.kind == "solids"
+    if name in ACTION_METRICS | CACHE_METRICS:
+        return hasattr(config.data.replace(episodes=4).build(), "make_simulator")
     if name in PICTURE_METRICS | ROUTER_METRICS and config.data.kind != "weather":
         return False
     if name in INITIAL_METRICS and config.init is None:

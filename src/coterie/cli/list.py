@@ -24,12 +24,15 @@ REGISTRIES = {
     "balances": "coterie.experts:BALANCES",
     "backbones": "coterie.backbones:BACKBONES",
     "models": "coterie.denoiser:MODELS",
+    "ensembles": "coterie.ensembles:ENSEMBLES",
+    "choices": "coterie.ensembles:CHOICES",
     "solvers": "coterie.solvers:SOLVERS",
     "grids": "coterie.solvers:GRIDS",
     "objectives": "coterie.train.objectives:OBJECTIVES",
     "schedules": "coterie.train.schedule:SCHEDULES",
 }
-"""Plural -> the registry. The parts of a router are its scores, edits and selects."""
+"""Plural -> the registry. The parts of a router are its scores, edits and selects; choices are
+those of an ensemble."""
 
 
 @click.command("list")

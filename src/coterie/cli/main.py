@@ -15,6 +15,8 @@ VERBS = {
     "train": "Train a recipe, or go on with a run.",
     "upcycle": "Make experts of a dense model, and keep what it computes.",
     "island": "Train experts apart, each on its part of the data, and make them one system.",
+    "adapter": "Add up adapters that were trained apart; check that they go together; export.",
+    "ranges": "Denoisers of ranges of noise levels as one run.",
     "sample": "Draw samples from a run.",
     "restore": "Restore the pictures of a folder with a run.",
     "rollout": "A policy at work: success in its simulator, with intervals and pictures.",

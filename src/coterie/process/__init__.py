@@ -6,6 +6,7 @@ from coterie.process.closed_form import ExactDenoiser, Mixture
 from coterie.process.contrast import ContrastConfig, contrast, with_and_without
 from coterie.process.preconditioning import PRECONDITIONS, Precondition
 from coterie.process.times import TIMES, Times, cluster_of
+from coterie.process.times_within import WithinTimes, share_within
 from coterie.process.transport import Transported, transport
 from coterie.process.variational import (
     Transition,
@@ -31,6 +32,7 @@ __all__ = [
     "Transition",
     "Transported",
     "Weighting",
+    "WithinTimes",
     "as_view",
     "check_view",
     "cluster_of",
@@ -43,6 +45,7 @@ __all__ = [
     "learned_log_variance",
     "learned_weightings",
     "schedules",
+    "share_within",
     "target_of",
     "transition",
     "transport",
