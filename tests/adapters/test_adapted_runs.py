@@ -15,8 +15,11 @@ from coterie.adapters import (
     LoraConfig,
     adapters_of,
     base_digest,
+    read_adapter,
     save_adapter,
+    weights_of,
 )
+from coterie.cli.main import run as coterie
 from coterie.core.config import override
 from coterie.core.errors import CheckpointError, ConfigError
 from coterie.core.tensors import read_tensors
@@ -234,3 +237,33 @@ def test_steps_say_whether_there_is_something_to_train(base: Path) -> None:
     with pytest.raises(ConfigError, match="names that all differ"):
         new = AdapterConfig(name="own", lora=lora()).model_dump()
         InitConfig.from_dict({"path": str(base), "adapters": (new, new)})
+
+
+def test_the_verbs_check_merge_and_export(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs = [concept(base, tmp_path / name, i) for i, name in enumerate(("six", "seven.5"))]
+    names = [str(run) for run in runs]
+    capsys.readouterr()
+    assert coterie(["adapter", "check", *names, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [row["adapter"] for row in found["adapters"]] == ["six", "seven-5"]
+    assert [row["slot"] for row in found["adapters"]] == [0, 1]
+    assert {row["slots"] for row in found["adapters"]} == {32}
+    assert found["pairs"][0]["update_overlap"] < 1e-5
+    assert found["measures"]["crosstalk"] > 0 and found["measures"]["adapter_drift"] > 0
+    assert coterie(["adapter", "check", *names]) == 0
+    assert "update_overlap" in capsys.readouterr().out
+    out = tmp_path / "both"
+    assert coterie(["adapter", "merge", *names, "--out", str(out), "-n"]) == 0
+    assert not out.exists()
+    weights = ["--weight", "1", "--weight", "0.5"]
+    assert coterie(["adapter", "merge", *names, "--out", str(out), *weights]) == 0
+    assert weights_of(load_run(out).model) == {"six": 1.0, "seven-5": 0.5}
+    assert coterie(["adapter", "export", names[0], "--out", str(tmp_path / "peft")]) == 0
+    assert read_adapter(tmp_path / "peft").config.rows == (0,)
+    capsys.readouterr()
+    assert coterie(["adapter", "merge", str(base), "--out", str(tmp_path / "x")]) == 2
+    assert "a run that trains an adapter" in capsys.readouterr().err
+    assert coterie(["adapter", "export", str(out), "--out", str(tmp_path / "x")]) == 2
+    assert "six, seven-5" in capsys.readouterr().err

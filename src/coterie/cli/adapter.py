@@ -1,0 +1,66 @@
+"""``coterie adapter``: adapters that were trained apart are checked, added up and exported."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from coterie.cli.output import facts, say, say_json, table
+
+RUN = click.Path(file_okay=False, exists=True, path_type=Path)
+
+
+@click.group("adapter")
+def command() -> None:
+    """Small additions to a frozen model, each trained in a run of its own.
+
+    \b
+    coterie train orthogonal-adaptation --init.path=runs/base --out runs/six
+    coterie adapter check runs/six runs/seven
+    coterie adapter merge runs/six runs/seven --out runs/both
+    coterie sample runs/both --labels 6,7
+    """
+
+
+@command.command("merge")
+@click.argument("runs", nargs=-1, required=True, type=RUN, metavar="RUN...")
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="The new run.")
+@click.option("--weight", multiple=True, type=float, help="Of each RUN, in order; default 1.")
+@click.option("--dry-run", "-n", is_flag=True, help="Print the configuration, write nothing.")
+def merge(runs: tuple[Path, ...], out: Path, weight: tuple[float, ...], dry_run: bool) -> None:
+    """The sum of the adapters of RUNs, as a run that trains nothing and copies nothing."""
+    from coterie.train.merged import merged_run
+    from coterie.train.run import start
+
+    config = merged_run(runs, weight)
+    say(config.to_json() if dry_run else str(start(config, out, progress=False)))
+
+
+@command.command("check")
+@click.argument("runs", nargs=-1, required=True, type=RUN, metavar="RUN...")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def check(runs: tuple[Path, ...], as_json: bool) -> None:
+    """Bases, free slots, overlaps and crosstalk of the adapters of RUNs."""
+    from coterie.train.merged import check_together
+
+    found = check_together(runs)
+    if as_json:
+        say_json(found)
+        return
+    say(table(found["adapters"]))
+    if found["pairs"]:
+        say("\n" + table(found["pairs"]))
+    if found["measures"]:
+        say("\n" + facts(found["measures"]))
+
+
+@command.command("export")
+@click.argument("run", type=RUN)
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="A new folder.")
+@click.option("--name", help="Which adapter, where RUN has several.")
+def export(run: Path, out: Path, name: str | None) -> None:
+    """Write an adapter of RUN as a folder that PEFT reads."""
+    from coterie.train.merged import export_adapter
+
+    say(str(export_adapter(run, out, name)))
