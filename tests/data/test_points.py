@@ -173,5 +173,15 @@ def test_clouds_of_a_folder_that_cannot_be_read(folder):
     (folder / "ball" / "train" / "0.npy").write_bytes(b"not an array")
     with pytest.raises(DataError, match=r"cloud-folder: .*0\.npy: not a plain array"):
         build_source({**options, "num_points": 8}).get([0])
+    for wrong, message in (
+        (np.zeros((0, 3)), r"0\.npy: \(0, 3\) .*n >= 8"),
+        (np.full((9, 3), "a"), r"0\.npy: '<U1' .*numbers"),
+        (np.full((9, 3), 1j), r"0\.npy: 'complex128' .*numbers"),
+        (np.full((9, 3), np.nan), r"0\.npy: holds NaN"),
+        (np.array([[0, 1, None]] * 9, dtype=object), r"0\.npy: not a plain array"),
+    ):
+        np.save(folder / "ball" / "train" / "0.npy", wrong)
+        with pytest.raises(DataError, match=message):
+            build_source({**options, "num_points": 8}).get([0])
     with pytest.raises(DataError, match=r"cloud-folder: path: .*class folders"):
         build_source({**options, "path": str(folder / "ball" / "train")})

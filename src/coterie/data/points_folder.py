@@ -42,6 +42,8 @@ class CloudFolderConfig(CloudConfig):
                 points = np.load(files[row], allow_pickle=False)
             except (OSError, ValueError, EOFError) as error:
                 raise DataError(f"{name}: not a plain array ({error})") from None
+            if points.dtype.kind not in "fiu":
+                raise DataError(describe(name, str(points.dtype), "an array of numbers"))
             if points.ndim != 2 or points.shape[1] != 3 or len(points) < self.num_points:
                 raise DataError(describe(name, points.shape, f"[n >= {self.num_points}, 3]"))
             rng = numpy_generator(0, self.kind, files[row].name)
