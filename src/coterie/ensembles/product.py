@@ -127,6 +127,9 @@ class Composition(Ensemble):
         self.betas = config.betas or (default,) * count
         self.noisy_betas = config.noisy_betas or self.betas
         self.labels = config.labels or ("given",) * count
+        if config.mode == "anneal" and count != 1:
+            hint = 'mode "product" takes several'
+            raise ConfigError(describe("mode", "anneal", f"one expert, not {count}", hint))
         for name in ("betas", "noisy_betas", "labels"):
             value = getattr(self, name)
             if len(value) != count:

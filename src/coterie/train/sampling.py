@@ -34,7 +34,7 @@ def balanced_labels(run: LoadedRun, num: int) -> Tensor:
     if not classes or not conditional(run):
         return torch.full((num,), NULL_LABEL)
     there = torch.tensor(getattr(run.source, "classes", range(classes)))
-    return there[torch.arange(num) % len(there)]
+    return there[_turns(run, num) % len(there)]
 
 
 def conditional(run: LoadedRun) -> bool:
@@ -76,7 +76,13 @@ def chosen_labels(run: LoadedRun, labels: Sequence[int], num: int) -> Tensor:
     for label in labels:
         if not NULL_LABEL <= label < classes:
             raise ConfigError(describe("labels", label, f"0..{classes - 1}"))
-    return torch.tensor([labels[index % len(labels)] for index in range(num)])
+    return torch.tensor([labels[index % len(labels)] for index in _turns(run, num).tolist()])
+
+
+def _turns(run: LoadedRun, num: int) -> Tensor:
+    """i64 [num]: whose turn it is; particles of one system have theirs together."""
+    together = getattr(run.config.sample.solver, "particles", None) or 1
+    return torch.arange(num) // together
 
 
 def _batch(
@@ -108,7 +114,9 @@ def _batch(
         denoiser = guide(run.model, settings.guidance.replace(weight=weight))
     if settings.threshold is not None:
         denoiser = Thresholded(denoiser, settings.threshold)
-    x = initial_noise(run.model.process, run.source.shape, noise)
+    # A composition's initial law is narrower or wider than an expert's.
+    scale = getattr(run.model, "prior_scale", 1.0)
+    x = scale * initial_noise(run.model.process, run.source.shape, noise)
     return sample(
         denoiser,
         x,
