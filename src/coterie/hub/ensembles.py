@@ -10,21 +10,20 @@ router.safetensors          the router between members
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from coterie.core.errors import CheckpointError, ConfigError, describe, unknown
 from coterie.core.registry import Part
 from coterie.core.tensors import assign, copy_tensors, module_tensors, read_tensors
 from coterie.ensembles import Ensemble, EnsembleModelConfig, MemberConfig, Members, model_of
+from coterie.ensembles.blueprint import Blueprint
 from coterie.ensembles.residency import LoadedMembers, Loader
-from coterie.hub.layout import ROUTER, Manifest, Pool, load_manifest, model_config, split
+from coterie.hub.layout import ROUTER, Manifest, load_manifest, model_config, split
 from coterie.hub.save import save_pretrained
 
 
@@ -151,19 +150,28 @@ def _pools(manifest: Manifest, place: int) -> dict[str, list[str]]:
 def _loaders(manifest: Manifest, config: EnsembleModelConfig) -> list[Loader]:
     """One per member. Members of one configuration share their blueprint."""
     described = ensemble_config(manifest)
-    blueprints: dict[str, Blueprint] = {}
+    blueprints: dict[str, tuple[Blueprint, tuple[str, ...]]] = {}
     loaders, place = [], 0
     for member, stored in zip(config.members, described.members, strict=True):
         load, size = _absent, 0
         if member.model is not None:
             key = member.model.to_json()
             if key not in blueprints:
-                blueprints[key] = Blueprint.of(member.model)
+                blueprints[key] = _blueprint(member.model)
             size = sum(int(manifest.files[file]["bytes"]) for file in _files(manifest, place))
-            load = _MemberReader(manifest, place, blueprints[key])
+            load = _MemberReader(manifest, place, *blueprints[key])
         loaders.append(Loader(member.facts(), load, size))
         place += stored.model is not None
     return loaders
+
+
+def _blueprint(config: Part) -> tuple[Blueprint, tuple[str, ...]]:
+    """Of one configuration, and where its stacks of experts are, which have files of their own."""
+    with torch.random.fork_rng(devices=[]):
+        model: nn.Module = config.build()
+    parts = split(model)
+    later = module_tensors(model).keys() - parts.trunk.keys() - parts.router.keys()
+    return Blueprint.of(model, later), tuple(parts.pools)
 
 
 def _absent() -> Any:
@@ -177,12 +185,14 @@ class _MemberReader:
     manifest: Manifest
     place: int
     blueprint: Blueprint
+    pools: tuple[str, ...]  # where its stacks of experts are
     checked: bool = False
 
     def __call__(self) -> Any:
         hashes = not self.checked
         path = self.manifest.file(self.manifest.members[self.place], hashes=hashes)
-        model, pools = self.blueprint.make(copy_tensors(path), str(path))
+        model = self.blueprint.make(copy_tensors(path), str(path))
+        pools: dict[str, Any] = {path: model.get_submodule(path) for path in self.pools}
         stored = _pools(self.manifest, self.place)
         counts = {pool: one.num_experts for pool, one in pools.items()}
         found = {pool: len(files) for pool, files in stored.items()}
@@ -193,57 +203,7 @@ class _MemberReader:
                 tensors = read_tensors(self.manifest.file(file, hashes=hashes))
                 pools[pool].load_expert_state(index, tensors)
         self.checked = True
-        return model.eval()
-
-
-@dataclass(frozen=True)
-class Blueprint:
-    """A model without its weights: what it takes to make another of its kind, in any thread.
-
-    ``shapes``: of its tensors by name; ``pools``: where its stacks of experts are, and ``flat`` the
-    names of all other tensors.
-    """
-
-    model: nn.Module
-    shapes: dict[str, tuple[torch.Size, torch.dtype]]
-    flat: frozenset[str]
-    pools: tuple[str, ...]
-
-    @staticmethod
-    def of(config: Part) -> Blueprint:
-        with torch.random.fork_rng(devices=[]):
-            model: nn.Module = config.build()
-        parts, tensors = split(model), module_tensors(model)
-        shapes = {name: (value.shape, value.dtype) for name, value in tensors.items()}
-        for value in tensors.values():
-            value.data = value.data.new_empty(0)
-        return Blueprint(
-            model, shapes, frozenset(parts.trunk) | frozenset(parts.router), tuple(parts.pools)
-        )
-
-    def make(self, values: Mapping[str, Tensor], origin: str) -> tuple[nn.Module, dict[str, Pool]]:
-        """A model that holds ``values``, without a copy, and its pools, to be filled.
-
-        CheckpointError unless names, shapes and types are those of its other tensors.
-        """
-        stand_ins = {
-            name: torch.empty(shape, dtype=dtype, device="meta")
-            for name, (shape, dtype) in self.shapes.items()
-            if name in self.flat
-        }
-        cast = {
-            name: value.to(stand_ins[name].dtype)
-            if name in stand_ins and value.is_floating_point()
-            else value
-            for name, value in values.items()
-        }
-        assign(stand_ins, cast, origin)  # on meta nothing is copied
-        model = copy.deepcopy(self.model)
-        for name, tensor in module_tensors(model).items():
-            shape, dtype = self.shapes[name]
-            tensor.data = cast[name] if name in cast else torch.empty(shape, dtype=dtype)
-        pools: dict[str, Any] = {path: model.get_submodule(path) for path in self.pools}
-        return model, pools
+        return model
 
 
 def _read_router(manifest: Manifest, made: Ensemble) -> None:

@@ -4,5 +4,6 @@ Importing this loads nothing of diffusers: places are found by structure.
 """
 
 from coterie.interop.diffusers.attach import DiffusersHost, attach
+from coterie.interop.diffusers.pipeline import DiffusersDenoiser, load_noise_ranges
 
-__all__ = ["DiffusersHost", "attach"]
+__all__ = ["DiffusersDenoiser", "DiffusersHost", "attach", "load_noise_ranges"]
