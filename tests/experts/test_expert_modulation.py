@@ -57,6 +57,34 @@ def test_the_layer_is_the_equation() -> None:
     torch.testing.assert_close(routing.gates.sum(1), torch.ones(BATCH * 5))
 
 
+@pytest.mark.filterwarnings("ignore:.*one expert per row")
+def test_one_expert_is_one_modulated_block() -> None:
+    for score in ("linear", "uncertain"):
+        router = {"when": "after", "score": score, "select": {"kind": "top_k", "k": 1}}
+        made = layer(num_experts=1, router=router)
+        h = inputs(5)
+        u = made.stem(h)
+        gamma = F.linear(u, made.pool.gamma[0], made.pool.gamma_bias[0])
+        beta = F.linear(u, made.pool.beta[0], made.pool.beta_bias[0])
+        for ctx in (context(5), training(5)):
+            y, (routing,) = made(h, ctx).y, made(h, ctx).routings
+            assert (routing.gates == 1).all()
+            torch.testing.assert_close(y, made.adaptor(gamma * u + beta), atol=1e-5, rtol=1e-5)
+
+
+def test_ties_choose_exactly_k_and_weights_sum_to_one() -> None:
+    """Equal logits everywhere: a threshold at the k-th value would keep all experts."""
+    for score in ("linear", "uncertain"):
+        made = layer(router={"when": "after", "score": score, "select": {"kind": "top_k", "k": 2}})
+        with torch.no_grad():
+            for parameter in made.router(0).parameters():
+                parameter.zero_()
+        for ctx in (context(5), training(5)):
+            (routing,) = made(inputs(5), ctx).routings
+            assert (routing.one_hot().sum(1) == 2).all() and (routing.one_hot() <= 1).all()
+            torch.testing.assert_close(routing.gates, torch.full_like(routing.gates, 0.5))
+
+
 @pytest.mark.parametrize(("form", "per_expert"), [("linear", 2 * WIDTH**2), ("vector", 0)])
 def test_parameters_are_counted_as_published(form: str, per_expert: int) -> None:
     """2 d^2 (shared) + E * 2 d^2 + 8 d^2 + d E; vectors instead of maps: 2 d E. Biases apart."""
