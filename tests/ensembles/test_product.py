@@ -257,7 +257,7 @@ def test_weighted_particles_find_the_product_that_summed_scores_miss() -> None:
 
 
 def test_the_log_normaliser_of_an_average_of_gaussians() -> None:
-    """Integral of sqrt(q_1 q_2) = sqrt(2 s_1 s_2 / (s_1^2 + s_2^2)) exp(-(m_1 - m_2)^2 / 4 (...))."""
+    """Of sqrt(q_1 q_2): sqrt(2 s t / (s^2 + t^2)) exp(-(m - n)^2 / (4 (s^2 + t^2)))."""
     pair = [mixture([[-1.0]], [0.6], [1.0]), mixture([[1.0]], [0.8], [1.0])]
     made = compose([expert(data) for data in pair], mode="average")
     noise = SampleNoise(range(600))

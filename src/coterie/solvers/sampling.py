@@ -29,7 +29,7 @@ def sample(
     x: Tensor,
     cond: Condition,
     *,
-    solver: Part,
+    solver: Part | Solver,
     grid: Part,
     steps: int,
     noise: SampleNoise | None = None,
@@ -37,13 +37,14 @@ def sample(
 ) -> Tensor:
     """x0 [B, ...] from the initial state ``x`` [B, ...] at the process's ``t_max``.
 
-    ``solver`` is a part of SOLVERS, ``grid`` of GRIDS. ``noise`` is for stochastic solvers: one
-    seed per sample, so sample i does not depend on its batch mates. Costs
-    ``solver.evaluations(steps)`` calls of the denoiser. Raises ConfigError for settings that do
+    ``solver`` is a part of SOLVERS, or built from one; ``grid`` is a part of GRIDS. ``noise`` is
+    for stochastic solvers: one seed per sample, so sample i does not depend on its batch mates.
+    Costs ``solver.evaluations(steps)`` calls of the denoiser. Raises ConfigError for settings that do
     not fit each other and DataError for a non-finite ``x``.
     """
     times = grid.build(denoiser.process, steps)
-    return integrate(denoiser, x, cond, times, solver.build(), noise, callback)
+    built = solver if isinstance(solver, Solver) else solver.build()
+    return integrate(denoiser, x, cond, times, built, noise, callback)
 
 
 def asked_times(process: Process, solver: Part, grid: Part, steps: int) -> Tensor:

@@ -11,6 +11,9 @@ from coterie.train.judges import Judge, judge_of
 from coterie.train.run import LoadedRun
 from coterie.train.sampling import Samples
 
+PARTICLES = "particles.json"
+"""What happened to weighted particles, batch by batch: effective sizes, ancestry, normaliser."""
+
 
 def sample_run(
     run: LoadedRun,
@@ -42,4 +45,8 @@ def write_samples(judge: Judge, made: Samples, folder: Path) -> Path:
     ]
     shown = judge.write(made, entries, folder)
     (folder / "samples.json").write_text(json.dumps(entries, indent=2), encoding="utf-8")
+    (folder / PARTICLES).unlink(missing_ok=True)
+    if made.particles:
+        records = [record.as_json() for record in made.particles]
+        (folder / PARTICLES).write_text(json.dumps(records, indent=1), encoding="utf-8")
     return shown

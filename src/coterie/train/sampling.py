@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -14,18 +14,28 @@ from coterie.core.context import NULL_LABEL
 from coterie.core.errors import ConfigError, describe
 from coterie.core.prediction import Condition
 from coterie.core.rng import SampleNoise, derive
-from coterie.solvers import Thresholded, guide, initial_noise, sample
+from coterie.solvers import (
+    FeynmanKac,
+    ParticleRecord,
+    Solver,
+    Thresholded,
+    guide,
+    initial_noise,
+    sample,
+)
 from coterie.solvers.text import generate_text
 from coterie.train.run import LoadedRun
 
 
 @dataclass(frozen=True)
 class Samples:
-    """``x``: f32 [n, ...] images in [-1, 1], or i64 [n, N] token ids; one label and seed each."""
+    """``x``: f32 [n, ...] images in [-1, 1], or i64 [n, N] token ids; one label and seed each.
+    ``particles``: of each batch, what happened to weighted particles, if these were some."""
 
     x: Tensor
     labels: Tensor
     seeds: list[int]
+    particles: tuple[ParticleRecord, ...] = field(default=(), kw_only=True)
 
 
 def balanced_labels(run: LoadedRun, num: int) -> Tensor:
@@ -57,13 +67,16 @@ def generate(
         raise ConfigError(describe("num", num, "1 or more"))
     wanted = balanced_labels(run, num) if labels is None else chosen_labels(run, labels, num)
     seeds = [derive(seed, "sample", index) for index in range(num)]
-    parts = []
+    parts, records = [], []
     for first in range(0, num, run.config.sample.batch):
         rows = slice(first, first + run.config.sample.batch)
-        parts.append(_batch(run, wanted[rows], seeds[rows], steps, guidance, callback))
+        solver = run.config.sample.solver.build()
+        parts.append(_batch(run, wanted[rows], seeds[rows], steps, guidance, solver, callback))
+        if isinstance(solver, FeynmanKac):
+            records.append(solver.record)
         if progress is not None:
             progress(len(parts[-1]))
-    return Samples(torch.cat(parts), wanted, seeds)
+    return Samples(torch.cat(parts), wanted, seeds, particles=tuple(records))
 
 
 def chosen_labels(run: LoadedRun, labels: Sequence[int], num: int) -> Tensor:
@@ -91,6 +104,7 @@ def _batch(
     seeds: list[int],
     steps: int | None,
     guidance: float | None,
+    solver: Solver,
     callback: Callable[..., None] | None,
 ) -> Tensor:
     settings = run.config.sample
@@ -121,7 +135,7 @@ def _batch(
         denoiser,
         x,
         cond,
-        solver=settings.solver,
+        solver=solver,
         grid=settings.grid,
         steps=steps,
         noise=noise,

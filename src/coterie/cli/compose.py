@@ -1,0 +1,117 @@
+"""``coterie compose``: trained models as one, whose samples have a known law."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from coterie.cli.output import say, say_json
+
+
+class Numbers(click.ParamType[tuple[float, ...]]):
+    """Numbers between commas, such as ``1,1`` or ``-2,3``."""
+
+    name = "numbers"
+
+    def convert(self, value: Any, param: Any, ctx: click.Context | None) -> tuple[float, ...]:
+        if isinstance(value, tuple):
+            return value
+        try:
+            return tuple(float(piece) for piece in str(value).split(","))
+        except ValueError:
+            self.fail(f"{value!r} is no list of numbers; for example 1,1 or -2,3")
+
+
+class Told(click.ParamType[tuple[Any, ...]]):
+    """What each model is told: ``given``, ``null`` or a class, between commas."""
+
+    name = "labels"
+
+    def convert(self, value: Any, param: Any, ctx: click.Context | None) -> tuple[Any, ...]:
+        if isinstance(value, tuple):
+            return value
+        pieces = str(value).split(",")
+        for piece in pieces:
+            if piece not in ("given", "null") and not piece.isdigit():
+                self.fail(f"{piece!r} is neither given, nor null, nor the number of a class")
+        return tuple(int(piece) if piece.isdigit() else piece for piece in pieces)
+
+
+@click.command("compose")
+@click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="RUN...")
+@click.option("--betas", type=Numbers(), help="Power of each density. [1 each; average: 1 / M]")
+@click.option(
+    "--mode",
+    type=click.Choice(["product", "average", "anneal"]),
+    default="product",
+    show_default=True,
+    help="Product of densities, geometric average, or one to a power.",
+)
+@click.option("--labels", type=Told(), help="Per RUN: given, null or a class. [given]")
+@click.option("--process", help="Process to sample in, where the runs have different ones.")
+@click.option(
+    "--corrector",
+    type=click.Choice(["fkc", "none"]),
+    default="fkc",
+    show_default=True,
+    help="Weighted particles, or the plain sum of scores.",
+)
+@click.option("--particles", type=int, default=8, show_default=True, help="Particles of a system.")
+@click.option(
+    "--scheme",
+    type=click.Choice(["multinomial", "stratified", "systematic", "residual"]),
+    default="systematic",
+    show_default=True,
+    help="Of resampling.",
+)
+@click.option("--ess", type=float, default=0.5, show_default=True, help="Resample below this.")
+@click.option("--clamp", type=float, help="Cut off larger changes of a weight; biased. [off]")
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="Run to write.")
+@click.option("-n", "--dry-run", is_flag=True, help="The configuration only.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def command(
+    runs: tuple[Path, ...],
+    betas: tuple[float, ...] | None,
+    mode: str,
+    labels: tuple[Any, ...] | None,
+    process: str | None,
+    corrector: str,
+    particles: int,
+    scheme: str,
+    ess: float,
+    clamp: float | None,
+    out: Path,
+    dry_run: bool,
+    as_json: bool,
+) -> None:
+    """Compose trained models: a run that trains nothing and is sampled like any other.
+
+    \b
+      coterie compose runs/low runs/high --mode average --out runs/both
+      coterie compose runs/dit runs/dit --labels null,given --betas -2,3 --out runs/guided
+      coterie compose runs/low --mode anneal --betas 2 --particles 32 --out runs/sharp
+      coterie sample runs/both
+    """
+    from coterie.ensembles.product import CompositionConfig
+    from coterie.solvers import FeynmanKacConfig
+    from coterie.train.composed import composed_run
+    from coterie.train.run import start
+
+    composition = CompositionConfig.from_dict(
+        {"mode": mode, "betas": betas, "labels": labels, "process": process, "corrector": corrector}
+    )
+    settings = {"particles": particles, "scheme": scheme, "ess": ess, "clamp": clamp}
+    solver = FeynmanKacConfig.from_dict(settings) if corrector == "fkc" else None
+    config = composed_run(runs, composition, solver)
+    if dry_run:
+        say(config.to_json())
+        return
+    run = start(config, out, progress=False)
+    if as_json:
+        say_json({"run": run, "experts": runs, "config": config.model_dump(mode="json")})
+        return
+    say(f"run     {run}")
+    say(f"next    coterie sample {run}")
+    say(f"        coterie report {run}")
