@@ -335,6 +335,14 @@ def test_what_cannot_be_is_refused(fields: dict, message: str) -> None:
         config(**fields)
 
 
+def test_groups_are_numbered_by_their_tasks_whatever_their_names() -> None:
+    named = {"zebra": ("a", "b"), "ape": ("c",)}
+    assert config(**{**HOME, "groups": named}).group_of == (0, 0, 1)
+    again = MultiTaskConfig.from_json(config(**{**HOME, "groups": named}).to_json())
+    assert list(again.groups) == ["ape", "zebra"] and again.group_of == (0, 0, 1)
+    assert config(levels=(LevelConfig(shared=1),)).group_of == (0, 0, 0)
+
+
 def test_a_level_without_shared_experts_needs_own_ones() -> None:
     with pytest.raises(ConfigError, match=r"levels\.1"):
         lay_out([(1, 0, 0, "groups"), (0, 0, 0, "tasks")], (0, 0, 1), True)

@@ -27,6 +27,7 @@ INITIAL_METRICS = {"initial_loss", "initial_load_cv"}
 ANSWER_METRICS = {"answer_loss", "answer_accuracy"}
 ACTION_METRICS = {"success", "mode_coverage"}
 CACHE_METRICS = {"cached_flops_per_call", "all_experts_flops_per_call", "cache_difference"}
+TASK_METRICS = {"gauc", "auc"}
 CLOUD_METRICS = {f"{score}_cd" for score in ("one_nn", "coverage", "mmd")}
 ROUTING_METRICS = {
     "load_cv",
@@ -57,6 +58,7 @@ def test_all_recipes_are_there() -> None:
         "dtr",
         "dynamic-routing",
         "fastdit-3d",
+        "home",
         "mofme",
         "noise-ranges",
         "promoe",
@@ -107,6 +109,8 @@ def test_every_claim_can_be_judged(name: str) -> None:
 def can_be_measured(metric: str, config: RunConfig) -> bool:
     """Whether runs of this configuration have the number; ``metric/class`` is that of a class."""
     name, _, label = metric.partition("/")
+    if name in TASK_METRICS:
+        return config.data.kind == "movielens" and label in ("", *config.data.tasks)
     if label or name in ANSWER_METRICS:
         source = config.data.replace(count=64).build("held_out")
         if label:

@@ -104,11 +104,14 @@ class MultiTaskConfig(BackbonePart):
 
     @property
     def group_of(self) -> tuple[int, ...]:
-        """The group of each task."""
-        names = list(self.groups.values()) or [self.tasks]
-        return tuple(
-            next(i for i, group in enumerate(names) if task in group) for task in self.tasks
-        )
+        """The group of each task; groups are numbered by their first task, as JSON has its own
+        order of names."""
+        found: dict[frozenset[str], int] = {}
+        out = []
+        for task in self.tasks:
+            group = next((frozenset(g) for g in self.groups.values() if task in g), frozenset())
+            out.append(found.setdefault(group, len(found)))
+        return tuple(out)
 
     @property
     def sample_shape(self) -> tuple[int, ...]:

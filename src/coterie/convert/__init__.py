@@ -1,5 +1,5 @@
 """Floor 4: one kind of model made into another with the same function: dense into experts,
-layers with their own experts into layers that share them, and back."""
+layers with their own experts into layers that share them, and back; norms into maps."""
 
 from coterie.convert.check import Preserved, check_preserved, compare
 from coterie.convert.config import UpcycleConfig
@@ -10,6 +10,7 @@ from coterie.convert.model import (
     upcycled_config,
     upcycled_slot,
 )
+from coterie.convert.norms import fold_norms, folded_config
 from coterie.convert.pools import extend_reuse, extended_config, untie, untied_config
 
 __all__ = [
@@ -21,6 +22,8 @@ __all__ = [
     "extend_reuse",
     "extended_config",
     "feed_forward_inputs",
+    "fold_norms",
+    "folded_config",
     "untie",
     "untied_config",
     "upcycle",
