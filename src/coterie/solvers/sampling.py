@@ -39,8 +39,8 @@ def sample(
 
     ``solver`` is a part of SOLVERS, or built from one; ``grid`` is a part of GRIDS. ``noise`` is
     for stochastic solvers: one seed per sample, so sample i does not depend on its batch mates.
-    Costs ``solver.evaluations(steps)`` calls of the denoiser. Raises ConfigError for settings that do
-    not fit each other and DataError for a non-finite ``x``.
+    Costs ``solver.evaluations(steps)`` calls of the denoiser. Raises ConfigError for settings
+    that do not fit each other and DataError for a non-finite ``x``.
     """
     times = grid.build(denoiser.process, steps)
     built = solver if isinstance(solver, Solver) else solver.build()
