@@ -117,7 +117,7 @@ def test_every_picture_is_a_file_and_is_embedded_light_and_dark(report):
     assert names == {
         "information", "expert_by_noise", "expert_by_class", "expert_by_position", "load",
         "balance_over_noise", "expert_by_step", "step_consistency", "task_affinity",
-        "loss_by_noise", "samples", "training", "adjacent_layers",
+        "loss_by_noise", "samples", "training", "adjacent_layers", "gates_by_class", "left_out",
     }  # fmt: skip
     for name in names:
         figure = text.split(f'<figure class="card" id="{name}">')[1].split("</figure>")[0]

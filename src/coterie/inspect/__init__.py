@@ -4,6 +4,8 @@ Reads :class:`coterie.core.routing.Routing` records and nothing of a model.
 """
 
 from coterie.inspect.amounts import Amounts, analyse_amounts
+from coterie.inspect.anomalies import Anomalies, Answers, analyse_anomalies
+from coterie.inspect.anomaly_verdicts import Verdict, verdicts
 from coterie.inspect.content import ReportData
 from coterie.inspect.findings import Finding, findings, sentences
 from coterie.inspect.pairs import PairStats, analyse_pairs
@@ -14,10 +16,12 @@ from coterie.inspect.stats import off_diagonal_mean
 from coterie.inspect.summary import text_summary
 from coterie.inspect.tables import Place
 from coterie.inspect.trace import StepTrace, Trace
-from coterie.inspect.words import label_name
+from coterie.inspect.words import label_name, noise_name
 
 __all__ = [
     "Amounts",
+    "Anomalies",
+    "Answers",
     "Finding",
     "PairStats",
     "Place",
@@ -26,14 +30,18 @@ __all__ = [
     "RouterStats",
     "StepTrace",
     "Trace",
+    "Verdict",
     "analyse",
     "analyse_amounts",
+    "analyse_anomalies",
     "analyse_pairs",
     "analyse_pools",
     "findings",
     "label_name",
+    "noise_name",
     "off_diagonal_mean",
     "sentences",
     "text_summary",
+    "verdicts",
     "write_report",
 ]

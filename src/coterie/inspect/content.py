@@ -10,6 +10,7 @@ import numpy as np
 
 from coterie.core.cost import Parameters
 from coterie.core.errors import DataError, describe
+from coterie.inspect.anomalies import Answers
 from coterie.inspect.routers import FACETS
 from coterie.inspect.tables import Place
 from coterie.inspect.trace import Trace
@@ -29,6 +30,10 @@ class ReportData:
     samples: np.ndarray | Sequence[str] | None = None
     labels: Sequence[int] | None = None  # [n], -1 = unconditional
     class_names: Sequence[str] = ()
+    task_names: Sequence[str] = ()
+    answers: Mapping[Place, Answers] = field(default_factory=dict)  # of each router's experts
+    # facet ("class", "task") -> name -> held-out loss
+    losses: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     similarity: Mapping[Place, np.ndarray] = field(
         default_factory=dict
     )  # cosines [E, E] of experts

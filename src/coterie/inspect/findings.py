@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -15,7 +15,12 @@ from coterie.inspect.trace import Trace
 from coterie.inspect.words import bits, listing
 
 Level = Literal["alarm", "note", "good"]
-ABOUT = {"noise": "the noise level", "class": "the class", "position": "the position"}
+ABOUT = {
+    "noise": "the noise level",
+    "class": "the class",
+    "position": "the position",
+    "task": "the task",
+}
 EACH = 3
 """Up to so many routers with the same finding are named one by one."""
 FEW = 6
@@ -130,8 +135,12 @@ def findings(routers: Sequence[RouterStats]) -> list[Finding]:
         out.append(Finding("good", f"No dead experts in {_routers(len(judged))}."))
     if judged and not any(item.collapsed for item in judged):
         out.append(Finding("good", "No collapsed router."))
+    return worst_first(out)
+
+
+def worst_first(found: Iterable[Finding]) -> list[Finding]:
     order = {"alarm": 0, "note": 1, "good": 2}
-    return sorted(out, key=lambda finding: order[finding.level])
+    return sorted(found, key=lambda finding: order[finding.level])
 
 
 def layers(items: Sequence[RouterStats], most: int = 6) -> str:

@@ -131,6 +131,7 @@ def _router(router: RouterTrace, item: RouterStats) -> dict[str, Any]:
             "noise": _table(router.noise),
             "class": _table(router.classes),
             "position": _table(router.positions),
+            "task": _table(router.tasks),
             "total": _table(router.total),
         },
         "coactivation": _small(router.pairs[half]),

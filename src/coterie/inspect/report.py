@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 
 from coterie.inspect.amounts import analyse_amounts
+from coterie.inspect.anomalies import Anomalies, analyse_anomalies, anomaly_numbers
+from coterie.inspect.anomaly_verdicts import verdicts
 from coterie.inspect.content import ReportData, check
 from coterie.inspect.numbers import (
     SCHEMA_VERSION,
@@ -29,6 +31,7 @@ from coterie.inspect.plots.amounts import (
     plot_amounts_by_class,
     plot_amounts_by_position,
 )
+from coterie.inspect.plots.anomalies import anomaly_plots
 from coterie.inspect.plots.balance import (
     plot_affinity,
     plot_choices,
@@ -70,12 +73,14 @@ def write_report(out_dir: str | Path, data: ReportData) -> Path:
     check(data)
     trace = data.trace or Trace()
     items = analyse(trace)
-    pictures = {plot.name: render(plot) for plot in _plots(data, trace, items)}
-    numbers = to_json(_numbers(data, trace, items))
+    names = {"class": data.class_names, "task": data.task_names}
+    anomalies = analyse_anomalies(trace, items, data.answers, names, data.losses)
+    pictures = {plot.name: render(plot) for plot in _plots(data, trace, items, anomalies)}
+    numbers = to_json(_numbers(data, trace, items, anomalies))
     html = page(
         data.title,
         header(data, items),
-        build_sections(data, trace, items, pictures),
+        build_sections(data, trace, items, pictures, anomalies),
         footer(data),
     )
     folder = Path(out_dir)
@@ -88,7 +93,9 @@ def write_report(out_dir: str | Path, data: ReportData) -> Path:
     return index
 
 
-def _plots(data: ReportData, trace: Trace, items: Sequence[RouterStats]) -> list[Plot]:
+def _plots(
+    data: ReportData, trace: Trace, items: Sequence[RouterStats], anomalies: Anomalies
+) -> list[Plot]:
     routers = trace.routers
     names = [item.name for item in items]
     by_place: dict[Any, str] = {item.place: item.name for item in items}
@@ -102,6 +109,7 @@ def _plots(data: ReportData, trace: Trace, items: Sequence[RouterStats]) -> list
         plot_choices(routers, names),
         plot_pairs(routers, names),
         plot_prototypes(routers, names),
+        *anomaly_plots(anomalies),
         *_relation_plots(data, trace, by_place),
         plot_steps(trace, by_place),
         plot_consistency(trace, by_place),
@@ -137,7 +145,9 @@ def _sample_plot(data: ReportData) -> Plot | None:
     return plot_points(data.samples, data.labels)
 
 
-def _numbers(data: ReportData, trace: Trace, items: Sequence[RouterStats]) -> dict[str, Any]:
+def _numbers(
+    data: ReportData, trace: Trace, items: Sequence[RouterStats], anomalies: Anomalies
+) -> dict[str, Any]:
     return {
         "schema_version": SCHEMA_VERSION,
         "title": data.title,
@@ -155,5 +165,7 @@ def _numbers(data: ReportData, trace: Trace, items: Sequence[RouterStats]) -> di
         "num_samples": 0 if data.samples is None else len(data.samples),
         "class_names": list(data.class_names),
         "routing": routing_numbers(trace, items, data.class_names),
+        "anomalies": anomaly_numbers(anomalies)
+        | {"verdicts": [vars(verdict) for verdict in verdicts(anomalies)]},
         "expert_similarity": similarity_numbers(data.similarity),
     }

@@ -21,7 +21,7 @@ from coterie.inspect.trace import Trace
 
 ENOUGH_CHOICES = 20.0
 """Choices per expert below which an unused expert proves nothing."""
-FACETS = ("noise", "class", "position")
+FACETS = ("noise", "class", "position", "task")
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,7 +67,12 @@ def names(routers: Sequence[RouterTrace]) -> list[str]:
 
 
 def facet_table(router: RouterTrace, facet: str) -> Joint:
-    return {"noise": router.noise, "class": router.classes, "position": router.positions}[facet]
+    return {
+        "noise": router.noise,
+        "class": router.classes,
+        "position": router.positions,
+        "task": router.tasks,
+    }[facet]
 
 
 def analyse(trace: Trace) -> list[RouterStats]:
@@ -122,6 +127,8 @@ def _information(router: RouterTrace) -> tuple[dict[str, Information], dict[str,
     )
     for facet in FACETS:
         table = facet_table(router, facet)
+        if facet == "task" and not table.columns:
+            continue  # most models have none, and nobody looks for them
         if not table.rows[half].any():
             omitted[facet] = table.reason or "no conditional rows"
         elif facet == "noise" and not router.noise.varies:

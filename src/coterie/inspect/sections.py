@@ -11,7 +11,11 @@ import numpy as np
 
 from coterie.inspect import page as html
 from coterie.inspect.amounts import Amounts, analyse_amounts
-from coterie.inspect.findings import Finding, experts, findings, sentences
+from coterie.inspect.anomalies import Anomalies
+from coterie.inspect.anomaly_section import anomaly_section
+from coterie.inspect.anomaly_verdicts import summary as meters
+from coterie.inspect.anomaly_verdicts import verdicts
+from coterie.inspect.findings import Finding, experts, findings, sentences, worst_first
 from coterie.inspect.numbers import plain
 from coterie.inspect.page import Cell, Section
 from coterie.inspect.pairs import PairStats, analyse_pairs
@@ -29,7 +33,7 @@ AMOUNTS = (
     *("experts_per_row_by_class", "experts_per_row_by_position"),
 )
 RELATIONS = ("owners", "pool_imbalance", "expert_similarity")
-SPREAD = {"noise": "noise levels", "class": "classes", "position": "positions"}
+SPREAD = {"noise": "noise levels", "class": "classes", "position": "positions", "task": "tasks"}
 MAX_TEXTS = 12
 MAX_TEXT = 1200
 Pictures = Mapping[str, Picture]
@@ -63,15 +67,21 @@ def footer(data: ReportData) -> str:
 
 
 def build_sections(
-    data: ReportData, trace: Trace, items: Sequence[RouterStats], pictures: Pictures
+    data: ReportData,
+    trace: Trace,
+    items: Sequence[RouterStats],
+    pictures: Pictures,
+    anomalies: Anomalies,
 ) -> list[Section]:
     """Sections without content are left out, with the reason where a reader may look for them."""
-    out = [Section("summary", "Summary", _summary(data, trace, items))]
+    out = [Section("summary", "Summary", _summary(data, trace, items, anomalies))]
     if items:
         out.append(
             Section("specialisation", "Who does what", _specialisation(data, items, pictures))
         )
         out.append(Section("balance", "How the work is shared", _balance(items, pictures)))
+        if wrong := anomaly_section(anomalies, pictures):
+            out.append(Section("anomalies", "What may be wrong", wrong))
         if several := _show(pictures, *AMOUNTS):
             table = html.card(_amount_table(analyse_amounts(trace)))
             out.append(Section("amounts", "How many experts a row uses", table + several))
@@ -93,19 +103,24 @@ def _show(pictures: Pictures, *names: str) -> str:
     return "".join(html.picture(pictures[name]) for name in names if name in pictures)
 
 
-def _summary(data: ReportData, trace: Trace, items: Sequence[RouterStats]) -> str:
+def _summary(
+    data: ReportData, trace: Trace, items: Sequence[RouterStats], anomalies: Anomalies
+) -> str:
     lines = sentences(trace, items, data.class_names)
     for name, entry in _metrics(data.metrics):
         if "floor" in entry and "/" not in name.replace(" / ", ""):  # classes are in the table
             text = f"By {name} the samples score {_short(entry['value'])}, {_floor_of(entry)} "
             lines.append(f"{text}{_short(entry['floor'])} in their place.")
     notes = [Finding("note", text) for text in data.notes]
-    return html.finding_list([*notes, *findings(items)]) + html.card(html.says(lines))
+    found = worst_first([*findings(items), *meters(verdicts(anomalies))])
+    return html.finding_list([*notes, *found]) + html.card(html.says(lines))
 
 
 def _told(items: Sequence[RouterStats], facet: str) -> bool:
     """Whether any router's choices can be set against this property; so for a dense model."""
-    return not items or any(facet in item.information for item in items)
+    if not items:
+        return facet != "task"
+    return any(facet in item.information for item in items)
 
 
 def _specialisation(data: ReportData, items: Sequence[RouterStats], pictures: Pictures) -> str:

@@ -16,6 +16,7 @@ from torch import Tensor
 from coterie.core.context import NULL_LABEL
 from coterie.core.errors import DataError, describe
 from coterie.core.routing import Routing
+from coterie.experts.routers.base import per_row
 from coterie.inspect.stats import Array
 
 HALVES = ("conditional", "unconditional")
@@ -38,6 +39,8 @@ class Rows(NamedTuple):
     half: Tensor  # i64 [R], 0 conditional, 1 unconditional
     keep: Tensor  # bool [R]
     sample: Tensor  # i64 [R], index in the batch
+    gates: Tensor  # f32 [R, E], 0 where not chosen
+    open: Tensor  # bool [R, E], candidates of the row
 
 
 def joint_counts(ids: Tensor, column: Tensor, columns: int, num_experts: int) -> Array:
@@ -61,12 +64,16 @@ def _bincount(column: Tensor, columns: int) -> Array:
 class Joint:
     """Choices by (half, column, expert) and rows by (half, column); columns grow on demand.
 
-    ``reason`` says why there is nothing in it, and is empty once there is.
+    ``gates``: the sum of the gates' absolute values beside the counts; ``open``: whether the expert
+    was ever a candidate there, that is had a probability other than 0. ``reason`` says why there is
+    nothing in it, and is empty once there is.
     """
 
     def __init__(self, num_experts: int, columns: int, reason: str) -> None:
         self.num_experts = num_experts
         self.counts: Array = np.zeros((2, columns, num_experts))
+        self.gates: Array = np.zeros((2, columns, num_experts))
+        self.open = np.zeros((2, columns, num_experts), dtype=bool)
         self.rows: Array = np.zeros((2, columns))
         self.reason = reason
         self._refused = False
@@ -83,7 +90,9 @@ class Joint:
     def grow(self, columns: int) -> None:
         more = columns - self.columns
         if more > 0:
-            self.counts = np.pad(self.counts, ((0, 0), (0, more), (0, 0)))
+            wider = ((0, 0), (0, more), (0, 0))
+            self.counts, self.gates = np.pad(self.counts, wider), np.pad(self.gates, wider)
+            self.open = np.pad(self.open, wider)
             self.rows = np.pad(self.rows, ((0, 0), (0, more)))
 
     def refuse(self, reason: str) -> None:
@@ -91,6 +100,7 @@ class Joint:
         self._refused = True
         self.reason = reason
         self.counts, self.rows = np.zeros((2, 0, self.num_experts)), np.zeros((2, 0))
+        self.gates, self.open = self.counts.copy(), self.counts.astype(bool)
 
     def add(self, rows: Rows, column: Tensor, columns: int) -> None:
         """``column`` i64 [R] in 0..columns-1, for kept rows."""
@@ -102,9 +112,13 @@ class Joint:
         self.grow(columns)
         size = self.columns
         index = rows.half * size + column
+        shape = (2, size, self.num_experts)
         counts = joint_counts(rows.ids, index, 2 * size, self.num_experts)
-        self.counts += counts.reshape(2, size, self.num_experts)
-        self.rows += _bincount(index[rows.keep], 2 * size).reshape(2, size)
+        self.counts += counts.reshape(shape)
+        here = index[rows.keep]
+        self.gates += mass(rows.gates[rows.keep].abs(), here, 2 * size).reshape(shape)
+        self.open |= mass(rows.open[rows.keep].float(), here, 2 * size).reshape(shape) > 0
+        self.rows += _bincount(here, 2 * size).reshape(2, size)
         if self.rows.any():
             self.reason = ""
 
@@ -159,6 +173,7 @@ class RouterTrace:
         self.total = Joint(experts, 1, "no rows")
         self.noise = Joint(experts, noise_bins, "no noise level was recorded")
         self.classes = Joint(experts, 0, "no class labels were recorded")
+        self.tasks = Joint(experts, 0, "no tasks were recorded")
         self.positions = Joint(experts, 0, "no tokens were recorded")
         if routing.unit == "sample":
             self.positions.reason = "one choice per sample holds at every position"
@@ -200,6 +215,7 @@ class RouterTrace:
             position = torch.arange(len(rows.half), device=bins.device) % max(tokens, 1)
             self.positions.add(rows, position, tokens)
         self._add_classes(routing, rows)
+        self._add_tasks(routing, rows)
         self._add_masses(routing, rows, bins)
         self._add_choices(rows, routing.batch[0])
         self._keep_parameters(routing)
@@ -221,7 +237,16 @@ class RouterTrace:
         self.samples += _bincount(half, 2)
         self.rows_seen += _bincount(half[sample], 2)
         ids = torch.where(keep[:, None], routing.ids, self.num_experts).clamp(max=self.num_experts)
-        return Rows(ids=ids, half=half[sample], keep=keep, sample=sample)
+        gates = torch.zeros(len(ids), self.num_experts + 1, device=device)
+        gates.scatter_add_(1, ids, routing.gates.detach().float().nan_to_num())
+        return Rows(
+            ids=ids,
+            half=half[sample],
+            keep=keep,
+            sample=sample,
+            gates=gates[:, : self.num_experts],
+            open=routing.probs.detach()[:, : self.num_experts] != 0,
+        )
 
     def _add_classes(self, routing: Routing, rows: Rows) -> None:
         """Unconditional rows sit in half 1, column 0."""
@@ -233,15 +258,21 @@ class RouterTrace:
         columns = max(1, int(label.max()) + 1) if label.numel() else 1
         self.classes.add(rows, label.clamp(min=0)[rows.sample], max(columns, self.classes.columns))
 
+    def _add_tasks(self, routing: Routing, rows: Rows) -> None:
+        if routing.task is None or not len(rows.half):
+            return
+        task = per_row(routing.task.to(rows.half.device), routing.batch, len(rows.half))
+        if int(task.min()) < 0:
+            raise DataError(describe("task", int(task.min()), ">= 0"))
+        self.tasks.add(rows, task, max(int(task.max()) + 1, self.tasks.columns))
+
     def _add_masses(self, routing: Routing, rows: Rows, bins: Tensor) -> None:
         size = 2 * self.noise_bins
         column = (rows.half * self.noise_bins + bins)[rows.keep]
         shape = (2, self.noise_bins, self.num_experts)
         probs = routing.probs.detach()[rows.keep, : self.num_experts]
         self.prob_mass += mass(probs, column, size).reshape(shape)
-        gates = torch.zeros(len(rows.half), self.num_experts + 1, device=bins.device)
-        gates.scatter_add_(1, rows.ids, routing.gates.detach().float().nan_to_num())
-        gate_mass = mass(gates[rows.keep, : self.num_experts], column, size)
+        gate_mass = mass(rows.gates[rows.keep], column, size)
         self.gate_mass += gate_mass.reshape(shape)
         # Scores need not be a distribution (sigmoid, cosine): their positive part is normalised.
         positive = probs.float().clamp(min=0)

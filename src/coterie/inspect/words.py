@@ -20,3 +20,8 @@ def label_name(label: int, class_names: Sequence[str]) -> str:
     if label < 0:
         return "none"
     return class_names[label] if label < len(class_names) else str(label)
+
+
+def noise_name(low: float, high: float) -> str:
+    """``t 0.2 to 0.3``."""
+    return f"t {low:.2g} to {high:.2g}"

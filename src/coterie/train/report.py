@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from coterie.core.cost import Parameters, count_parameters
 from coterie.core.machine import commit, hardware_line
-from coterie.inspect import ReportData, write_report
+from coterie.inspect import ReportData, noise_name, write_report
 from coterie.train.evaluate import StepRecorder, held_out, measured_active
+from coterie.train.expert_answers import watched_answers
 from coterie.train.judges import HeldOut, Judge, judge_of
 from coterie.train.judges.base import make_trace
 from coterie.train.judges.text import ANSWERS
@@ -31,7 +33,8 @@ def report_run(
     judge = judge_of(run)
     folder = Path(out) if out is not None else run.path / "report"
     with stages(4, "report", progress) as bar:
-        found = held_out(run)
+        with watched_answers(run.model) as answers:
+            found = held_out(run)
         bar("held-out data at every noise level")
         trace = found.trace
         followed = make_trace(run)
@@ -50,7 +53,10 @@ def report_run(
             samples=judge.show(shown),
             labels=judge.labels(shown),
             class_names=run.source.class_names,
+            task_names=getattr(run.source, "task_names", ()),
             similarity=expert_cosines(run),
+            answers=answers.answers(),
+            losses={"class": found.class_losses, "noise": _by_noise(found.bins)},
             metrics=metrics,
             parameters=_parameters(run, found),
             config=run.config.model_dump(mode="json"),
@@ -62,6 +68,11 @@ def report_run(
         page = write_report(folder, data)
         bar("page written")
     return page
+
+
+def _by_noise(bins: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Loss of each noise bin by the name that the meters give it."""
+    return {noise_name(row["lo"], row["hi"]): row["loss"] for row in bins}
 
 
 def _parameters(run: LoadedRun, found: HeldOut) -> Parameters:

@@ -29,7 +29,12 @@ from coterie.inspect.words import listing
 
 MAX_CLASSES = 40
 FACET_COLORS = dict(zip(FACETS, PALETTE))
-OF_A_ROW = {"noise": "the noise level", "class": "the class", "position": "the position"}
+OF_A_ROW = {
+    "noise": "the noise level",
+    "class": "the class",
+    "position": "the position",
+    "task": "the task",
+}
 SHARE = "share of choices"
 
 

@@ -31,12 +31,13 @@ LEVELS = 10  # noise levels at which held-out data are looked at
 @dataclass(frozen=True)
 class HeldOut:
     """Held-out loss (mean over noise levels), per level, the routings seen on the way, and the
-    loss of each class where the judge tells them apart."""
+    loss of each class: ``by_class`` where a judge tells them apart in what it reports."""
 
     loss: float
     bins: list[dict[str, Any]]
     trace: Trace
     by_class: dict[str, float] = field(default_factory=dict)
+    class_losses: dict[str, float] = field(default_factory=dict)
 
 
 class Judge:
@@ -81,12 +82,9 @@ class Judge:
             if losses.noise is not None and self.by_noise:
                 bins.add(losses.per_sample, losses.noise)
         values = np.array(total) * self.scale
-        return HeldOut(
-            float(values.mean()),
-            loss_bins(bins) if self.by_noise else [],
-            trace,
-            by_class(values, labels, source.class_names),
-        )
+        classes = by_class(values, labels, source.class_names)
+        rows = loss_bins(bins) if self.by_noise else []
+        return HeldOut(float(values.mean()), rows, trace, classes, classes)
 
     @property
     def by_noise(self) -> bool:

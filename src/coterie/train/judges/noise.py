@@ -21,6 +21,7 @@ from coterie.train.judges.base import (
     HeldOut,
     Judge,
     batches,
+    by_class,
     judges,
     loss_bins,
     make_trace,
@@ -66,19 +67,26 @@ class NoiseJudge(Judge):
         """
         source, trace = build_source(self.run.config, "held_out"), make_trace(self.run)
         bins = NoiseBins(LEVELS)
+        errors: list[float] = []
+        labels: list[int] = []
         for number, batch in enumerate(batches(source, size, limit)):
             first = int(batch.ids[0])
             for level in range(LEVELS):
                 unit = (level + 0.5) / LEVELS
                 error, prediction = self.at(batch, unit, generator(0, "held_out", first, level))
                 bins.add(error, torch.full_like(error, unit))
+                if batch.cond.label is not None:
+                    errors.extend(error.tolist())
+                    labels.extend(batch.cond.label.tolist())
                 trace.add(prediction.routings)
                 if number == 0 and conditional(self.run) and prediction.routings:
                     null = Batch(batch.x, batch.cond.as_null(len(batch.ids)), batch.ids)
                     again = self.at(null, unit, generator(0, "held_out", first, level))
                     trace.add(again[1].routings)
         rows = loss_bins(bins)
-        return HeldOut(float(np.mean([row["loss"] for row in rows])), rows, trace)
+        classes = by_class(np.array(errors), labels, source.class_names)
+        loss = float(np.mean([row["loss"] for row in rows]))
+        return HeldOut(loss, rows, trace, class_losses=classes)
 
     def show(self, samples: Samples) -> np.ndarray | None:
         x = samples.x
