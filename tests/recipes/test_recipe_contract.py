@@ -60,6 +60,7 @@ def test_all_recipes_are_there() -> None:
         "fastdit-3d",
         "home",
         "mofme",
+        "mode-policy",
         "noise-ranges",
         "promoe",
         "rexmoe",
