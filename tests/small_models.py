@@ -60,8 +60,9 @@ def small(name: str) -> RunConfig:
 
 
 RECIPES = tuple(list_recipes())
+TRAIN_ALL = tuple(n for n in RECIPES if not getattr(get_recipe(n).config().init, "adapters", ()))
 IMAGES = (
-    *(name for name in RECIPES if get_recipe(name).config().model.backbone.kind == "dit"),
+    *(name for name in TRAIN_ALL if get_recipe(name).config().model.backbone.kind == "dit"),
     *("promoe:expert-choice", "promoe:token-choice", "dtr:random"),
 )
 TEXTS = ("deepseekmoe/text", "text:top-2-of-8")

@@ -19,7 +19,7 @@ ARMS = [(name, arm) for name in RECIPES for arm in get_recipe(name).arms()]
 
 METRICS = {
     *("held_out_loss", "frechet", "kid", "precision", "recall"),
-    *("active_parameters", "slot_parameters", "island_distance"),
+    *("active_parameters", "slot_parameters", "island_distance", "label_accuracy"),
 }
 PICTURE_METRICS = {"psnr", "ssim", "milliseconds", "time_over_dense"}
 ROUTER_METRICS = {"router_accuracy", "router_calibration_error"}
@@ -27,6 +27,7 @@ INITIAL_METRICS = {"initial_loss", "initial_load_cv"}
 ANSWER_METRICS = {"answer_loss", "answer_accuracy"}
 ACTION_METRICS = {"success", "mode_coverage"}
 CACHE_METRICS = {"cached_flops_per_call", "all_experts_flops_per_call", "cache_difference"}
+ADAPTER_METRICS = {"update_overlap", "crosstalk", "adapter_drift"}
 TASK_METRICS = {"gauc", "auc"}
 CLOUD_METRICS = {f"{score}_cd" for score in ("one_nn", "coverage", "mmd")}
 ROUTING_METRICS = {
@@ -62,6 +63,7 @@ def test_all_recipes_are_there() -> None:
         "mofme",
         "mode-policy",
         "noise-ranges",
+        "orthogonal-adaptation",
         "promoe",
         "rexmoe",
         "rmoe",
@@ -117,6 +119,8 @@ def can_be_measured(metric: str, config: RunConfig) -> bool:
         if label:
             return name in METRICS | ROUTING_METRICS and label in source.class_names
         return hasattr(source, "answer_mask")
+    if name in ADAPTER_METRICS:
+        return config.init is not None and len(config.init.adapters) > 1
     if name in CLOUD_METRICS:
         return config.data.kind == "solids"
     if name in ACTION_METRICS | CACHE_METRICS:
