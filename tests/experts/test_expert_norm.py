@@ -216,6 +216,20 @@ def test_streams_must_divide_the_row_and_answers_must_fit() -> None:
             ExpertLayerConfig.from_dict(fields).build(WIDTH)
 
 
+@pytest.mark.parametrize("tokens", [(), (7,)])
+def test_every_backend_serves_answers_of_another_size(tokens: tuple[int, ...]) -> None:
+    pool = moved_pool(NormMLP(out=8)).eval()
+    x = torch.randn(9, *tokens, WIDTH, generator=torch.Generator().manual_seed(0))
+    unit = "sample" if tokens else "token"
+    made = plan_choices((torch.arange(9) % 3)[:, None], torch.rand(9, 1), 3, unit=unit)
+    expected = BACKENDS["loop"](x, made, pool, False)
+    assert expected.shape == (9, *tokens, 8)
+    names = available(x, made, pool)
+    assert {"dense", "sorted", "grouped"} <= set(names)
+    for name in names:
+        assert torch.allclose(BACKENDS[name](x, made, pool, False), expected, atol=1e-5), name
+
+
 # Self gate
 
 

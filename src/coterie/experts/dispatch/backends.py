@@ -194,7 +194,8 @@ def run_grouped(x: Tensor, plan: DispatchPlan, pool: ExpertPool, float32: bool) 
     taken = x.index_select(0, plan.rows)
     flat = taken.reshape(-1, x.shape[-1])
     repeat = 1 if x.dim() == 2 else x.shape[1]
-    out = pool.kind.forward(flat, SortedExperts(pool, plan, repeat)).view(taken.shape)
+    out = pool.kind.forward(flat, SortedExperts(pool, plan, repeat))
+    out = out.view(*taken.shape[:-1], out.shape[-1])
     values = scale_rows(out, plan.sorted_gates, float32)
     return _zeros(x, pool, float32).index_add(0, plan.rows, values)
 
