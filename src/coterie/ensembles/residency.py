@@ -7,6 +7,8 @@ remember its weights, which is all that inference needs.
 
 from __future__ import annotations
 
+import ctypes
+import sys
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -18,6 +20,14 @@ from torch import nn
 from coterie.core.errors import ConfigError, describe
 from coterie.core.prediction import DenoiserLike
 from coterie.ensembles.members import MemberFacts, Members
+
+
+def give_back() -> None:
+    """Hand freed memory back to the system. The allocator of glibc keeps what other threads have
+    allocated for them, which would be the weights of a member that is gone."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)
 
 
 @dataclass(frozen=True)
@@ -72,8 +82,10 @@ class LoadedMembers(Members):
         if index in self._held:
             self._held.move_to_end(index)
             return self._held[index]
-        while len(self._held) >= self.resident:
-            self._held.popitem(last=False)
+        if len(self._held) >= self.resident:
+            while len(self._held) >= self.resident:
+                self._held.popitem(last=False)
+            give_back()
         self._held[index] = self._take(index)
         return self._held[index]
 
@@ -91,6 +103,7 @@ class LoadedMembers(Members):
             self._pending[1].cancel()
             self._pending = None
         self._held.clear()
+        give_back()
 
     def _take(self, index: int) -> DenoiserLike:
         if self._pending is not None:
