@@ -26,8 +26,6 @@ REGISTRIES = {
     "models": "coterie.ensembles.model:MODELS",
     "ensembles": "coterie.ensembles:ENSEMBLES",
     "choices": "coterie.ensembles:CHOICES",
-    "ensembles": "coterie.ensembles:ENSEMBLES",
-    "choices": "coterie.ensembles:CHOICES",
     "solvers": "coterie.solvers:SOLVERS",
     "grids": "coterie.solvers:GRIDS",
     "objectives": "coterie.train.objectives:OBJECTIVES",
