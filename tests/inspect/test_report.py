@@ -5,6 +5,7 @@ import json
 import re
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from synthetic_routings import known_truth, routing
 from coterie.core.cost import Parameters
 from coterie.core.errors import DataError
 from coterie.inspect import ReportData, Trace, analyse, write_report
-from coterie.inspect.plots import balance, positions, run, style
+from coterie.inspect.plots import balance, positions, relations, run, style
 from coterie.inspect.plots import routing as maps
 
 EVIL = "<script>alert(1)</script>&\"'"
@@ -359,6 +360,27 @@ def test_points_are_scattered_and_colour_images_keep_their_colours():
     image = np.asarray(Image.open(io.BytesIO(picture.dark)).convert("RGB"))
     middle = image[image.shape[0] // 2, image.shape[1] // 2]
     assert middle.tolist() == [255, 0, 0]
+
+
+def test_wide_pictures_are_fewer_and_larger():
+    square, wide = (np.zeros((64, 8, width, 3), np.uint8) for width in (8, 24))
+    tiles = [run.plot_samples(images, None, []).draw().axes[0].images for images in (square, wide)]
+    assert [len(found) for found in tiles] == [60, 20]
+    tops = [len({image.get_extent()[3] for image in found}) for found in tiles]
+    assert tops == [6, 7]
+
+
+def test_long_titles_of_panels_are_broken_and_have_room():
+    def height(name):
+        lift = np.ones((4, 4))
+        told = SimpleNamespace(corrected=0.25)
+        pair = SimpleNamespace(kind="layer", lift=lift, information=told, name=name)
+        figure = relations.plot_adjacent([pair]).draw()
+        return figure.axes[0].get_title(), figure.get_size_inches()[1]
+
+    short, long = height("0 to 1"), height("up.0.0.conv2 to up.0.1.conv2")
+    assert short[0] == "0 to 1: 0.25 bits"
+    assert long[0] == "up.0.0.conv2\nto up.0.1.conv2\n0.25 bits" and long[1] > short[1] + 0.3
 
 
 def test_no_module_imports_plotting_before_it_draws():

@@ -267,6 +267,7 @@ def _grid(panels: Sequence[Panel], rotate: bool, square: bool) -> tuple[int, Any
     most_rows = max(panel.values.shape[0] for panel in panels)
     cell = (width - 1.2) / columns * (0.97 if columns == 4 else 0.8)  # four share their labels
     height = cell if square else float(np.clip(0.17 * most_rows, 0.9, 3.0))
+    height += 0.17 * max(panel.title.count("\n") for panel in panels)
     lines = math.ceil(len(panels) / columns)
     return columns, figure(width, lines * (height + (0.85 if rotate else 0.55)) + 0.25)
 
