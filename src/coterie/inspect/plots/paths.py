@@ -8,7 +8,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw
 
 from coterie.data.actions import Scene
 from coterie.inspect.plots.style import ALARM, LIGHT, PALETTE
@@ -23,6 +22,8 @@ class Canvas:
     """A square view of a scene, y upwards."""
 
     def __init__(self, scene: Scene, size: int) -> None:
+        from PIL import Image, ImageDraw
+
         self.scene, self.size = scene, size
         self._fine = size * SMOOTH
         low, high = np.asarray(scene.low), np.asarray(scene.high)
@@ -53,6 +54,8 @@ class Canvas:
 
     def pixels(self) -> Array:
         """u8 [P, P, 3]."""
+        from PIL import Image
+
         return np.asarray(self.image.resize((self.size, self.size), Image.Resampling.BOX))
 
 
@@ -78,6 +81,8 @@ def animate_paths(
 ) -> None:
     """Write a GIF of the first episodes together, a frame for every second step, the last one
     shown for long."""
+    from PIL import Image
+
     count = min(len(paths), MOST_MOVING)
     last = int(steps[:count].max())
     frames = []
