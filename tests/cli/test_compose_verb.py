@@ -117,7 +117,7 @@ def test_the_arms_of_the_recipe_spend_equally_many_calls(runs: Path) -> None:
         arms[name].sample.solver.evaluations(arms[name].sample.steps) for name in list(arms)[2:]
     }
     assert len(calls) == 1
-    made = composed((0.5, 0.5), 4, (str(runs / "low"), str(runs / "high")))
+    made = composed((0.5, 0.5), "fkc", (str(runs / "low"), str(runs / "high")), 4)
     run_dir = start(override(made, {"sample.batch": 8, "sample.steps": 3}), runs / "arm")
     loaded = load_run(run_dir)
     assert loaded.source.classes == BOTH and generate(loaded, 8).particles[0].systems == 2

@@ -176,15 +176,15 @@ def test_without_a_corrector_it_is_the_sum_of_scores_that_any_solver_takes() -> 
     parts = [expert(data, "score")(x, t, NOTHING).value for data in (ONE, TWO)]
     score = convert(VP, got.value, got.view, "score", x, t)
     torch.testing.assert_close(score, parts[0] + parts[1])
-    assert got.weight_rate is None
-    noise = SampleNoise(range(3))
-    options: dict[str, Any] = {"grid": GRIDS.parse("uniform"), "steps": 4, "noise": noise}
-    sample(made, made.initial((2,), noise), NOTHING, solver=SOLVERS.parse("heun"), **options)
-    with pytest.raises(DataError, match="weight_rate: None"):
-        sample(
-            made, made.initial((2,), noise), NOTHING,
-            solver=SOLVERS.parse("feynman_kac"), **options,
-        )  # fmt: skip
+    assert got.weight_rate is not None and not got.weight_rate.any()
+    options: dict[str, Any] = {"grid": GRIDS.parse("uniform"), "steps": 4}
+    drawn = []
+    for solver in ("heun", "ancestral", "feynman_kac"):
+        noise = SampleNoise(range(3))
+        x = made.initial((2,), noise)
+        options |= {"solver": SOLVERS.parse(solver), "noise": noise}
+        drawn.append(sample(made, x, NOTHING, **options))
+    assert torch.equal(drawn[1], drawn[2]) and not torch.equal(drawn[0], drawn[1])
 
 
 def test_reward_guidance_without_a_corrector_takes_the_whole_gradient() -> None:

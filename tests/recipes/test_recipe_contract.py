@@ -28,6 +28,7 @@ ANSWER_METRICS = {"answer_loss", "answer_accuracy"}
 ACTION_METRICS = {"success", "mode_coverage"}
 CACHE_METRICS = {"cached_flops_per_call", "all_experts_flops_per_call", "cache_difference"}
 ADAPTER_METRICS = {"update_overlap", "crosstalk", "adapter_drift"}
+CLASS_METRICS = {"in_classes", "class_distance"}
 TASK_METRICS = {"gauc", "auc"}
 CLOUD_METRICS = {f"{score}_cd" for score in ("one_nn", "coverage", "mmd")}
 ROUTING_METRICS = {
@@ -59,9 +60,10 @@ def test_all_recipes_are_there() -> None:
         "dtr",
         "dynamic-routing",
         "fastdit-3d",
+        "fkc",
         "home",
-        "mofme",
         "mode-policy",
+        "mofme",
         "noise-ranges",
         "orthogonal-adaptation",
         "promoe",
@@ -119,6 +121,8 @@ def can_be_measured(metric: str, config: RunConfig) -> bool:
         if label:
             return name in METRICS | ROUTING_METRICS and label in source.class_names
         return hasattr(source, "answer_mask")
+    if name in CLASS_METRICS:
+        return hasattr(config.data.build("held_out"), "classes")
     if name in ADAPTER_METRICS:
         return config.init is not None and len(config.init.adapters) > 1
     if name in CLOUD_METRICS:

@@ -13,7 +13,7 @@ and reward are special cases). No divergence of a network is needed. With a rewa
 half of its gradient at zeta = 1, zeta^2 / (1 + zeta^2) of it in general; the weights do the rest.
 Everything is per unit of lam = log(alpha / sigma), where it is finite in every process:
 g^2 |score|^2 ds = 2 |eps|^2 d lam. ``corrector`` "none" is the plain sum of scores, and the whole
-gradient of the reward: plausible, and not the target.
+gradient of the reward, without weights: plausible, and not the target.
 
 What changes over noise levels goes with the share of signal c = alpha^2 / (alpha^2 + sigma^2):
 b(t) = b c, and beta_i(t) from ``noisy_betas`` at c = 0 to ``betas`` at c = 1. Shapes: B batch, M
@@ -191,12 +191,13 @@ class Composition(Ensemble):
         for index, part in enumerate(parts[1:], start=1):
             value = value + expand(betas[:, index], x).to(x) * (part.value - first)
         inner = tuple(routing for part in parts for routing in part.routings)
-        rate = None
-        if self.config.corrector == "fkc":
+        corrected = self.config.corrector == "fkc"
+        rate = torch.zeros(len(x), dtype=torch.float64, device=x.device)
+        if corrected:
             rate = self._rate(x, t, cond, betas, [part.value for part in parts])
         if self.reward is not None:
             value, extra = self._tilted(x, t, cond, value)
-            rate = None if rate is None else rate + extra
+            rate = rate + extra if corrected else rate
         return Prediction(value, self.view, inner, weight_rate=rate)
 
     def paired(self, x: Tensor, t: Tensor, cond: Condition, null: Condition) -> Prediction:
