@@ -83,6 +83,17 @@ def paper() -> RunConfig:
     return run.replace(data=data, init=InitConfig(path="runs/dit-xl", adapters=(new,)))
 
 
+def gpu() -> RunConfig:
+    """The first concept of CIFAR-10, rank 20, on a DiT-S trained on other classes."""
+    sizes = {"width": 384, "depth": 12, "heads": 6}
+    run = image_tiny("orthogonal-adaptation", steps=2000, trunk=sizes).replace(preset="gpu")
+    backbone = run.model.backbone.replace(image_size=32, channels=3, patch=2)
+    new = AdapterConfig(name="concept", lora=lora(20, BasisConfig(index=0), CONCEPTS[0]))
+    data = {"kind": "classes", "data": {"kind": "cifar10"}, "classes": CONCEPTS[:1]}
+    init = InitConfig(path="runs/base-cifar", adapters=(new,))
+    return run.replace(data=data, model=run.model.replace(backbone=backbone), init=init)
+
+
 def arms() -> dict[str, RunConfig]:
     """Adapters of each kind for each concept, and for each kind their sum."""
     kinds = {"orthogonal": RANK, "plain": RANK, "fewer": FEWER}
