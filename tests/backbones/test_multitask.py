@@ -216,8 +216,9 @@ def test_gates_sum_to_one_over_what_is_seen_and_are_zero_elsewhere() -> None:
     assert [r.batch for r in routings] == [(12, 3), (12, 3)]
     assert [(r.slot, r.layer) for r in routings] == [("level", 0), ("level", 1)]
     sees = [[[0, 1, 2, 3], [0, 1, 4, 5], [*range(6)]], [[0, 1, 3], [0, 1, 4], [0, 2, 5]]]
-    for routing, lists in zip(routings, sees):
-        assert torch.equal(routing.task, torch.arange(3).expand(12, 3))
+    # Three tasks, then two groups, then the shared reader.
+    for routing, lists, who in zip(routings, sees, ([3, 4, 5], [0, 1, 2])):
+        assert torch.equal(routing.task, torch.tensor(who).expand(12, 3))
         probs = routing.probs.unflatten(0, (12, 3))
         assert torch.allclose(probs.sum(2), torch.ones(12, 3), atol=1e-6)
         for reader, seen in enumerate(lists):
@@ -276,7 +277,7 @@ def test_what_a_single_task_does_not_need_is_not_computed() -> None:
     ]
     assert moved[1] == [True, True, False, True, False, False]
     assert moved[0] == [True] * 6  # the shared reader sees both groups
-    assert ask(model, batch(), [0]).routings[0].task[0].tolist() == [0, 2]  # nobody asks group 1
+    assert ask(model, batch(), [0]).routings[0].task[0].tolist() == [3, 5]  # nobody asks group 1
 
 
 def test_an_empty_batch_has_an_answer() -> None:

@@ -66,6 +66,12 @@ class LevelPlan:
     def _group(self, party: Party) -> Party:
         return Party("group", self.group_of[party.number]) if party.kind == "task" else party
 
+    def number(self, reader: Party) -> int:
+        """Of a reader among the tasks, then the groups, then the shared one."""
+        groups = max(self.group_of) + 1
+        first = {"task": 0, "group": len(self.group_of), "shared": len(self.group_of) + groups}
+        return first[reader.kind] + reader.number
+
     def stream(self, party: Party) -> int:
         """The stream below that stands for an owner or a reader."""
         for one in (party, self._group(party)):
@@ -136,7 +142,8 @@ class Level(nn.Module):
     """``forward(z [B, S, D'], features [B, D], readers, ctx) -> (z [B, R, O], routings)``.
 
     ``readers``: numbers of those who are answered; the other rows of the answer are 0, or left out
-    on the last level.
+    on the last level. In the routings ``task`` counts the tasks, then the groups, then the shared
+    reader.
     """
 
     def __init__(
@@ -154,6 +161,8 @@ class Level(nn.Module):
         self.experts: ExpertLayer = config.build(streams * width, stream_width=scored)
         own = torch.tensor([plan.stream(reader) for reader in plan.readers])
         self.register_buffer("own", own, persistent=False)
+        number = torch.tensor([plan.number(reader) for reader in plan.readers])
+        self.register_buffer("number", number, persistent=False)
 
     def forward(
         self, z: Tensor, features: Tensor, readers: list[int], ctx: Context
@@ -165,11 +174,13 @@ class Level(nn.Module):
         h = z.flatten(1)[:, None].expand(-1, count, -1)
         answer = self.experts(h, ctx)
         y: Tensor = answer.y
+        asked = self.get_buffer("number")[task]
+        routings = tuple(routing.replace(task=asked) for routing in answer.routings)
         last = all(reader.kind == "task" for reader in self.plan.readers)
         if last or count == len(self.plan.readers):
-            return y, answer.routings
+            return y, routings
         full = y.new_zeros(batch, len(self.plan.readers), y.shape[2])
-        return full.index_copy(1, task[0], y), answer.routings
+        return full.index_copy(1, task[0], y), routings
 
     def _read(self, z: Tensor, features: Tensor, readers: list[int]) -> Tensor:
         """[B, R, ...]: what the gates of later levels read."""

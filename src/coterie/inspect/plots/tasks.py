@@ -31,11 +31,10 @@ def plot_tasks(rows: Mapping[str, tuple[float | None, float | None]]) -> Plot:
                 ax.text(value, y, f" {value:.3f}", va="center", fontsize=8)
         ax.set_yticks(place, names)
         ax.invert_yaxis()
-        ax.axvline(CHANCE, linewidth=1)
         low, high = (np.nanmin(values), np.nanmax(values)) if np.isfinite(values).any() else (0, 1)
         ax.set_xlim(min(CHANCE, low) - 0.02, max(high, CHANCE) + 0.06)
         ax.set_xlabel("share of pairs in the right order")
-        ax.legend(loc="lower right", fontsize=8, frameon=False)
+        ax.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, fontsize=8, frameon=False)
         return fig
 
     told = ", ".join(f"{name} {pair[0]:.3f}" for name, pair in rows.items() if pair[0] is not None)
