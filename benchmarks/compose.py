@@ -171,11 +171,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--quick", action="store_true", help="few particles, two seeds")
+    parser.add_argument("--particles", type=int, default=10_000)
+    parser.add_argument("--steps", type=int, default=250)
     parser.add_argument("--out", type=Path, default=Path("results/bench/compose.json"))
     options = parser.parse_args()
     torch.set_num_threads(1)
     costs = cost(5 if options.quick else 40)
-    rows = table(1000, 60, 2) if options.quick else table(10_000, 250, 5)
+    rows = table(1000, 60, 2) if options.quick else table(options.particles, options.steps, 5)
     result = {
         "commit": commit(),
         "hardware": hardware(),
