@@ -153,8 +153,8 @@ class ActionSource:
         episodes.check(name, len(goal_names))
         self.name, self.licence, self.make_simulator = name, licence, make_simulator
         self.class_names, self.num_classes = tuple(goal_names), len(goal_names)
-        self.shape = (horizon, episodes.actions.shape[1])
-        self.observation = episodes.observations.shape[1:]
+        self.shape: tuple[int, ...] = (horizon, episodes.actions.shape[1])
+        self.observation: tuple[int, ...] = episodes.observations.shape[1:]
         self.num_episodes = len(episodes.lengths)
         count = len(episodes.actions)
         self._observations = episodes.observations.astype(np.float32)

@@ -39,7 +39,7 @@ class ObstacleSimulator:
     Observed are place and velocity, f32 [E, 1, 4]. Touching the obstacle ends an episode.
     """
 
-    ways = ("left", "right")
+    ways: tuple[str, ...] = ("left", "right")
     scene = Scene((-1.0, -1.0), (1.0, 1.0), ((0.0, 0.0, RADIUS),), REACH)
 
     def __init__(self, limit: int = 48) -> None:
