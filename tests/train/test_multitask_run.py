@@ -78,7 +78,7 @@ def test_the_loss_is_the_sum_of_each_tasks_mean_over_known_answers() -> None:
         weight = 3.0 if name == "task1" else 1.0
         assert found.main[name].item() == pytest.approx(weight * float(mean), rel=1e-5)
         total += weight * float(mean)
-    assert float(found.total) == pytest.approx(total, rel=1e-5)
+    assert found.total.item() == pytest.approx(total, rel=1e-5)
 
 
 def test_an_unknown_answer_teaches_nothing() -> None:
