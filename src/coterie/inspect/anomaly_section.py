@@ -51,7 +51,7 @@ def _meter_table(said: Sequence[Verdict]) -> str:
             verdict.meter,
             Cell(_short(verdict.number), "bad" if verdict.level == "alarm" else ""),
             _short(verdict.ideal),
-            MEASURES[verdict.meter],
+            Cell(MEASURES[verdict.meter], "words"),
         ]
         for verdict in said
     ]

@@ -136,7 +136,7 @@ def _one_sided(item: Degradation) -> int:
 
 def _underfitting(item: Underfitting | None) -> Verdict:
     if item is None:
-        text = "not measurable: too few rows differ in task, class, noise level or position."
+        text = "not measurable: too few rows, or they differ in nothing that was recorded."
         return Verdict("Underfitting", math.nan, 1.0, "note", text)
     if item.private:
         return _own_experts(item)

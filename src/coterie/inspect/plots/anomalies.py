@@ -123,14 +123,15 @@ def plot_one_sided(items: Sequence[Degradation]) -> Plot | None:
             Axis("expert"),
             Axis(NAMES[facet]),
             "share of gate weight",
-            (0.0, 1.0),
+            (0.0, max(0.5, *(float(np.nanmax(item.table)) for item in shown))),
             numbers=".0%" if small else "",
         ),
     )
 
 
 def _title(item: Degradation) -> str:
-    return f"{item.name}: at most {item.number:.0%}" if item.worst is not None else item.name
+    most = f": at most {item.number:.0%}" if item.worst is not None else ""
+    return f"layer {item.name}{most}"
 
 
 def plot_left_out(item: Underfitting | None) -> Plot | None:
