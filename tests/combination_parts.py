@@ -87,12 +87,12 @@ SAMPLES: dict[str, dict[str, list[dict[str, Any]]]] = {
             {**PAGE, "trunk": {**TEXT, "causal": False}},
         ],
         "points": [{**CLOUD, "mask": SEEN, "trunk": t} for t in (TRUNK, PLAIN)],
+        "policy": [{**CHUNK, "trunk": NOISED}],
         "restorer": [{**IMAGE, "channels": 1, "stem": 2, "tail": 6, "trunk": PLAIN}],
         "unet": [{"image_size": 4, "num_classes": CLASSES, "widths": [WIDTH, WIDTH], **CONVOLVED}],
     },
 }
 """Fields a part needs beyond its defaults here: width 8, at least 4 experts, 2 tasks. Parts that
-        "policy": [{**CHUNK, "trunk": NOISED}],
 do without are not listed; every value of a Literal or bool field is tried anyway."""
 
 BY_HAND: dict[str, list[Any]] = {
@@ -179,6 +179,8 @@ NO_SLOTS = ("predictor", "multitask")
 
 def kinds(registry: Registry) -> list[str]:
     there = [kind for kind in registry.kinds() if kind not in NO_SLOTS]
+    # A model made of trained ones has no parts of its own to choose.
+    there = [kind for kind in there if not getattr(registry.get(kind), "is_trained", False)]
     return [kind for kind in there if LIBRARIES.get(kind) not in missing()]
 
 
