@@ -31,7 +31,9 @@ def module_tensors(module: nn.Module) -> dict[str, Tensor]:
     The values are the module's own tensors, not copies.
     """
     out: dict[str, Tensor] = {}
-    seen = {id(value) for part in module.modules() if is_borrowed(part) for value in tensors_of(part)}
+    seen = {
+        id(value) for part in module.modules() if is_borrowed(part) for value in tensors_of(part)
+    }
     for name, value in module.state_dict(keep_vars=True).items():
         if isinstance(value, Tensor) and id(value) not in seen:
             seen.add(id(value))
