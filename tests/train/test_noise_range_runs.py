@@ -7,6 +7,7 @@ import torch
 
 from coterie.cli.main import run as cli
 from coterie.core.errors import ConfigError
+from coterie.core.prediction import Condition
 from coterie.recipes.common import image_tiny
 from coterie.train.noise_ranges import find_boundaries, join_ranges
 from coterie.train.run import load_run, start
@@ -77,3 +78,21 @@ def test_from_the_command_line(runs, tmp_path, capsys):
         assert cli(wrong) == 2
         assert text in capsys.readouterr().err
     assert not (tmp_path / "q").exists()
+
+
+def test_a_member_may_compute_in_another_precision(runs, tmp_path):
+    both = [runs / "noisy", runs / "clean"]
+    plain = load_run(join_ranges(both, [0.5], tmp_path / "plain")).model
+    mixed = load_run(
+        join_ranges(both, [0.5], tmp_path / "mixed", precision=["bfloat16", "float32"])
+    ).model
+    t, x = torch.tensor([0.9, 0.1]), torch.randn(2, 1, 8, 8)
+    cond = Condition(label=torch.tensor([1, 2]))
+    with torch.no_grad():
+        ours, theirs = mixed(x, t, cond).value, plain(x, t, cond).value
+    assert ours.dtype == torch.float32 and torch.equal(ours[1], theirs[1])
+    assert 0 < float((ours[0] - theirs[0]).abs().max()) < 0.05
+    with pytest.raises(ConfigError, match=r"precision: .*2, one per run"):
+        join_ranges(both, [0.5], tmp_path / "none", precision=["bfloat16"])
+    with pytest.raises(ConfigError, match="precision: 'int8' is not allowed"):
+        join_ranges(both, [0.5], tmp_path / "none", precision=["int8", "float32"])

@@ -25,6 +25,7 @@ from coterie.cli.overrides import ANY_FLAG, split, takes_paths
 @click.option("--search", is_flag=True, help="Find order and boundaries on held-out data.")
 @click.option("--bins", type=click.IntRange(2), default=20, show_default=True, help="Of a search.")
 @click.option("--guidance", help="A weight for each range, from noisy to clean: 4,2.")
+@click.option("--precision", help="What each computes in: bfloat16,float32.")
 @click.option("--live", is_flag=True, help="Read the newest weights each time: runs still train.")
 @click.option("--out", type=click.Path(path_type=Path), help="Run to write.  [required]")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
@@ -35,6 +36,7 @@ def command(
     search: bool,
     bins: int,
     guidance: str | None,
+    precision: str | None,
     live: bool,
     out: Path | None,
     as_json: bool,
@@ -70,7 +72,8 @@ def command(
         found["note"] = "this run is the best at every level"
     elif out is not None:
         weights = None if guidance is None else _numbers("guidance", guidance)
-        found["run"] = join_ranges(runs, levels, out, unit, weights, paths, live)
+        kinds = None if precision is None else precision.split(",")
+        found["run"] = join_ranges(runs, levels, out, unit, weights, paths, live, kinds)
     if as_json:
         say_json(found)
         return

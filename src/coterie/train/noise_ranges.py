@@ -29,11 +29,13 @@ def join_ranges(
     guidance: Sequence[float | None] | None = None,
     changes: Mapping[str, Any] | None = None,
     live: bool = False,
+    precision: Sequence[str] | None = None,
 ) -> Path:
     """Write the run that asks ``runs``, the noisiest first, each in its range.
 
     Data and sampling are those of the first run. Weights are named by their hash; ``live``: by path
-    only, so that a run that is still being trained can be sampled with its partners. ConfigError
+    only, so that a run that is still being trained can be sampled with its partners. ``precision``:
+    what each run computes in (``float32``, ``bfloat16``, ``float16``). ConfigError
     where the boundaries do not fit the runs, or the runs each other.
     """
     config = NoiseRangesConfig.from_dict(
@@ -43,7 +45,7 @@ def join_ranges(
             "guidance": None if guidance is None else tuple(guidance),
         }
     )
-    made = _run(runs, config, live)
+    made = _run(runs, config, live, precision)
     return start(override(made, changes or {}), out)
 
 
@@ -62,11 +64,22 @@ def find_boundaries(runs: Sequence[str | Path], bins: int = 20) -> tuple[list[st
     return [str(runs[member]) for member in found.members], found
 
 
-def _run(runs: Sequence[str | Path], config: NoiseRangesConfig, live: bool) -> RunConfig:
+def _run(
+    runs: Sequence[str | Path],
+    config: NoiseRangesConfig,
+    live: bool,
+    precision: Sequence[str] | None = None,
+) -> RunConfig:
     if len(runs) < 2:
         raise ConfigError(describe("runs", [str(run) for run in runs], "two or more"))
     first = RunDir(runs[0]).read_config(RunConfig)
-    models = [PretrainedConfig(path=str(run)) for run in runs]
+    kinds = ["float32"] * len(runs) if precision is None else list(precision)
+    if len(kinds) != len(runs):
+        raise ConfigError(describe("precision", kinds, f"{len(runs)}, one per run"))
+    models = [
+        PretrainedConfig.from_dict({"path": str(run), "precision": kind})
+        for run, kind in zip(runs, kinds, strict=True)
+    ]
     members = tuple(
         MemberConfig(
             name=f"range {index}: {Path(model.path).name}", model=model if live else model.pinned()

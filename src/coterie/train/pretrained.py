@@ -9,6 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+import torch
 from pydantic import Field
 
 from coterie.core.folder import MANIFEST
@@ -28,12 +29,14 @@ from coterie.train.initial import (
 @MODELS.register
 class PretrainedConfig(Part):
     """The model at ``path``, a run directory or a model directory, with its weights, in eval mode
-    and frozen. ``weights`` as in ``load_weights``; ``origin``: refuse others than these."""
+    and frozen. ``weights`` as in ``load_weights``; ``origin``: refuse others than these;
+    ``precision``: what it computes in (its answers keep the type of what it is asked)."""
 
     kind: Literal["pretrained"] = "pretrained"
     path: str = Field("runs/dit", min_length=1)
     weights: str = "ema"
     origin: Origin | None = None
+    precision: Literal["float32", "bfloat16", "float16"] = "float32"
     is_trained: ClassVar[bool] = True
 
     @property
@@ -64,4 +67,4 @@ class PretrainedConfig(Part):
 
     def build(self) -> Any:
         """CheckpointError if the weights are damaged, or not those of ``origin``."""
-        return load_source(self._init).requires_grad_(False)
+        return load_source(self._init).requires_grad_(False).to(getattr(torch, self.precision))
