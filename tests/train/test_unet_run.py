@@ -77,7 +77,7 @@ def test_a_resumed_run_is_the_same_run(run: Path, tmp_path: Path) -> None:
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
 
-@pytest.mark.parametrize("solver", SOLVERS.kinds())
+@pytest.mark.parametrize("solver", [kind for kind in SOLVERS.kinds() if kind != "feynman_kac"])
 def test_every_solver_samples_it(run: Path, solver: str) -> None:
     loose = {"rtol": 0.5, "atol": 0.5} if solver == "rk45" else {}
     changes = {"sample.solver": {"kind": solver, **loose}, "sample.steps": 2}

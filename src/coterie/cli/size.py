@@ -15,7 +15,7 @@ def size_of(config: RunConfig) -> dict[str, Any]:
     from coterie.train.run import plan
 
     size = plan(config, measure=False)
-    if not config.train.steps:
+    if "parameters_total" not in size:  # a run that trains nothing
         return size
     gib = BYTES_PER_PARAMETER * size["parameters_total"] / 2**30
     return {**size, "training_memory_gib": round(gib, 2)}
@@ -32,7 +32,7 @@ def projection(config: RunConfig) -> dict[str, Any]:
     from coterie.train.run import plan
 
     size = size_of(config)
-    if not config.train.steps:
+    if "parameters_total" not in size:
         return {**size, "projected_minutes": 0.0}
     here = hardware()["memory_gib"]
     if here is not None and size["training_memory_gib"] > here:
