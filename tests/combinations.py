@@ -74,7 +74,7 @@ def merged(first: tuple[int, int], second: tuple[int, int]) -> list[Combination]
 def witness(first: tuple[int, int], second: tuple[int, int]) -> Combination | None:
     """A valid combination with both (factor, level), or None where none is near."""
     starts = merged(first, second)
-    tried = (*starts, *one_away(starts[0], dict((first, second))))
+    tried = (*starts, *one_away(starts[0], dict((first, second)), every=True))
     return next((found for found in tried if refusal(found) is None), None)
 
 
