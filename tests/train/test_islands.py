@@ -192,6 +192,9 @@ def test_an_island_that_fails_is_named_and_the_others_go_on(tmp_path):
     with pytest.raises(TrainingError, match=r"1 of 2 failed: island 0: .*not valid JSON"):
         run_all(folder, jobs=2)
     assert (folder / "island-1" / "model").is_dir()
+    assert "not valid JSON" in (folder / "island-0.log").read_text()
+    with pytest.raises(ConfigError, match=r"jobs: 0 .*1 or more"):
+        run_all(folder, jobs=0)
 
 
 def test_unequal_islands_and_job_files(tmp_path):

@@ -31,11 +31,14 @@ def run_all(
 ) -> list[Path]:
     """Train every island, ``jobs`` at a time, each in a process of its own.
 
-    An island that fails does not stop the others; TrainingError names all that failed.
+    What a process says goes to ``island-k.log`` in the plan. An island that fails does not stop the
+    others; TrainingError names all that failed.
     """
+    if jobs < 1:
+        raise ConfigError(describe("jobs", jobs, "1 or more"))
     folder, plan = Path(folder), read_plan(folder)
     left = [entry.index for entry in plan.islands]
-    running: dict[int, subprocess.Popen[str]] = {}
+    running: dict[int, subprocess.Popen[bytes]] = {}
     failed: dict[int, str] = {}
     done = 0
     try:
@@ -44,9 +47,9 @@ def run_all(
                 index = left.pop(0)
                 running[index] = _spawn(folder, index)
             index, process = _first_done(running)
-            said = process.communicate()[1]
             del running[index]
             if process.returncode:
+                said = _log(folder, index).read_text(encoding="utf-8", errors="replace")
                 failed[index] = (said.strip().splitlines() or ["no message"])[-1]
             done += 1
             if progress is not None:
@@ -109,12 +112,17 @@ run_island(*sys.argv[1:], False)
 """
 
 
-def _spawn(folder: Path, index: int) -> subprocess.Popen[str]:
+def _spawn(folder: Path, index: int) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-c", ALONE, str(folder), str(index)]
-    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    with _log(folder, index).open("wb") as log:
+        return subprocess.Popen(command, stdout=log, stderr=log)
 
 
-def _first_done(running: dict[int, subprocess.Popen[str]]) -> tuple[int, subprocess.Popen[str]]:
+def _log(folder: Path, index: int) -> Path:
+    return folder / f"island-{index}.log"
+
+
+def _first_done(running: dict[int, subprocess.Popen[bytes]]) -> tuple[int, subprocess.Popen[bytes]]:
     """Wait until one process has ended."""
     while True:
         for index, process in running.items():
