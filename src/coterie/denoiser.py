@@ -16,8 +16,8 @@ from coterie.backbones import BACKBONES, DiTConfig
 from coterie.backbones.causal import CausalConfig
 from coterie.backbones.slots import hosts
 from coterie.core.context import Context
-from coterie.core.errors import ConfigError, DataError, describe
-from coterie.core.prediction import Condition, Prediction
+from coterie.core.errors import ConfigError, describe
+from coterie.core.prediction import Condition, Prediction, check_times
 from coterie.core.registry import Part, Registry
 from coterie.core.routing import Aux, Routing
 from coterie.process import PRECONDITIONS, PROCESSES, Process, expand
@@ -117,8 +117,7 @@ class Denoiser(Model):
         rng: Generator | None = None,
         progress: float = 1.0,
     ) -> Prediction:
-        if t.shape != x.shape[:1]:
-            raise DataError(describe("t", tuple(t.shape), f"[B] with B = {x.shape[0]}"))
+        check_times(t, len(x))
         ctx = context_at(self.process, t, self.get_buffer("time_inputs")).replace(
             sample_ids=sample_ids, training=self.training, rng=rng, progress=progress
         )
@@ -183,8 +182,7 @@ class TokenDenoiser(Model):
         rng: Generator | None = None,
         progress: float = 1.0,
     ) -> Prediction:
-        if t.shape != ids_BN.shape[:1]:
-            raise DataError(describe("t", tuple(t.shape), f"[B] with B = {ids_BN.shape[0]}"))
+        check_times(t, len(ids_BN))
         ctx = Context(
             batch=ids_BN.shape[0],
             tokens=0,

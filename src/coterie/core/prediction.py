@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from coterie.core.context import NULL_LABEL
+from coterie.core.errors import DataError, describe
 from coterie.core.routing import Aux, Routing
 
 View = Literal["x0", "eps", "score", "flow", "v", "logits"]
@@ -121,3 +122,9 @@ class DenoiserLike(Protocol):
     def __call__(self, x: Tensor, t: Tensor, cond: Condition) -> Prediction:
         """x [B, ...], t f32 [B] in the process's time, -> a prediction of x's shape."""
         ...
+
+
+def check_times(t: Tensor, batch: int) -> None:
+    """DataError unless there is one time per sample: t [B]."""
+    if t.shape != (batch,):
+        raise DataError(describe("t", tuple(t.shape), f"[B] with B = {batch}"))

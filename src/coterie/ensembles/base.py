@@ -23,8 +23,8 @@ import torch
 from pydantic import SerializeAsAny
 from torch import Generator, Tensor, nn
 
-from coterie.core.errors import ConfigError, DataError, describe
-from coterie.core.prediction import Condition, DenoiserLike, Prediction, View
+from coterie.core.errors import ConfigError, describe
+from coterie.core.prediction import Condition, DenoiserLike, Prediction, View, check_times
 from coterie.core.registry import Part, Registry
 from coterie.core.routing import ENSEMBLE, Aux, Routing
 from coterie.ensembles.members import Members, check_alike
@@ -92,8 +92,7 @@ class Ensemble(nn.Module):
         progress: float = 1.0,
     ) -> Prediction:
         """``sample_ids`` go to the routing; ``rng`` and ``progress`` have no meaning here."""
-        if t.shape != x.shape[:1]:
-            raise DataError(describe("t", tuple(t.shape), f"[B] with B = {x.shape[0]}"))
+        check_times(t, len(x))
         routing = self.choose(x, t, cond)
         return self.answer(x, t, cond, routing.replace(sample_ids=sample_ids))
 

@@ -31,8 +31,8 @@ import torch
 from pydantic import Field, model_validator
 from torch import Generator, Tensor
 
-from coterie.core.errors import ConfigError, DataError, describe
-from coterie.core.prediction import Condition, DenoiserLike, Prediction
+from coterie.core.errors import ConfigError, describe
+from coterie.core.prediction import Condition, DenoiserLike, Prediction, check_times
 from coterie.core.rng import SampleNoise
 from coterie.ensembles.base import ENSEMBLES, Ensemble, EnsembleConfig, as_members
 from coterie.ensembles.members import Members
@@ -182,8 +182,7 @@ class Composition(Ensemble):
         rng: Generator | None = None,
         progress: float = 1.0,
     ) -> Prediction:
-        if t.shape != x.shape[:1]:
-            raise DataError(describe("t", tuple(t.shape), f"[B] with B = {x.shape[0]}"))
+        check_times(t, len(x))
         parts = [self._part(index, x, t, cond) for index in range(len(self.members))]
         betas = self._betas_at(t)  # [B, M]
         first = parts[0].value

@@ -17,8 +17,8 @@ from torch import Generator, Tensor, nn
 from coterie.backbones import BACKBONES
 from coterie.backbones.dit import DiTConfig, PatchEncoder
 from coterie.core.context import Context
-from coterie.core.errors import ConfigError, DataError, describe
-from coterie.core.prediction import Condition, Prediction
+from coterie.core.errors import ConfigError, describe
+from coterie.core.prediction import Condition, Prediction, check_times
 from coterie.core.registry import Part
 from coterie.core.routing import Routing
 from coterie.denoiser import MODELS, Model, context_at, time_inputs
@@ -100,8 +100,7 @@ class ClusterRouter(Model):
         rng: Generator | None = None,
         progress: float = 1.0,
     ) -> Prediction:
-        if t.shape != x.shape[:1]:
-            raise DataError(describe("t", tuple(t.shape), f"[B] with B = {x.shape[0]}"))
+        check_times(t, len(x))
         ctx = context_at(self.process, t, self.get_buffer("time_inputs")).replace(
             sample_ids=sample_ids, training=self.training, rng=rng, progress=progress
         )

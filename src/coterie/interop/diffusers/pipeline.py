@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from torch import Generator, Tensor, nn
 
-from coterie.core.errors import CheckpointError, ConfigError, DataError, describe, unknown
-from coterie.core.prediction import Condition, Prediction, View
+from coterie.core.errors import CheckpointError, ConfigError, describe, unknown
+from coterie.core.prediction import Condition, Prediction, View, check_times
 from coterie.core.tensors import copy_tensors
 from coterie.ensembles import LoadedMembers, Loader, MemberFacts, NoiseRanges, NoiseRangesConfig
 from coterie.ensembles.blueprint import Blueprint
@@ -61,8 +61,7 @@ class DiffusersDenoiser(nn.Module):
         progress: float = 1.0,
     ) -> Prediction:
         """x [B, C, ...] at t [B]; ``sample_ids``, ``rng`` and ``progress`` have no use here."""
-        if t.shape != x.shape[:1]:
-            raise DataError(describe("t", tuple(t.shape), f"[B] with B = {x.shape[0]}"))
+        check_times(t, len(x))
         given: dict[str, Any] = {"timestep": self.process.time_input(t)}
         for name, value in {
             "encoder_hidden_states": cond.tokens,

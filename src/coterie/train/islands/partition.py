@@ -32,7 +32,6 @@ from coterie.data.source import SPLITS, Split
 
 ARRAYS = ("centers", "groups", "mean", "axes")
 READ = 512  # samples read at a time
-MODALITIES = {"image": "pictures", "vector": "points"}
 
 
 class PartitionConfig(Config):
@@ -198,7 +197,7 @@ def _features(data: Part) -> Callable[[Tensor], np.ndarray]:
         from coterie.train.features import feature_network
 
         return feature_network(data)
-    allowed = f"data of {', '.join(MODALITIES)}, or by: labels, random"
+    allowed = "data of image, vector, or by: labels, random"
     raise ConfigError(describe("partition.by", f"features of {source.modality}", allowed))
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar, Literal
 
-import torch
 from pydantic import Field, SerializeAsAny
 from torch import Generator, Tensor, nn
 from torch.nn import functional as F
@@ -20,7 +19,7 @@ from coterie.core.registry import Part
 from coterie.ensembles.router import ClusterRouterConfig
 from coterie.process import TIMES
 from coterie.train.objectives.base import OBJECTIVES
-from coterie.train.objectives.denoising import drop_some
+from coterie.train.objectives.denoising import drawn
 
 CLUSTER_MODELS = (ClusterRouterConfig.model_fields["kind"].default,)
 
@@ -56,11 +55,8 @@ class ClusterPosterior(nn.Module):
         self.times = config.times.build(self.process)
 
     def forward(self, model: Any, batch: Batch, rng: Generator, progress: float = 1.0) -> Losses:
-        B, device = batch.x.shape[0], batch.x.device
         cluster, cond = self.split(batch.cond)
-        t = self.times.sample(B, rng).to(device)
-        eps = torch.randn(batch.x.shape, generator=rng).to(device)
-        cond = drop_some(cond, torch.rand(B, generator=rng).to(device), self.config.label_dropout)
+        t, eps, cond = drawn(self.times, batch.x, cond, self.config.label_dropout, rng)
         x_t = self.process.diffuse(batch.x, eps, t)
         prediction = model(x_t, t, cond, sample_ids=batch.ids, rng=rng, progress=progress)
         loss = F.cross_entropy(prediction.value, cluster, reduction="none")

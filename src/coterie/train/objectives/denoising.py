@@ -14,7 +14,7 @@ from torch import Generator, Tensor, nn
 from coterie.core.batch import Batch, Losses
 from coterie.core.prediction import Condition, Prediction
 from coterie.core.registry import Part
-from coterie.process import TIMES, WEIGHTINGS, Process, convert, target_of, vlb_bits
+from coterie.process import TIMES, WEIGHTINGS, Process, Times, convert, target_of, vlb_bits
 from coterie.train.objectives.base import OBJECTIVES
 
 
@@ -55,12 +55,7 @@ class Denoising(nn.Module):
         return getattr(self.weighting, "lr", None)
 
     def forward(self, model: Any, batch: Batch, rng: Generator, progress: float = 1.0) -> Losses:
-        B = batch.x.shape[0]
-        device = batch.x.device
-        t = self.times.sample(B, rng).to(device)
-        eps = torch.randn(batch.x.shape, generator=rng).to(device)
-        chance = torch.rand(B, generator=rng).to(device)
-        cond = drop_some(batch.cond, chance, self.config.label_dropout)
+        t, eps, cond = drawn(self.times, batch.x, batch.cond, self.config.label_dropout, rng)
         x_t = self.process.diffuse(batch.x, eps, t)
         prediction = model(x_t, t, cond, sample_ids=batch.ids, rng=rng, progress=progress)
         per_sample = self.error(prediction, batch.x, eps, t)
@@ -91,6 +86,18 @@ class Denoising(nn.Module):
         assert prediction.variance is not None
         denoised = convert(self.process, prediction.value.detach(), prediction.view, "x0", x_t, t)
         return vlb_bits(self.process, x0, x_t, t, denoised, prediction.variance)
+
+
+def drawn(
+    times: Times, x0: Tensor, cond: Condition, dropout: float, rng: Generator
+) -> tuple[Tensor, Tensor, Condition]:
+    """What a step of training draws for x0 [B, ...]: times [B], noise of x0's shape, and the
+    condition with a share ``dropout`` of its rows null; always in this order."""
+    B, device = x0.shape[0], x0.device
+    t = times.sample(B, rng).to(device)
+    eps = torch.randn(x0.shape, generator=rng).to(device)
+    chance = torch.rand(B, generator=rng).to(device)
+    return t, eps, drop_some(cond, chance, dropout)
 
 
 def drop_some(cond: Condition, chance: Tensor, share: float) -> Condition:

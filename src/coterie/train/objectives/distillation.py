@@ -17,7 +17,7 @@ from coterie.core.registry import Part
 from coterie.denoiser import MODELS
 from coterie.process import TIMES, WEIGHTINGS, Transported, as_view, target_of
 from coterie.train.objectives.base import OBJECTIVES
-from coterie.train.objectives.denoising import drop_some, mean_over
+from coterie.train.objectives.denoising import drawn, mean_over
 
 
 @OBJECTIVES.register
@@ -55,12 +55,7 @@ class Distillation(nn.Module):
         return self
 
     def forward(self, model: Any, batch: Batch, rng: Generator, progress: float = 1.0) -> Losses:
-        B, device = batch.x.shape[0], batch.x.device
-        t = self.times.sample(B, rng).to(device)
-        eps = torch.randn(batch.x.shape, generator=rng).to(device)
-        cond = drop_some(
-            batch.cond, torch.rand(B, generator=rng).to(device), self.config.label_dropout
-        )
+        t, eps, cond = drawn(self.times, batch.x, batch.cond, self.config.label_dropout, rng)
         x_t = self.process.diffuse(batch.x, eps, t)
         prediction = model(x_t, t, cond, sample_ids=batch.ids, rng=rng, progress=progress)
         with torch.no_grad():
