@@ -16,10 +16,10 @@ from typing import Any
 
 import torch
 
+from coterie.bench.experts import Case, make_routing, run_benchmark
 from coterie.core.folder import write_text
 from coterie.core.machine import commit, hardware
 from coterie.experts import ExpertPool, dispatch, plan
-from coterie.experts.benchmark import Case, make_routing, run_benchmark
 from coterie.experts.kinds import SwiGLU
 from coterie.recipes import get_recipe
 from coterie.train.run import make_trainer

@@ -127,7 +127,7 @@ def _fakes(calls: Calls) -> list[ModuleType]:
         _module("coterie.recipes.verify", verify=verify),
         _module("coterie.train.run", start=start, load_run=load_run, plan=plan),
         _module("coterie.train.samples", sample_run=sample_run),
-        _module("coterie.experts.benchmark", run_benchmark=run_benchmark, CASES={"S2": 1, "B2": 2}),
+        _module("coterie.bench.experts", run_benchmark=run_benchmark, CASES={"S2": 1, "B2": 2}),
         _module("coterie.train.report", report_run=report_run),
         _module("coterie.data.fetch", fetch=fetch, DOWNLOADS={}),
     ]

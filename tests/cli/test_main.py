@@ -13,6 +13,7 @@ import pytest
 
 import coterie as package
 from coterie.cli import main as entry
+from coterie.cli.bench import BENCHES
 from coterie.cli.list import REGISTRIES
 from coterie.cli.output import facts, human, table
 
@@ -37,9 +38,19 @@ def test_every_verb_has_help_and_its_name(coterie: Run, verb: str) -> None:
 
 
 def test_every_verb_file_is_in_the_table() -> None:
-    helpers = {"__init__", "main", "output", "overrides", "size"}
+    helpers = {"__init__", "main", "lazy", "output", "overrides", "size", "bench_options"}
     folder = Path(inspect.getfile(entry)).parent
-    assert {path.stem for path in folder.glob("*.py")} - helpers == set(entry.VERBS)
+    benches = {f"bench_{name}" for name in BENCHES}
+    assert {path.stem for path in folder.glob("*.py")} - helpers == set(entry.VERBS) | benches
+
+
+@pytest.mark.parametrize("name", BENCHES)
+def test_every_bench_has_help_its_name_and_a_module(coterie: Run, name: str) -> None:
+    command = importlib.import_module(f"coterie.cli.bench_{name}").command
+    assert command.name == name
+    code, out, _ = coterie("bench", name, "--help")
+    assert code == 0 and "--rounds" in out and "--out" in out
+    assert hasattr(importlib.import_module(f"coterie.bench.{name}"), "run_benchmark")
 
 
 def test_no_argument_shows_the_help(coterie: Run) -> None:

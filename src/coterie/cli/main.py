@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
 import sys
 from collections.abc import Sequence
 
 import click
 
-from coterie.core.errors import CoterieError, unknown
+from coterie.cli.lazy import LazyGroup
+from coterie.core.errors import CoterieError
 
 VERBS = {
     "demo": "Train a small mixture of experts on digits, sample, report. Minutes.",
@@ -24,7 +24,7 @@ VERBS = {
     "report": "Who does what in a run, or in a Hugging Face model that reads a text.",
     "sweep": "Quality against cost of a run when its routers choose more or fewer experts.",
     "verify": "Measure the claims of recipes against their baselines.",
-    "bench": "Time the expert layers on this machine.",
+    "bench": "Time the library beside its peers on this machine.",
     "data": "List data sets, or get one.",
     "list": "List recipes and every kind of part.",
     "show": "The configuration and the size of a recipe.",
@@ -37,25 +37,7 @@ INTERRUPTED = 130
 USER_ERROR = 2
 
 
-class LazyGroup(click.Group):
-    """A group whose commands are imported one at a time, so that help stays quick."""
-
-    def list_commands(self, ctx: click.Context) -> list[str]:
-        return list(VERBS)
-
-    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        if cmd_name not in VERBS:
-            raise click.UsageError(unknown("command", cmd_name, VERBS), ctx)
-        command = importlib.import_module(f"coterie.cli.{cmd_name}").command
-        assert isinstance(command, click.Command)
-        return command
-
-    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        with formatter.section("Commands"):
-            formatter.write_dl(list(VERBS.items()))
-
-
-@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=LazyGroup, verbs=VERBS, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="coterie")
 def cli() -> None:
     """coterie: diffusion models made of many experts.

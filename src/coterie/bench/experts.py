@@ -1,20 +1,14 @@
-"""Time the dispatch backends against each other and a dense layer of equal active cost.
-
-On one thread the clock is process CPU time, so other jobs on the machine disturb little; with more
-threads it is wall time, and on a GPU wall time between synchronisations. Candidates are interleaved
-and every figure is the median of the ratios within a round, so a drift of the machine cancels.
-"""
+"""Time the dispatch backends against each other and a dense layer of equal active cost."""
 
 from __future__ import annotations
 
-import statistics
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from coterie.bench.timing import Place, Times, interleaved, milliseconds, ratio
 from coterie.core.errors import ConfigError, unknown
 from coterie.core.routing import Routing
 from coterie.experts.dispatch import available, choose, dispatch, plan
@@ -46,23 +40,6 @@ CASES: dict[str, Case] = {
     )
 }
 DENSE_LAYER = "dense_layer"
-_CHUNK = 0.03  # s, least time measured at once: the clock ticks in microseconds, jobs in ms
-_SHORT_ROUND = 1.0  # s
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where and in which type a benchmark runs."""
-
-    device: str = "cpu"
-    dtype: torch.dtype = torch.float32
-    threads: int = 1
-
-    def clock(self) -> float:
-        if self.device != "cpu":
-            torch.cuda.synchronize()
-            return time.perf_counter()
-        return time.process_time() if self.threads == 1 else time.perf_counter()
 
 
 def run_benchmark(
@@ -83,16 +60,11 @@ def run_benchmark(
     for name in cases:
         if name not in CASES:
             raise ConfigError(unknown("cases", name, CASES))
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        place = Place(device, dtype, threads)
-        chosen = [CASES[name] for name in cases]
-        if tokens is not None:
-            chosen = [replace(case, tokens=tokens) for case in chosen]
+    chosen = [CASES[name] for name in cases]
+    if tokens is not None:
+        chosen = [replace(case, tokens=tokens) for case in chosen]
+    with Place(device, dtype, threads).entered() as place:
         return [row for case in chosen for row in _run_case(case, place, rounds)]
-    finally:
-        torch.set_num_threads(before)
 
 
 def make_routing(case: Case, device: str = "cpu") -> Routing:
@@ -122,14 +94,14 @@ def _run_case(case: Case, place: Place, rounds: int) -> list[dict]:
     calls: dict[str, Callable[[], Tensor]] = {DENSE_LAYER: lambda: wide(x)}
     for name in [*names, "auto"]:
         calls[name] = lambda name=name: dispatch(x, plan(routing), pool, name)  # type: ignore[misc]
-    forward = _interleaved({n: _forward(f) for n, f in calls.items()}, place, rounds)
-    train: dict[str, list[float]] = {}
+    forward = interleaved({n: _forward(f) for n, f in calls.items()}, place, rounds)
+    train: Times = {}
     if case.train:
         grad = torch.randn(x.shape, generator=rng).to(x)
         sparse = [x, routing.gates, *pool.parameters()]
         steps = {n: _train(f, sparse, grad) for n, f in calls.items() if n != DENSE_LAYER}
         steps[DENSE_LAYER] = _train(calls[DENSE_LAYER], [x, *wide.parameters()], grad)
-        train = _interleaved(steps, place, rounds)
+        train = interleaved(steps, place, rounds)
     with torch.no_grad():
         choices = {"forward": choose(x, made, pool)}
     choices["train"] = choose(x, made, pool)
@@ -155,48 +127,11 @@ def _train(
     return run
 
 
-def _interleaved(
-    calls: dict[str, Callable[[], None]], place: Place, rounds: int
-) -> dict[str, list[float]]:
-    """Seconds per call in every round. Short calls are repeated, and get three times the rounds."""
-    clock = place.clock
-    repeats, total = {}, 0.0
-    for name, call in calls.items():
-        call()  # warm-up
-        start = clock()
-        call()
-        seconds = max(clock() - start, 1e-6)
-        repeats[name] = max(1, min(50, int(_CHUNK / seconds)))
-        total += repeats[name] * seconds
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for turn in range(3 * rounds if total < _SHORT_ROUND else rounds):
-        order = list(calls) if turn % 2 == 0 else list(calls)[::-1]
-        for name in order:
-            start = clock()
-            for _ in range(repeats[name]):
-                calls[name]()
-            times[name].append((clock() - start) / repeats[name])
-    return times
-
-
-def _ratio(times: dict[str, list[float]], name: str, others: Sequence[str]) -> float | None:
-    """Median over rounds of the time of ``name`` over the least of ``others`` in that round.
-
-    Which of the others is least is decided on medians, so that noise cannot pick a new best in
-    every round.
-    """
-    known = [other for other in others if other in times]
-    if name not in times or not known:
-        return None
-    best = min(known, key=lambda other: statistics.median(times[other]))
-    return round(statistics.median(a / b for a, b in zip(times[name], times[best])), 3)
-
-
 def _row(
     case: Case,
     name: str,
-    forward: dict[str, list[float]],
-    train: dict[str, list[float]],
+    forward: Times,
+    train: Times,
     choices: dict[str, str],
 ) -> dict:
     rivals = [other for other in forward if other not in (DENSE_LAYER, "auto", name)]
@@ -205,9 +140,8 @@ def _row(
         row["choice"] = choices
     for prefix, times in (("", forward), ("train_", train)):
         column = "forward_ms" if not prefix else "train_ms"
-        seconds = times.get(name)
-        row[column] = None if seconds is None else round(1e3 * statistics.median(seconds), 3)
-        row[f"{prefix}vs_dense"] = _ratio(times, name, [DENSE_LAYER])
-        row[f"{prefix}vs_loop"] = _ratio(times, name, ["loop"])
-        row[f"{prefix}vs_best"] = _ratio(times, name, rivals)
+        row[column] = milliseconds(times, name)
+        row[f"{prefix}vs_dense"] = ratio(times, name, [DENSE_LAYER])
+        row[f"{prefix}vs_loop"] = ratio(times, name, ["loop"])
+        row[f"{prefix}vs_best"] = ratio(times, name, rivals)
     return row
