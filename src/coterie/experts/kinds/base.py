@@ -29,6 +29,19 @@ class Geometry(NamedTuple):
     groups: int
 
 
+class FeedForward(NamedTuple):
+    """``down(activation(up x + up_bias)) + down_bias`` by names of an expert's parameters, for
+    backends with kernels of their own. ``up`` [F, D], or [2F, D] where ``gated`` (rows of the gate
+    first: ``activation(gate) * up``), ``down`` [D, F]; None: no such bias."""
+
+    up: str
+    down: str
+    activation: Literal["silu", "gelu", "gelu_tanh", "relu"]
+    gated: bool = False
+    up_bias: str | None = None
+    down_bias: str | None = None
+
+
 class Weights(Protocol):
     """The parameters that apply to the rows at hand."""
 
@@ -79,6 +92,10 @@ class ExpertKind(Part):
     def forward(self, x: Tensor, weights: Weights) -> Tensor:
         """x [..., D] -> [..., D]."""
         raise NotImplementedError
+
+    def feed_forward(self) -> FeedForward | None:
+        """What :meth:`forward` is where it is a feed-forward network and nothing more."""
+        return None
 
     def reset(self, name: str, parameter: Tensor, rng: Generator | None) -> None:
         """Initialise parameter ``name`` of one expert in place."""

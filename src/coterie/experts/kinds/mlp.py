@@ -16,6 +16,7 @@ from torch import Generator, Tensor, nn
 from coterie.experts.kinds.base import (
     EXPERTS,
     ExpertKind,
+    FeedForward,
     Weights,
     normal,
     scaled,
@@ -67,6 +68,9 @@ class SwiGLU(_HiddenKind):
         gate, up = weights.linear(x, "gate_up").chunk(2, dim=-1)
         return weights.linear(mlp.GLU_ACTIVATIONS[self.activation](gate) * up, "down")
 
+    def feed_forward(self) -> FeedForward:
+        return FeedForward("gate_up", "down", self.activation, gated=True)
+
     def fuse(self, experts: Sequence[Mapping[str, Tensor]], gates: Tensor) -> dict[str, Tensor]:
         """All gate rows, then all up rows; columns of ``down`` times their expert's gate."""
         halves = zip(*(one["gate_up"].chunk(2) for one in experts))
@@ -100,6 +104,9 @@ class GeluMLP(_HiddenKind):
     def forward(self, x: Tensor, weights: Weights) -> Tensor:
         inner = mlp.gelu_tanh(weights.linear(x, "up", "up_bias"))
         return weights.linear(inner, "down", "down_bias")
+
+    def feed_forward(self) -> FeedForward:
+        return FeedForward("up", "down", "gelu_tanh", up_bias="up_bias", down_bias="down_bias")
 
     def fuse(self, experts: Sequence[Mapping[str, Tensor]], gates: Tensor) -> dict[str, Tensor]:
         """Rows of ``up`` one expert after another; columns of ``down`` times its gate."""
