@@ -1,45 +1,33 @@
-"""Time the dispatch backends against each other and a dense layer of equal active cost."""
+"""Time the dispatch backends against each other, other libraries and a dense layer of equal active
+cost."""
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from typing import Any
 
 import torch
-from torch import Tensor
 
-from coterie.bench.timing import Place, Times, interleaved, milliseconds, ratio
+from coterie.bench.expert_cases import CASES, Call, Case, Setup, make_routing
+from coterie.bench.expert_peers import (
+    DENSE_LAYER,
+    FLOOR,
+    PACKAGE,
+    PRODUCTS,
+    Sorted,
+    dense_layer,
+    transformers_calls,
+)
+from coterie.bench.timing import Place, Times, interleaved, milliseconds, ratio, ratios, spread
 from coterie.core.errors import ConfigError, unknown
-from coterie.core.routing import Routing
-from coterie.experts.dispatch import available, choose, dispatch, plan
-from coterie.experts.kinds import ExpertPool, SwiGLU
+from coterie.experts.dispatch import choose
 
+__all__ = ["CASES", "Case", "make_routing", "run_benchmark"]
 
-@dataclass(frozen=True)
-class Case:
-    """SwiGLU experts of inner size ``hidden``; ``train`` False: forward only (decoding)."""
-
-    name: str
-    tokens: int
-    width: int
-    hidden: int
-    num_experts: int
-    top_k: int
-    train: bool = True
-
-
-CASES: dict[str, Case] = {
-    case.name: case
-    for case in (
-        Case("S2", 2048, 384, 1536, 8, 2),
-        Case("B2", 1024, 768, 3072, 16, 2),
-        Case("fine64", 2048, 384, 256, 64, 6),
-        Case("small", 2048, 192, 384, 16, 2),
-        Case("decode8", 8, 768, 3072, 16, 2, train=False),
-        Case("fine-decode16", 16, 384, 256, 64, 6, train=False),
-    )
-}
-DENSE_LAYER = "dense_layer"
+ONE_THREAD = "auto, one thread"
+_NO_RIVAL = (DENSE_LAYER, FLOOR, PRODUCTS, "auto", ONE_THREAD)
 
 
 def run_benchmark(
@@ -49,13 +37,15 @@ def run_benchmark(
     device: str = "cpu",
     dtype: torch.dtype = torch.float32,
     tokens: int | None = None,
-) -> list[dict]:
-    """Rows ``{case, backend, choice, forward_ms, train_ms, vs_dense, ...}``, one per backend.
+) -> list[dict[str, Any]]:
+    """Rows ``{case, backend, choice, forward_ms, train_ms, vs_dense, ...}``, one per candidate.
 
-    ``vs_dense``, ``vs_loop``, ``vs_best``: time of the forward over that of the dense layer of
-    equal active cost, the plain loop, the fastest other backend; ``train_vs_*``: forward and
-    backward; None where not timed. ``auto`` is one of the backends, ``choice`` what it picked.
-    ``tokens`` replaces the number of tokens of every case.
+    ``vs_dense``, ``vs_floor``, ``vs_loop``, ``vs_best``, ``vs_peer``: time of the forward over that
+    of the dense layer of equal active cost, the bare experts, the plain loop, the fastest other
+    candidate, the fastest that is not ours; ``train_vs_*``: forward and backward; None where not
+    timed. ``spread``: half the distance between the quartiles of ``vs_floor``. ``auto`` is what a
+    model uses, ``choice`` what it picked. With several threads ``auto, one thread`` is the same on
+    one, by the same clock. ``tokens`` replaces the number of tokens of every case.
     """
     for name in cases:
         if name not in CASES:
@@ -67,81 +57,91 @@ def run_benchmark(
         return [row for case in chosen for row in _run_case(case, place, rounds)]
 
 
-def make_routing(case: Case, device: str = "cpu") -> Routing:
-    """Random choices with a mildly skewed load, gates that ask for a gradient."""
-    rng = torch.Generator().manual_seed(0)
-    logits = torch.randn(case.tokens, case.num_experts, generator=rng)
-    logits += torch.linspace(0.0, 0.5, case.num_experts)
-    probs = logits.softmax(dim=1)
-    gates, ids = (value.to(device) for value in probs.topk(case.top_k, dim=1))
-    gates.requires_grad_()
-    probs, logits = probs.to(device), logits.to(device)
-    return Routing("token", case.num_experts, ids, gates, probs, logits, (1, case.tokens))
-
-
-def _run_case(case: Case, place: Place, rounds: int) -> list[dict]:
-    pool = ExpertPool(SwiGLU(hidden=case.hidden), case.num_experts, case.width)
-    pool = pool.to(place.device, place.dtype)
-    wide = SwiGLU(hidden=case.hidden * case.top_k).module(case.width).to(place.device, place.dtype)
-    routing = make_routing(case, place.device)
-    rng = torch.Generator().manual_seed(1)
-    x = torch.randn(case.tokens, case.width, generator=rng).to(place.device, place.dtype)
-    x.requires_grad_()
-    made = plan(routing)
-    names = [name for name in available(x, made, pool) if name != "dense"]
-    if case.num_experts <= 2 * case.top_k:
-        names.append("dense")
-    calls: dict[str, Callable[[], Tensor]] = {DENSE_LAYER: lambda: wide(x)}
-    for name in [*names, "auto"]:
-        calls[name] = lambda name=name: dispatch(x, plan(routing), pool, name)  # type: ignore[misc]
-    forward = interleaved({n: _forward(f) for n, f in calls.items()}, place, rounds)
-    train: Times = {}
+def _run_case(case: Case, place: Place, rounds: int) -> list[dict[str, Any]]:
+    setup = Setup(case, place)
+    calls = {DENSE_LAYER: dense_layer(setup), **setup.backends(), **transformers_calls(setup)}
+    bare = Sorted(setup)
+    forward: dict[str, Callable[[], Any]] = {FLOOR: bare.forward, PRODUCTS: bare.products}
+    train: dict[str, Callable[[], Any]] = {FLOOR: bare.train, PRODUCTS: bare.products_train}
+    for name, call in calls.items():
+        forward[name] = _forward(call)
+        train[name] = _train(call, setup)
+    if place.threads > 1:
+        forward[ONE_THREAD] = _on_one_thread(forward["auto"], place)
+        train[ONE_THREAD] = _on_one_thread(train["auto"], place)
+    times = {"": interleaved(forward, place, rounds)}
     if case.train:
-        grad = torch.randn(x.shape, generator=rng).to(x)
-        sparse = [x, routing.gates, *pool.parameters()]
-        steps = {n: _train(f, sparse, grad) for n, f in calls.items() if n != DENSE_LAYER}
-        steps[DENSE_LAYER] = _train(calls[DENSE_LAYER], [x, *wide.parameters()], grad)
-        train = interleaved(steps, place, rounds)
+        times["train_"] = interleaved(train, place, rounds)
     with torch.no_grad():
-        choices = {"forward": choose(x, made, pool)}
-    choices["train"] = choose(x, made, pool)
-    return [_row(case, name, forward, train, choices) for name in calls]
+        choices = {"forward": choose(setup.x, setup.plan, setup.pool)}
+    choices["train"] = choose(setup.x, setup.plan, setup.pool)
+    rows = [_row(case, name, times) for name in forward]
+    for row in rows:
+        if row["backend"] == "auto":
+            row.update(choice=choices, touched_bytes=_touched_bytes(setup), **_gains(times))
+    return rows
 
 
-def _forward(call: Callable[[], Tensor]) -> Callable[[], None]:
+def _gains(timed: dict[str, Times]) -> dict[str, float | None]:
+    """Times of others over that of ``auto``."""
+    made = {}
+    for prefix in ("", "train_"):
+        times = timed.get(prefix, {})
+        grouped = [name for name in times if "grouped" in name]
+        best = min(grouped, key=lambda name: statistics.median(times[name]), default="")
+        made[f"{prefix}grouped_vs_auto"] = ratio(times, best, ["auto"])
+        made[f"{prefix}eager_vs_auto"] = ratio(times, "transformers-eager", ["auto"])
+        made[f"{prefix}threads_gain"] = ratio(times, ONE_THREAD, ["auto"])
+    return made
+
+
+def _touched_bytes(setup: Setup) -> int:
+    """Bytes of the weights of the experts that any row chose: the least a forward must read."""
+    distinct = sum(count > 0 for count in setup.plan.counts)
+    return distinct * sum(s[0].numel() * s.itemsize for s in setup.pool.stacks().values())
+
+
+def _forward(call: Call) -> Callable[[], None]:
     def run() -> None:
         with torch.no_grad():
-            call()
+            call.run()
 
     return run
 
 
-def _train(
-    call: Callable[[], Tensor], leaves: Sequence[Tensor], grad: Tensor
-) -> Callable[[], None]:
+def _train(call: Call, setup: Setup) -> Callable[[], None]:
     """Forward and backward; gradients are made anew, as after ``zero_grad(set_to_none=True)``."""
 
     def run() -> None:
-        torch.autograd.grad(call(), leaves, grad)
+        torch.autograd.grad(call.run(), call.leaves, setup.grad)
 
     return run
 
 
-def _row(
-    case: Case,
-    name: str,
-    forward: Times,
-    train: Times,
-    choices: dict[str, str],
-) -> dict:
-    rivals = [other for other in forward if other not in (DENSE_LAYER, "auto", name)]
-    row: dict = {"case": case.name, "backend": name}
-    if name == "auto":
-        row["choice"] = choices
-    for prefix, times in (("", forward), ("train_", train)):
-        column = "forward_ms" if not prefix else "train_ms"
-        row[column] = milliseconds(times, name)
+def _on_one_thread(run: Callable[[], Any], place: Place) -> Callable[[], None]:
+    def alone() -> None:
+        torch.set_num_threads(1)
+        run()
+        torch.set_num_threads(place.threads)
+
+    return alone
+
+
+def _is_peer(name: str) -> bool:
+    """A way that others have: the plain loop, torch's grouped product, another library."""
+    return name in ("loop", "grouped") or name.startswith(PACKAGE)
+
+
+def _row(case: Case, name: str, timed: dict[str, Times]) -> dict[str, Any]:
+    row: dict[str, Any] = {"case": case.name, "backend": name}
+    for prefix in ("", "train_"):
+        times = timed.get(prefix, {})
+        rivals = [other for other in times if other not in (*_NO_RIVAL, name)]
+        row[f"{prefix or 'forward_'}ms"] = milliseconds(times, name)
         row[f"{prefix}vs_dense"] = ratio(times, name, [DENSE_LAYER])
+        row[f"{prefix}vs_floor"] = ratio(times, name, [FLOOR])
         row[f"{prefix}vs_loop"] = ratio(times, name, ["loop"])
         row[f"{prefix}vs_best"] = ratio(times, name, rivals)
+        row[f"{prefix}vs_peer"] = ratio(times, name, [n for n in rivals if _is_peer(n)])
+        row[f"{prefix}spread"] = spread(ratios(times, name, [FLOOR]))
     return row

@@ -8,23 +8,57 @@ import click
 
 from coterie.cli.bench_options import show, timing_options
 
-SHOWN = ("case", "backend", "forward_ms", "vs_dense", "train_ms", "train_vs_dense", "train_vs_best")
+SHOWN = (
+    "case",
+    "backend",
+    "forward_ms",
+    "vs_floor",
+    "vs_dense",
+    "vs_peer",
+    "train_ms",
+    "train_vs_floor",
+    "train_vs_dense",
+    "train_vs_peer",
+)
+GOALS = ("goal", "what", "figure", "bound", "met")
 
 
 @click.command("experts")
 @click.argument("cases", nargs=-1, metavar="[CASE]...")
 @timing_options(rounds=3)
+@click.option("--growth", is_flag=True, help="Also fit how cost grows with experts and tokens.")
 def command(
-    cases: tuple[str, ...], threads: int, rounds: int, out: Path | None, as_json: bool
+    cases: tuple[str, ...],
+    threads: int,
+    rounds: int,
+    out: Path | None,
+    as_json: bool,
+    growth: bool,
 ) -> None:
     """Time every way to dispatch tokens to experts. Without CASE: all sizes, some minutes.
 
-    vs_dense: time over that of a dense layer of equal active cost; train: forward and backward;
-    vs_best: time over that of the fastest other way. `auto` is what a model uses by default.
+    vs_floor: time over that of the bare experts on rows that lie sorted already; vs_dense: over a
+    dense layer of equal active cost; vs_peer: over the fastest way that others have; train: forward
+    and backward. `auto` is what a model uses by default. The goals are those of docs/dispatch.md.
     """
+    from coterie.bench import expert_growth
+    from coterie.bench.expert_goals import expert_goals
     from coterie.bench.experts import CASES, run_benchmark
+    from coterie.bench.machine import read_bandwidth
     from coterie.bench.timing import Place, stamp
 
+    place = Place(threads=threads)
     rows = run_benchmark(cases or tuple(CASES), threads=threads, rounds=rounds)
-    result = {**stamp("experts", Place(threads=threads), rounds), "rows": rows}
-    show(result, SHOWN, out, as_json)
+    bandwidth = read_bandwidth(place)
+    result = {
+        **stamp("experts", place, rounds, ("transformers",)),
+        "read_bytes_per_second": bandwidth,
+        "rows": rows,
+        "goals": expert_goals(rows, threads, bandwidth),
+    }
+    tables = [("goals", GOALS)]
+    if growth:
+        result["growth"] = expert_growth.growth(rounds, threads)
+        result["laws"] = result["growth"].pop("laws")
+        tables.append(("laws", GOALS))
+    show(result, SHOWN, out, as_json, tables)
