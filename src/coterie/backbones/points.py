@@ -33,6 +33,7 @@ from coterie.core.cost import count_parameters
 from coterie.core.errors import ConfigError, DataError, describe
 from coterie.core.prediction import Condition
 from coterie.core.routing import Routing
+from coterie.core.share import uniform
 from coterie.experts.routers.config import within
 from coterie.nn.embed import LabelEmbedding, TimeEmbedding, sincos_grid
 from coterie.nn.init import xavier_linear, zero_linear
@@ -64,7 +65,7 @@ class MaskConfig(Config):
         over = not ctx.training or ctx.progress > self.until
         if self.kind == "none" or over or rng is None:
             return None
-        scores = torch.rand(foreground_BL.shape, generator=rng, device=rng.device)
+        scores = uniform(foreground_BL.shape, rng)
         aware = self.kind == "fgbg"
         groups = (foreground_BL if aware else torch.zeros_like(foreground_BL)).long()
         drop = (self.rb, self.rf) if aware else (self.r,)

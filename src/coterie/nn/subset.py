@@ -11,6 +11,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from coterie.core.share import largest
+
 
 def keep_counts(sizes_BG: Tensor, drop: Sequence[float]) -> Tensor:
     """i64 [B, G]: how many of the members of each group stay when a share ``drop`` [G] goes.
@@ -37,7 +39,7 @@ def draw_subset(scores_BL: Tensor, groups_BL: Tensor, drop: Sequence[float]) -> 
     starts_BG = sizes_BG.cumsum(1) - sizes_BG
     rank_BL = torch.arange(L, device=order_BL.device) - starts_BG.gather(1, sorted_BL)
     kept_BL = rank_BL < counts_BG.gather(1, sorted_BL)
-    longest = int(counts_BG.sum(1).max()) if len(counts_BG) else L
+    longest = largest(int(counts_BG.sum(1).max()) if len(counts_BG) else L, counts_BG.device)
     return order_BL.masked_fill(~kept_BL, L).sort(dim=1).values[:, :longest]
 
 

@@ -15,6 +15,7 @@ from pydantic import Field, SerializeAsAny
 from torch import Tensor, nn
 
 from coterie.core.registry import Part
+from coterie.core.share import summed
 from coterie.process.base import Process
 from coterie.process.times import cluster_of
 from coterie.process.views import check_view
@@ -44,6 +45,7 @@ class ClusterUncertainty(nn.Module):
         losses = per_sample.float()
         sums = losses.new_zeros(self.clusters).index_add(0, cluster, losses)
         counts = losses.new_zeros(self.clusters).index_add(0, cluster, torch.ones_like(losses))
+        sums, counts = summed(sums, counts)
         means = sums / counts.clamp_min(1.0) / self.clusters
         terms = 0.5 * (torch.exp(-self.log_variance) * means + self.log_variance)
         return (terms * (counts > 0)).sum()

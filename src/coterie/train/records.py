@@ -11,6 +11,7 @@ from torch import Tensor
 
 from coterie.core.batch import Losses
 from coterie.core.routing import Routing
+from coterie.core.share import summed
 
 
 class NoiseBins:
@@ -64,7 +65,7 @@ def expert_load(routings: Iterable[Routing]) -> dict[str, dict[str, float]]:
     for routing in routings:
         key = f"{routing.slot}/layer{routing.layer}"
         key += f"/round{routing.round}" if routing.round else ""
-        own = routing.counts()
+        (own,) = summed(routing.counts())
         counts[key] = counts[key] + own if key in counts else own
     out = {}
     for key, load in counts.items():

@@ -15,6 +15,7 @@ from torch import Generator, Tensor
 
 from coterie.core.registry import Part, Registry
 from coterie.core.routing import Aux, Routing
+from coterie.core.share import summed
 from coterie.experts.routers import Router, RouterConfig
 
 BALANCES = Registry("balance", "coterie.balances")
@@ -52,12 +53,13 @@ def by_sequence(routing: Routing, values: Tensor, apart: bool) -> Tensor:
 
 
 def mean_rows(routing: Routing, values: Tensor) -> Tensor:
-    """Mean over rows that count of values [R, ...]; 0 where none does."""
+    """Mean over the batch's rows that count of values [R, ...]; 0 where none does."""
     keep = routing.rows_mask().to(values.dtype)
     shaped = keep.reshape(-1, *[1] * (values.dim() - 1))
     zeros = torch.zeros_like(values)
     kept = torch.where(shaped > 0, values, zeros)  # NaN in a masked row must not spread
-    return kept.sum(dim=0) / keep.sum().clamp_min(1.0)
+    total, count = summed(kept.sum(dim=0), keep.sum())
+    return total / count.clamp_min(1.0)
 
 
 def stack(routings: Sequence[Routing]) -> Routing:

@@ -12,6 +12,7 @@ from torch import Generator, Tensor
 
 from coterie.core.errors import ConfigError, describe
 from coterie.core.routing import Aux, Routing
+from coterie.core.share import summed
 from coterie.experts.balance.base import BALANCES, BalancePart, by_sequence, scored_columns, term
 from coterie.experts.routers import CosineScore, RouterConfig
 
@@ -38,17 +39,25 @@ class ContrastiveBalance(BalancePart):
         inputs, prototypes = routing.inputs, routing.prototypes
         if inputs is None or prototypes is None:
             raise ValueError("the contrastive loss needs routings with inputs and prototypes")
-        apart = self.statistics == "sequence"
+        apart = self.statistics == "sequence" and routing.unit == "token"
         chosen = (scored_columns(routing, routing.one_hot()) > 0).float()
         chosen_SRE = by_sequence(routing, chosen, apart)
         # Masked rows have no choice, so 0 * x drops them; where() also drops NaN padding.
         rows = torch.where(chosen.any(dim=1)[:, None], inputs.float(), 0.0)
         rows_SRD = by_sequence(routing, rows, apart)
-        count_SE = chosen_SRE.sum(dim=1)
-        mean_SED = chosen_SRE.transpose(1, 2) @ rows_SRD / count_SE.clamp_min(1.0)[:, :, None]
-        return self._cross_entropy(prototypes.float(), mean_SED, count_SE > 0)
+        count_SE, sum_SED = chosen_SRE.sum(dim=1), chosen_SRE.transpose(1, 2) @ rows_SRD
+        if not apart:
+            count_SE, sum_SED = summed(count_SE, sum_SED)
+        mean_SED = sum_SED / count_SE.clamp_min(1.0)[:, :, None]
+        total, usable = self._cross_entropy(prototypes.float(), mean_SED, count_SE > 0)
+        if apart:
+            total, usable = summed(total, usable)
+        return total / usable.clamp_min(1)
 
-    def _cross_entropy(self, prototypes: Tensor, means: Tensor, valid: Tensor) -> Tensor:
+    def _cross_entropy(
+        self, prototypes: Tensor, means: Tensor, valid: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Scalars: the sum over samples and experts, and how many of them take part."""
         similarity = F.normalize(prototypes, dim=-1) @ F.normalize(means, dim=-1).transpose(1, 2)
         logits_SEE = (similarity / self.tau).masked_fill(~valid[:, None, :], float("-inf"))
         usable = valid & (valid.sum(dim=1, keepdim=True) >= 2)
@@ -57,7 +66,7 @@ class ContrastiveBalance(BalancePart):
         diagonal = safe.diagonal(dim1=1, dim2=2)
         loss_SE = safe.logsumexp(dim=2) - diagonal
         kept = torch.where(usable, loss_SE, torch.zeros_like(loss_SE))
-        return kept.sum() / usable.sum().clamp_min(1)
+        return kept.sum(), usable.float().sum()
 
     def check(self, router: RouterConfig, num_experts: int | None) -> None:
         if not isinstance(router.score, CosineScore):

@@ -14,6 +14,7 @@ from torch import Generator, Tensor
 
 from coterie.core.errors import ConfigError, describe
 from coterie.core.routing import Aux, Routing
+from coterie.core.share import summed
 from coterie.experts.balance.base import BALANCES, BalancePart, scored_columns
 from coterie.experts.routers import NoiseLevelScore, RouterConfig, TopK, top_ids
 from coterie.experts.windows import sliding_windows
@@ -56,7 +57,8 @@ class DiffusionPrior(BalancePart):
         share = torch.cat(probs, dim=1) / len(routings)
         each = jensen_shannon(share, target, self.eps)
         keep = first.rows_mask().float()
-        return (each * keep).sum() / keep.sum().clamp_min(1.0)
+        total, count = summed((each * keep).sum(), keep.sum())
+        return total / count.clamp_min(1.0)
 
     def check(self, router: RouterConfig, num_experts: int | None) -> None:
         score = router.score

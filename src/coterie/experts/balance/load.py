@@ -11,6 +11,7 @@ from torch import Generator, Tensor
 
 from coterie.core.errors import ConfigError, describe
 from coterie.core.routing import Aux, Routing
+from coterie.core.share import summed
 from coterie.experts.balance.base import (
     BALANCES,
     BalancePart,
@@ -64,18 +65,22 @@ class SwitchBalance(BalancePart):
         share = scored_columns(routing, self._importance(routing))
         keep = routing.rows_mask().float()
         share = torch.where(keep[:, None] > 0, share, torch.zeros_like(share))
-        apart = self.statistics == "sequence"
+        apart = self.statistics == "sequence" and routing.unit == "token"
         counts_SE = by_sequence(routing, chosen, apart).sum(dim=1)
         sums_SE = by_sequence(routing, share, apart).sum(dim=1)
         rows_S = by_sequence(routing, keep, apart).sum(dim=1)
+        if not apart:
+            counts_SE, sums_SE, rows_S = summed(counts_SE, sums_SE, rows_S)
         choices_S = counts_SE.sum(dim=1) if self.per_choice else rows_S
         f = counts_SE / choices_S.clamp_min(1.0)[:, None] * chosen.shape[1]
         p = sums_SE / rows_S.clamp_min(1.0)[:, None]
         if self.groups is not None:
             f = f.unflatten(1, (self.groups, -1)).mean(dim=2)
             p = p.unflatten(1, (self.groups, -1)).sum(dim=2)
-        each = (f * p).sum(dim=1)
-        return each.sum() / (rows_S > 0).sum().clamp_min(1)
+        total, groups = (f * p).sum(), (rows_S > 0).float().sum()
+        if apart:
+            total, groups = summed(total, groups)
+        return total / groups.clamp_min(1)
 
     def _importance(self, routing: Routing) -> Tensor:
         if self.importance == "probs":
@@ -158,7 +163,7 @@ class SelectionBiasUpdate(BalancePart):
         owners: dict[int, Router] = {}
         for router, place in zip(routers, places):
             same = [r for r in routings if (r.layer, r.round) == place]
-            load = torch.stack([r.counts()[: r.num_scored] for r in same]).sum(dim=0)
+            (load,) = summed(torch.stack([r.counts()[: r.num_scored] for r in same]).sum(dim=0))
             owners[id(router)] = router
             counts[id(router)] = counts.get(id(router), torch.zeros_like(load)) + load
         for key, router in owners.items():

@@ -15,6 +15,7 @@ from torch import Generator, Tensor, nn
 from coterie.core.context import Context
 from coterie.core.errors import ConfigError, describe
 from coterie.core.registry import Part, Registry
+from coterie.core.share import uniform
 
 SCORES = Registry("score", "coterie.scores")
 EDITS = Registry("edit", "coterie.edits")
@@ -160,6 +161,11 @@ def per_row(value: Tensor, shape: tuple[int, int], rows: int) -> Tensor:
 def draw(shape: torch.Size, rng: Generator, like: Tensor) -> Tensor:
     """f32 uniform [0, 1) noise from ``rng``, moved to the device of ``like``."""
     return torch.rand(shape, generator=rng, device=rng.device).to(like.device)
+
+
+def draw_rows(shape: torch.Size, rng: Generator, like: Tensor) -> Tensor:
+    """As :func:`draw`, where the first dimension are the rows of a batch."""
+    return uniform(shape, rng).to(like.device)
 
 
 def mean_tokens(h: Tensor, mask: Tensor | None) -> Tensor:

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from coterie.core.context import Context
 from coterie.core.errors import ConfigError, describe
 from coterie.core.rng import generator
-from coterie.experts.routers.base import EDITS, EditPart, draw, own_candidates, per_row
+from coterie.core.share import normal
+from coterie.experts.routers.base import EDITS, EditPart, draw, draw_rows, own_candidates, per_row
 
 
 @EDITS.register
@@ -269,8 +270,6 @@ class _Jitter(nn.Module):
             return logits
         scale = self.config.scale
         if self.config.form == "uniform":
-            noise = 2.0 * draw(logits.shape, ctx.rng, logits) - 1.0
+            noise = 2.0 * draw_rows(logits.shape, ctx.rng, logits) - 1.0
             return logits * (1.0 + scale * noise)
-        rng = ctx.rng
-        noise = torch.randn(logits.shape, generator=rng, device=rng.device).to(logits.device)
-        return logits + scale * noise
+        return logits + scale * normal(logits.shape, ctx.rng).to(logits.device)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from coterie.core.context import Context
 from coterie.core.errors import ConfigError, describe
-from coterie.experts.routers.base import SELECTS, SelectPart, draw
+from coterie.experts.routers.base import SELECTS, SelectPart, draw_rows
 
 _FEW = 4  # up to here k passes of argmax beat one stable sort
 
@@ -81,9 +81,9 @@ class RandomK(_K):
     ) -> Tensor:
         if not ctx.training or ctx.rng is None:
             return top_ids(scores, self.k)
-        uniform = draw(scores.shape, ctx.rng, scores).clamp_min(torch.finfo(torch.float32).tiny)
-        gumbel = -(-uniform.log()).clamp_min(torch.finfo(torch.float32).tiny).log()
         floor = torch.finfo(torch.float32).tiny
+        uniform = draw_rows(scores.shape, ctx.rng, scores).clamp_min(floor)
+        gumbel = -(-uniform.log()).clamp_min(floor).log()
         masked = scores.detach() == float("-inf")
         keys = scores.detach().clamp_min(floor).log() + gumbel
         return top_ids(keys.masked_fill(masked, float("-inf")), self.k)

@@ -22,7 +22,15 @@ from coterie.core.context import Context
 from coterie.core.errors import ConfigError, describe
 from coterie.core.registry import Part
 from coterie.core.rng import generator
-from coterie.experts.routers.base import SCORES, Scored, ScoreModule, ScorePart, draw
+from coterie.core.share import summed
+from coterie.experts.routers.base import (
+    SCORES,
+    Scored,
+    ScoreModule,
+    ScorePart,
+    draw,
+    draw_rows,
+)
 from coterie.experts.routers.scores import LinearScore
 
 EPS = 1e-5
@@ -85,8 +93,10 @@ class _Uncertain(ScoreModule):
         rng = ctx.rng if sampling else generator(0, "uncertain")
         assert rng is not None
         # Outside training all rows share the masks, so that no row depends on its batch.
-        rows = x.shape[0] if sampling else 1
-        passes = [self.inner(x * self._mask(rows, x, rng), ctx) for _ in range(config.passes)]
+        shape = torch.Size([x.shape[0] if sampling else 1, x.shape[1]])
+        drawn = draw_rows if sampling else draw
+        masks = [self._mask(drawn(shape, rng, x), x) for _ in range(config.passes)]
+        passes = [self.inner(x * mask, ctx) for mask in masks]
         logits_MRE = torch.stack([scored.logits for scored in passes])
         away_MRE = logits_MRE - logits_MRE.mean(0)
         spread_RE = (away_MRE.square().sum(0) / (config.passes - 1) + EPS).sqrt()
@@ -97,16 +107,18 @@ class _Uncertain(ScoreModule):
             whitened = whiten(logits_MRE)
         return Scored(whitened * self.deviation.mean(), passes[0].prototypes)
 
-    def _mask(self, rows: int, x: Tensor, rng: Generator) -> Tensor:
+    def _mask(self, drawn: Tensor, x: Tensor) -> Tensor:
         keep = 1 - self.config.dropout
-        return (draw(torch.Size([rows, x.shape[1]]), rng, x) < keep).to(x.dtype) / keep
+        return (drawn < keep).to(x.dtype) / keep
 
     @torch.no_grad()
     def _remember(self, spread_RE: Tensor) -> None:
-        if not spread_RE.numel():
+        count = spread_RE.new_tensor(len(spread_RE))
+        total_E, count = summed(spread_RE.sum(0), count)
+        if not count:
             return
         # A new tensor: an earlier pass of the same step may still need the old one's value.
-        self.deviation = MOMENTUM * self.deviation + (1 - MOMENTUM) * spread_RE.mean(0)
+        self.deviation = MOMENTUM * self.deviation + (1 - MOMENTUM) * (total_E / count)
 
     def reset_parameters(self, rng: Generator | None) -> None:
         self.inner.reset_parameters(rng)

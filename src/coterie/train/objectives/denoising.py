@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-import torch
 from pydantic import Field, SerializeAsAny
 from torch import Generator, Tensor, nn
 
 from coterie.core.batch import Batch, Losses
 from coterie.core.prediction import Condition, Prediction
 from coterie.core.registry import Part
+from coterie.core.share import normal, own, uniform, whole
 from coterie.process import TIMES, WEIGHTINGS, Process, Times, convert, target_of, vlb_bits
 from coterie.train.objectives.base import OBJECTIVES
 
@@ -94,9 +94,9 @@ def drawn(
     """What a step of training draws for x0 [B, ...]: times [B], noise of x0's shape, and the
     condition with a share ``dropout`` of its rows null; always in this order."""
     B, device = x0.shape[0], x0.device
-    t = times.sample(B, rng).to(device)
-    eps = torch.randn(x0.shape, generator=rng).to(device)
-    chance = torch.rand(B, generator=rng).to(device)
+    t = own(times.sample(whole(B), rng)).to(device)
+    eps = normal(x0.shape, rng).to(device)
+    chance = uniform((B,), rng).to(device)
     return t, eps, drop_some(cond, chance, dropout)
 
 

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from coterie.core.batch import Batch, Losses
 from coterie.core.errors import ConfigError, DataError, describe, unknown
 from coterie.core.registry import Part
+from coterie.core.share import over_batch
 from coterie.train.objectives.base import OBJECTIVES
 
 
@@ -50,7 +51,7 @@ class MultiTaskObjective(nn.Module):
     def forward(self, model: Any, batch: Batch, rng: Generator, progress: float = 1.0) -> Losses:
         prediction = model(batch.x, batch.cond, batch.ids, rng, progress)
         errors, known = self.errors(prediction.value, batch.targets)
-        means = self.weights * errors.sum(0) / known.sum(0).clamp_min(1)
+        means = self.weights * over_batch(errors.sum(0), known.sum(0))
         return Losses(
             main=dict(zip(self.tasks, means.unbind())),
             aux=model.aux_losses(prediction.routings, rng),

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from coterie.core.batch import Batch, Losses
 from coterie.core.registry import Part
+from coterie.core.share import over_batch, own, uniform, whole
 from coterie.train.objectives.base import OBJECTIVES
 
 BITS = 1 / math.log(2)
@@ -43,7 +44,7 @@ class NextToken:
         )
         nats = token_nats(prediction.value, ids_BN[:, 1:]) * real_BN[:, 1:]
         counts_B = real_BN[:, 1:].sum(1)
-        mean = nats.sum() / counts_B.sum().clamp_min(1)
+        mean = over_batch(nats.sum(), counts_B.sum())
         return Losses(
             main={"next_token": mean},
             aux=model.aux_losses(prediction.routings, rng),
@@ -77,10 +78,10 @@ class MaskedToken:
     def __call__(self, model: Any, batch: Batch, rng: Generator, progress: float = 1.0) -> Losses:
         ids_BN = batch.x
         B, N = ids_BN.shape
-        t = (torch.rand(1, generator=rng) + torch.arange(B) / B) % 1.0
+        t = (torch.rand(1, generator=rng) + own(torch.arange(whole(B)) / whole(B))) % 1.0
         t = (self.lowest + (1 - self.lowest) * t).to(ids_BN.device)
         real_BN = real_tokens(batch)
-        masked = (torch.rand(B, N, generator=rng).to(ids_BN.device) < t[:, None]) & real_BN
+        masked = (uniform((B, N), rng).to(ids_BN.device) < t[:, None]) & real_BN
         noisy = torch.where(masked, model.mask_token, ids_BN)
         prediction = model(noisy, t, batch.cond, sample_ids=batch.ids, rng=rng, progress=progress)
         nats = token_nats(prediction.value, ids_BN) * masked
