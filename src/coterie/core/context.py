@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 from typing import Any, Self
 
 from torch import Generator, Tensor
+
+from coterie.core.records import replaced
 
 NULL_LABEL = -1
 """The class id that means "no condition", in every tensor of labels in the library."""
@@ -48,4 +49,4 @@ class Context:
     state: Tensor | None = None  # router state carried from the layer before
 
     def replace(self, **changes: Any) -> Self:
-        return dataclasses.replace(self, **changes)
+        return replaced(self, changes)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from coterie.core.context import NULL_LABEL
 from coterie.core.errors import DataError, describe
+from coterie.core.records import replaced
 from coterie.core.routing import Aux, Routing
 
 View = Literal["x0", "eps", "score", "flow", "v", "logits"]
@@ -36,7 +37,7 @@ class Prediction:
     the answer alone does not sample what it stands for (Feynman-Kac correctors)."""
 
     def replace(self, **changes: Any) -> Self:
-        return dataclasses.replace(self, **changes)
+        return replaced(self, changes)
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,7 +71,7 @@ class Condition:
         return out
 
     def replace(self, **changes: Any) -> Self:
-        return dataclasses.replace(self, **changes)
+        return replaced(self, changes)
 
     def map(self, fn: Any) -> Self:
         """Apply ``fn`` to every tensor field."""

@@ -40,6 +40,14 @@ class SampleNoise:
     def __len__(self) -> int:
         return len(self.seeds)
 
+    def index(self, rows: Sequence[int] | Tensor) -> SampleNoise:
+        """Of some samples: what one of the two draws, the other does not draw again."""
+        chosen = rows.tolist() if isinstance(rows, Tensor) else list(rows)
+        made = SampleNoise([], self.device)
+        made.seeds = [self.seeds[row] for row in chosen]
+        made._generators = [self._generators[row] for row in chosen]
+        return made
+
     def normal(self, shape: Sequence[int]) -> Tensor:
         """f32 [B, *shape]. Drawn on the CPU, so equal on every device."""
         rows = [torch.randn(tuple(shape), generator=g) for g in self._generators]

@@ -14,6 +14,8 @@ from typing import Any, Literal, Self
 import torch
 from torch import Tensor
 
+from coterie.core.records import replaced
+
 Unit = Literal["token", "sample"]
 
 ENSEMBLE = "ensemble"
@@ -64,6 +66,7 @@ class Routing:
     table: Tensor | None = None  # f32 [S, E], probs at every step, for noise-level routers
     state: Tensor | None = None  # router state for the next layer
     pool_layers: tuple[int, ...] = ()  # owners of the E experts, in equal parts; () = own layer
+    grid: tuple[int, ...] = ()  # how the N rows of a sample lie, row-major; () = unsaid
     num_reserved: int = 0  # experts at the end of the E that are never scored (ProMoE's partition)
 
     @property
@@ -100,7 +103,7 @@ class Routing:
         return torch.ones(self.ids.shape[0], dtype=torch.bool, device=self.ids.device)
 
     def replace(self, **changes: Any) -> Self:
-        return dataclasses.replace(self, **changes)
+        return replaced(self, changes)
 
     def detach(self) -> Self:
         """The record without its graph and without the (large) router inputs."""

@@ -16,7 +16,8 @@ from coterie.core.prediction import Condition, DenoiserLike, Prediction
 from coterie.core.registry import Part, Registry
 from coterie.core.rng import SampleNoise
 from coterie.core.routing import ENSEMBLE
-from coterie.process import Process, convert
+from coterie.process import Process, convert, expand
+from coterie.process.remembered import remembered
 
 SOLVERS = Registry("solver", "coterie.solvers")
 
@@ -31,9 +32,8 @@ class Estimate:
     prediction: Prediction
 
     def _as(self, view: str) -> Tensor:
-        return convert(
-            self.process, self.prediction.value, self.prediction.view, view, self.x, self.t
-        )
+        value, source = self.prediction.value, self.prediction.view
+        return convert(self.process, value, source, view, self.x, self.t).to(self.x.dtype)
 
     @cached_property
     def x0(self) -> Tensor:
@@ -51,13 +51,12 @@ class Estimate:
 class Query:
     """Asks one denoiser about one condition, and counts: ``evaluations`` is the NFE so far.
 
-    The denoiser gets t as [B] in float32 (float64 if x is). Conversions use t as given if it is one
-    f64 number for all particles, and otherwise what the denoiser got.
+    The denoiser gets t as [B] in float32 (float64 if x is); conversions use t as given, in f64.
     """
 
     def __init__(self, denoiser: DenoiserLike, cond: Condition) -> None:
         self.denoiser, self.cond = denoiser, cond
-        self.process: Process = denoiser.process
+        self.process: Process = remembered(denoiser.process)
         self.evaluations = 0
 
     def __call__(self, x: Tensor, t: Tensor) -> Estimate:
@@ -65,8 +64,7 @@ class Query:
         self.evaluations += 1
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
         rows = t.to(device=x.device, dtype=dtype).expand(x.shape[0])
-        at = t if t.dim() == 0 else rows
-        return Estimate(self.process, x, at, self.denoiser(x, rows, self.cond))
+        return Estimate(self.process, x, t, self.denoiser(x, rows, self.cond))
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,8 +77,8 @@ class SolverState:
 
     previous: Tensor | None = None  # [B, ...], x0 estimate of the step before
     valid: Tensor | None = None  # bool [B], whether ``previous`` may be used
-    lam_step: Tensor | None = None  # 0-dimensional f64, length in lam of the step before
-    length: Tensor | None = None  # f64 [B], step length of adaptive solvers
+    lam_step: Tensor | None = None  # f64, 0-dimensional or [B]: length in lam of the step before
+    length: Tensor | None = None  # f64 [B], step length of adaptive solvers; NaN: none yet
     asked: Tensor | None = None  # bool [B, K], members of an ensemble that answered before
 
     def index(self, rows: Tensor) -> Self:
@@ -89,10 +87,12 @@ class SolverState:
         def pick(value: Tensor | None) -> Tensor | None:
             return None if value is None else value[rows.to(value.device)]
 
+        lam_step = self.lam_step
         return dataclasses.replace(
             self,
             previous=pick(self.previous),
             valid=pick(self.valid),
+            lam_step=lam_step if lam_step is None or lam_step.dim() == 0 else pick(lam_step),
             length=pick(self.length),
             asked=pick(self.asked),
         )
@@ -125,9 +125,17 @@ class Solver(ABC):
     zeta: float | None = 0.0
 
     def perturb(
-        self, process: Process, x: Tensor, t: Tensor, steps: int, noise: SampleNoise | None
+        self,
+        process: Process,
+        x: Tensor,
+        t: Tensor,
+        steps: int | Tensor,
+        noise: SampleNoise | None,
     ) -> tuple[Tensor, Tensor]:
-        """State and time at which the step starts instead (churn); by default as they are."""
+        """State and time at which the step starts instead (churn); by default as they are.
+
+        ``t`` is 0-dimensional or f64 [B]; ``steps`` of the whole run, then [B] where they differ.
+        """
         return x, t
 
     @abstractmethod
@@ -139,7 +147,8 @@ class Solver(ABC):
         state: SolverState,
         noise: SampleNoise | None,
     ) -> tuple[Tensor, SolverState]:
-        """From ``estimate`` (which holds x and t) to time ``u`` (0-dimensional f64, sigma > 0)."""
+        """From ``estimate`` (which holds x and t) to time ``u``, f64, sigma > 0: 0-dimensional, or
+        [B] where ``estimate.t`` is."""
 
     def land(
         self, query: Query, estimate: Estimate, state: SolverState, noise: SampleNoise | None
@@ -164,6 +173,11 @@ class SolverConfig(Part):
         if each is None:
             return None
         return (steps - 1) * each + 1 if to_clean else steps * each
+
+
+def factor(value: Tensor, x: Tensor) -> Tensor:
+    """A number of the noise level, f64 0-dimensional or [B], ready to multiply x [B, ...]."""
+    return expand(value, x).to(x)
 
 
 def draw(noise: SampleNoise | None, x: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ from coterie.solvers.base import (
     SolverConfig,
     SolverState,
     draw,
+    factor,
     members_asked,
 )
 
@@ -31,7 +32,7 @@ AtSwitch = Literal["keep", "reset"]
 def ddim_move(process: Process, estimate: Estimate, u: Tensor) -> Tensor:
     """alpha_u D + sigma_u E."""
     x = estimate.x
-    return process.alpha(u).to(x) * estimate.x0 + process.sigma(u).to(x) * estimate.eps
+    return factor(process.alpha(u), x) * estimate.x0 + factor(process.sigma(u), x) * estimate.eps
 
 
 @dataclass(frozen=True)
@@ -73,13 +74,18 @@ class DPMSolver2(Solver):
     ) -> tuple[Tensor, SolverState]:
         process, x, t = query.process, estimate.x, estimate.t
         start, end = process.lam(t), process.lam(u)
-        if not bool(torch.isfinite(start)):
+        finite = torch.isfinite(start)
+        if not bool(finite.any()):
             return ddim_move(process, estimate, u), state
-        middle = process.time_of_lam(0.5 * (start + end))
+        # A particle at alpha = 0 asks at its own time, and does not use the answer.
+        middle = torch.where(finite, process.time_of_lam(0.5 * (start + end)), t)
         half = query(ddim_move(process, estimate, middle), middle)
         growth = process.sigma(u) * torch.expm1(end - start)
         ratio = process.alpha(u) / process.alpha(t)
-        return ratio.to(x) * x - growth.to(x) * half.eps, state
+        moved = factor(ratio, x) * x - factor(growth, x) * half.eps
+        if bool(finite.all()):
+            return moved, state
+        return torch.where(expand(finite, x), moved, ddim_move(process, estimate, u)), state
 
 
 @SOLVERS.register
@@ -133,9 +139,10 @@ class DPMSolverPP(Solver):
             ratio, gain = ratio * torch.exp(-h), -alpha * torch.expm1(-2.0 * h)
         else:
             gain = -alpha * torch.expm1(-h)
-        moved = ratio.to(x) * x + gain.to(x) * denoised
+        moved = factor(ratio, x) * x + factor(gain, x) * denoised
         if self.stochastic:
-            moved = moved + (sigma * torch.sqrt(-torch.expm1(-2.0 * h))).to(x) * draw(noise, x)
+            spread = sigma * torch.sqrt(-torch.expm1(-2.0 * h))
+            moved = moved + factor(spread, x) * draw(noise, x)
         if not self.multistep:
             return moved, state
         valid = torch.ones(x.shape[0], dtype=torch.bool, device=x.device)
@@ -146,7 +153,7 @@ class DPMSolverPP(Solver):
         """D + (D - D_prev) / (2 r), r = h_prev / h; rows without a valid past keep D."""
         if state.previous is None or state.valid is None or state.lam_step is None:
             return x0
-        change = (0.5 * h / state.lam_step).to(x0) * (x0 - state.previous)
+        change = factor(0.5 * h / state.lam_step, x0) * (x0 - state.previous)
         return torch.where(expand(state.valid, x0), x0 + change, x0)
 
 

@@ -16,7 +16,15 @@ from torch import Tensor
 from coterie.core.errors import ConfigError, describe
 from coterie.core.rng import SampleNoise
 from coterie.process import expand
-from coterie.solvers.base import SOLVERS, Estimate, Query, Solver, SolverConfig, SolverState
+from coterie.solvers.base import (
+    SOLVERS,
+    Estimate,
+    Query,
+    Solver,
+    SolverConfig,
+    SolverState,
+    factor,
+)
 
 
 @dataclass(frozen=True)
@@ -66,10 +74,10 @@ TABLEAUS = {
 
 
 def _weighted(weights: tuple[float, ...], stages: list[Tensor]) -> Tensor:
-    total = torch.zeros_like(stages[0])
-    for weight, stage in zip(weights, stages):
-        if weight:
-            total = total + weight * stage
+    parts = [weight * stage for weight, stage in zip(weights, stages) if weight]
+    total = parts[0]
+    for part in parts[1:]:
+        total = total + part
     return total
 
 
@@ -79,7 +87,7 @@ def _stages(
     """Slopes of all stages; ``t`` and ``h`` 0-dimensional or [B]."""
     slopes = [first]
     for row, c in zip(tableau.a, tableau.c[1:]):
-        inner = x + expand(h, x).to(x) * _weighted(row, slopes)
+        inner = x + factor(h, x) * _weighted(row, slopes)
         slopes.append(query(inner, t + c * h).flow)
     return slopes
 
@@ -100,7 +108,7 @@ class RungeKutta(Solver):
     ) -> tuple[Tensor, SolverState]:
         x, t = estimate.x, estimate.t
         slopes = _stages(self.tableau, query, x, t, u - t, estimate.flow)
-        return x + (u - t).to(x) * _weighted(self.tableau.b, slopes), state
+        return x + factor(u - t, x) * _weighted(self.tableau.b, slopes), state
 
 
 class _RungeKuttaConfig(SolverConfig):
@@ -160,6 +168,7 @@ class AdaptiveRungeKutta(Solver):
         t = estimate.t.to(x.device).expand(x.shape[0]).double()
         goal, sign = u.to(x.device), torch.sign(u - estimate.t).to(x.device)
         length = (goal - t).abs() if state.length is None else state.length
+        length = torch.where(length.isnan(), (goal - t).abs(), length)  # of a particle that is new
         for _ in range(self.max_substeps):
             left = (goal - t).abs()
             if not bool((left > 0).any()):
@@ -167,13 +176,13 @@ class AdaptiveRungeKutta(Solver):
             last = length >= left
             h = sign * torch.where(last, left, length)
             slopes = _stages(self.tableau, query, x, t, h, slope)
-            moved = x + expand(h, x).to(x) * _weighted(self.tableau.b, slopes)
+            moved = x + factor(h, x) * _weighted(self.tableau.b, slopes)
             error = self._error(h, slopes, x, moved)
             accept = (error <= 1.0) & (left > 0)
-            factor = (0.9 * error.clamp_min(1e-10) ** (-1.0 / self.tableau.order)).clamp(0.2, 5.0)
+            growth = (0.9 * error.clamp_min(1e-10) ** (-1.0 / self.tableau.order)).clamp(0.2, 5.0)
             # A last, shortened substep says little about the next interval's length.
             grown = torch.where(
-                accept & last, torch.maximum(length, h.abs() * factor), h.abs() * factor
+                accept & last, torch.maximum(length, h.abs() * growth), h.abs() * growth
             )
             length = torch.where(left > 0, grown, length)
             t = torch.where(accept, torch.where(last, goal, t + h), t)
@@ -187,7 +196,7 @@ class AdaptiveRungeKutta(Solver):
     def _error(self, h: Tensor, slopes: list[Tensor], x: Tensor, moved: Tensor) -> Tensor:
         """f64 [B]: root mean square of error / tolerance."""
         scale = self.atol + self.rtol * torch.maximum(x.abs(), moved.abs())
-        error = expand(h, x).to(x) * _weighted(self.tableau.error, slopes) / scale
+        error = factor(h, x) * _weighted(self.tableau.error, slopes) / scale
         return error.double().flatten(1).square().mean(1).sqrt()
 
 

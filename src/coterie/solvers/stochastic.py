@@ -17,7 +17,16 @@ from torch import Tensor
 from coterie.core.errors import ConfigError, describe
 from coterie.core.rng import SampleNoise
 from coterie.process import Process, learned_log_variance, transition
-from coterie.solvers.base import SOLVERS, Estimate, Query, Solver, SolverConfig, SolverState, draw
+from coterie.solvers.base import (
+    SOLVERS,
+    Estimate,
+    Query,
+    Solver,
+    SolverConfig,
+    SolverState,
+    draw,
+    factor,
+)
 from coterie.solvers.runge_kutta import TABLEAUS, RungeKutta
 
 
@@ -50,16 +59,14 @@ class Ancestral(Solver):
         step = transition(process, estimate.t, u)
         var = self.eta**2 * step.var_posterior
         rest = (process.sigma(u).square() - var).clamp_min(0.0).sqrt()
-        mean = process.alpha(u).to(x) * estimate.x0 + rest.to(x) * estimate.eps
+        mean = factor(process.alpha(u), x) * estimate.x0 + factor(rest, x) * estimate.eps
         if not self.stochastic:
             return mean, state
-        std = var.sqrt().to(x)
+        std = factor(var.sqrt(), x)
         learned = estimate.prediction.variance
         if learned is not None and self.eta == 1.0 and process.discrete:
-            log_var = learned_log_variance(
-                learned, step.var_posterior.to(x), step.var_forward.to(x)
-            )
-            std = torch.exp(0.5 * log_var)
+            posterior, forward = step.var_posterior.to(x), step.var_forward.to(x)
+            std = torch.exp(0.5 * learned_log_variance(learned, posterior, forward))
         return mean + std * draw(noise, x), state
 
 
@@ -92,18 +99,42 @@ class Churn(Solver):
         return None if self.stochastic else 0.0
 
     def perturb(
-        self, process: Process, x: Tensor, t: Tensor, steps: int, noise: SampleNoise | None
+        self,
+        process: Process,
+        x: Tensor,
+        t: Tensor,
+        steps: int | Tensor,
+        noise: SampleNoise | None,
     ) -> tuple[Tensor, Tensor]:
-        s = float(torch.exp(-process.lam(t)))
-        gamma = min(self.churn / steps, math.sqrt(2.0) - 1.0)
-        if gamma == 0.0 or not self.s_min <= s <= self.s_max:
+        s = torch.exp(-process.lam(t))
+        inside = (s >= self.s_min) & (s <= self.s_max)
+        if self.churn == 0.0 or not bool(inside.any()):
             return x, t
-        raised = process.time_of_lam(process.lam(t) - math.log1p(gamma))
+        if t.dim() == 0:
+            return self._raise(process, x, t, steps, noise)
+        # Particles outside draw no noise, so that each draws what it would draw alone.
+        rows = inside.nonzero()[:, 0]
+        count = steps[rows] if isinstance(steps, Tensor) else steps
+        own = None if noise is None else noise.index(rows)
+        moved, raised = self._raise(process, x[rows], t[rows], count, own)
+        return x.index_copy(0, rows.to(x.device), moved), t.index_copy(0, rows, raised)
+
+    def _raise(
+        self,
+        process: Process,
+        x: Tensor,
+        t: Tensor,
+        steps: int | Tensor,
+        noise: SampleNoise | None,
+    ) -> tuple[Tensor, Tensor]:
+        share = self.churn / torch.as_tensor(steps, dtype=torch.float64)
+        gamma = share.clamp(max=math.sqrt(2.0) - 1.0)
+        raised = process.time_of_lam(process.lam(t) - torch.log1p(gamma))
         raised = raised.clamp(max=process.t_max)
         ratio = process.alpha(raised) / process.alpha(t)
         added = process.sigma(raised).square() - (ratio * process.sigma(t)).square()
         std = self.noise_scale * added.clamp_min(0.0).sqrt()
-        return ratio.to(x) * x + std.to(x) * draw(noise, x), raised
+        return factor(ratio, x) * x + factor(std, x) * draw(noise, x), raised
 
     def step(
         self,

@@ -1,0 +1,104 @@
+"""A process that works out each noise level once.
+
+A sampler asks for alpha and sigma at the few times of its grid: as the end of one step and as the
+start of the next, for every conversion of a prediction, and again in each run on the same grid.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from coterie.process.base import Process
+
+_MOST = 16384  # numbers kept
+
+
+class Remembered(Process):
+    """The same numbers as ``inner``, looked up at 0-dimensional float64 times on the CPU (those of
+    a grid); other times are passed on."""
+
+    def __init__(self, inner: Process) -> None:
+        self.inner = inner
+        self._known: dict[tuple[str, float], Tensor] = {}
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "inner":  # while being copied
+            raise AttributeError(name)
+        return getattr(self.inner, name)
+
+    @property
+    def discrete(self) -> bool:
+        return self.inner.discrete
+
+    @property
+    def t_clean(self) -> float:
+        return self.inner.t_clean
+
+    def _look_up(self, name: str, work_out: Callable[[Tensor], Tensor], t: Tensor) -> Tensor:
+        grid_time = t.dim() == 0 and t.dtype == torch.float64 and t.device.type == "cpu"
+        if not grid_time or t.requires_grad:
+            return work_out(t)
+        key = (name, float(t))
+        value = self._known.get(key)
+        if value is None:
+            if len(self._known) >= _MOST:
+                self._known.clear()
+            with torch.inference_mode(False):  # others may differentiate what they multiply
+                value = self._known[key] = work_out(t.clone() if t.is_inference() else t)
+        return value
+
+    def alpha(self, t: Tensor) -> Tensor:
+        return self._look_up("alpha", self.inner.alpha, t)
+
+    def sigma(self, t: Tensor) -> Tensor:
+        return self._look_up("sigma", self.inner.sigma, t)
+
+    def dalpha(self, t: Tensor) -> Tensor:
+        return self._look_up("dalpha", self.inner.dalpha, t)
+
+    def dsigma(self, t: Tensor) -> Tensor:
+        return self._look_up("dsigma", self.inner.dsigma, t)
+
+    def lam(self, t: Tensor) -> Tensor:
+        return self._look_up("lam", self.inner.lam, t)
+
+    def dlam(self, t: Tensor) -> Tensor:
+        return self._look_up("dlam", self.inner.dlam, t)
+
+    def time_of_lam(self, lam: Tensor) -> Tensor:
+        return self._look_up("time_of_lam", self.inner.time_of_lam, lam)
+
+    def unit_time(self, t: Tensor) -> Tensor:
+        return self.inner.unit_time(t)
+
+    def time_of_unit(self, unit: Tensor) -> Tensor:
+        return self.inner.time_of_unit(unit)
+
+    def step_index(self, t: Tensor) -> Tensor:
+        return self.inner.step_index(t)
+
+    def time_of_index(self, index: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        return self.inner.time_of_index(index, dtype)
+
+    def time_input(self, t: Tensor) -> Tensor:
+        return self.inner.time_input(t)
+
+
+@lru_cache(maxsize=32)
+def _shared(process: Process) -> Remembered:
+    return Remembered(process)
+
+
+def remembered(process: Process) -> Process:
+    """``process`` with its noise levels worked out once; equal processes share what is known."""
+    if isinstance(process, Remembered):
+        return process
+    try:
+        return _shared(process)
+    except TypeError:  # it cannot be hashed
+        return Remembered(process)
