@@ -12,7 +12,6 @@ import argparse
 import json
 import math
 import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,14 +20,14 @@ import torch
 from torch import Tensor
 
 from coterie.backbones import DiTConfig, TrunkConfig
+from coterie.bench.timing import Place, interleaved, milliseconds, ratio, ratios, spread, stamp
 from coterie.core.folder import write_text
-from coterie.core.machine import commit, hardware
 from coterie.core.prediction import Condition
 from coterie.core.rng import derive, generator
 from coterie.denoiser import DenoiserConfig
 from coterie.ensembles.product import Composition, compose
 from coterie.process import PROCESSES, ExactDenoiser, Mixture
-from coterie.solvers import GRIDS, SOLVERS, FeynmanKac, Query, SolverState, integrate
+from coterie.solvers import GRIDS, SOLVERS, Query, SolverState, integrate
 from coterie.solvers.resampling import resample
 
 F64 = torch.float64
@@ -123,48 +122,49 @@ def verdicts(rows: list[dict[str, Any]]) -> dict[str, bool]:
     return out
 
 
-def timed(call: Callable[[], Any], rounds: int) -> float:
-    """Median seconds of a call."""
-    call()
-    found = []
-    for _ in range(rounds):
-        began = time.perf_counter()
-        call()
-        found.append(time.perf_counter() - began)
-    return statistics.median(found)
-
-
-def cost(rounds: int, experts: int = 2, batch: int = 64) -> dict[str, float]:
-    """One step of M small transformers on 28 x 28 pictures, one system of ``batch`` particles."""
+def cost(experts: int, mode: str, pixels: int, batch: int, rounds: int) -> dict[str, Any]:
+    """A call and a step of M small transformers, one system of ``batch`` particles, beside the M
+    bare networks. Pictures have ``pixels`` a side, in patches of 4 (of 2 below 16)."""
     trunk = TrunkConfig(width=64, depth=4, heads=4)
-    config = DenoiserConfig(backbone=DiTConfig(trunk=trunk, num_classes=0), process="cosine")
+    patch = 4 if pixels >= 16 else 2
+    backbone = DiTConfig(image_size=pixels, patch=patch, trunk=trunk, num_classes=0)
+    config = DenoiserConfig(backbone=backbone, process="cosine")
     networks = [config.build().eval() for _ in range(experts)]
-    made: Composition = compose(networks, mode="average")
-    x, noise = torch.randn(batch, 1, 28, 28), OneStream(0, batch)
+    made: Composition = compose(networks, mode=mode)
+    x, noise = torch.randn(batch, 1, pixels, pixels), OneStream(0, batch)
     t, u = (torch.tensor(value, dtype=F64) for value in (0.5, 0.45))
-    rows = torch.full((batch,), 0.5)
+    rows, log = torch.full((batch,), 0.5), torch.randn(1, batch, dtype=F64)
     solver = SOLVERS.parse({"kind": "feynman_kac", "ess": 1.0}).build()
-    assert isinstance(solver, FeynmanKac)
-    log = torch.randn(1, batch, dtype=F64)
-    with torch.no_grad():
-        bare = timed(lambda: [one(x, rows, Condition()) for one in networks], rounds)
-        whole = timed(lambda: made(x, rows, Condition()), rounds)
-        query = Query(made, Condition())
-
-        def step() -> Any:
-            return solver.step(query, query(x, t), u, SolverState(), noise)  # type: ignore[arg-type]
-
-        full = timed(step, rounds)
-        drawn = timed(
-            lambda: x[resample(log, "systematic", [generator(0, "rows")]).reshape(-1)], rounds
-        )
+    query = Query(made, Condition())
+    calls: dict[str, Callable[[], Any]] = {
+        "bare": lambda: [one(x, rows, Condition()) for one in networks],
+        "composed": lambda: made(x, rows, Condition()),
+        "step": lambda: solver.step(query, query(x, t), u, SolverState(), noise),  # type: ignore[arg-type]
+        "resampling": lambda: x[resample(log, "systematic", [generator(0, "rows")]).reshape(-1)],
+    }
+    place = Place()
+    with torch.no_grad(), place.entered():
+        times = interleaved(calls, place, rounds)
     return {
         "experts": experts,
+        "mode": mode,
+        "pixels": pixels,
         "particles": batch,
-        "bare_ms": 1e3 * bare,
-        "composed_over_bare": whole / bare,
-        "resampling_over_step": drawn / full,
+        "bare_ms": milliseconds(times, "bare"),
+        "composed_over_bare": ratio(times, "composed", ["bare"]),
+        "spread": spread(ratios(times, "composed", ["bare"])),
+        "resampling_over_step": ratio(times, "resampling", ["step"]),
     }
+
+
+def costs(rounds: int) -> list[dict[str, Any]]:
+    """Products and averages of two and four experts; a full system and a small one."""
+    sizes = ((2, 28, 64), (4, 28, 64), (2, 8, 50), (2, 8, 8))
+    return [
+        cost(experts, mode, pixels, batch, rounds)
+        for experts, pixels, batch in sizes
+        for mode in ("average", "product")
+    ]
 
 
 def main() -> None:
@@ -176,14 +176,13 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("results/bench/compose.json"))
     options = parser.parse_args()
     torch.set_num_threads(1)
-    costs = cost(5 if options.quick else 40)
+    spent = costs(3 if options.quick else 11)
     rows = table(1000, 60, 2) if options.quick else table(options.particles, options.steps, 5)
     result = {
-        "commit": commit(),
-        "hardware": hardware(),
+        **stamp("compose", Place(), 11),
         "table": rows,
         "under_half_with_separate_intervals": verdicts(rows),
-        "cost": costs,
+        "cost": spent,
     }
     write_text(options.out, json.dumps(result, indent=1) + "\n")
     if options.json:
@@ -193,7 +192,8 @@ def main() -> None:
         interval = f"[{row['tv_low']:.4f}, {row['tv_high']:.4f}]"
         print(f"{row['target']:<24}{row['method']:<26}{row['tv']:.4f}  {interval}")
     print(result["under_half_with_separate_intervals"])
-    print(costs)
+    for row in spent:
+        print("  ".join(f"{key} {value}" for key, value in row.items()))
 
 
 if __name__ == "__main__":

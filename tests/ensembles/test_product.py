@@ -15,6 +15,7 @@ from coterie.core.prediction import Condition, Prediction
 from coterie.core.rng import SampleNoise
 from coterie.ensembles import ENSEMBLES
 from coterie.ensembles.product import Composition, CompositionConfig, compose
+from coterie.ensembles.product_rates import drift_per_lam
 from coterie.process import PROCESSES, ExactDenoiser, Mixture, convert
 from coterie.solvers import GRIDS, SOLVERS, FeynmanKac, guide, integrate, sample
 from coterie.solvers.guidance import GuidanceConfig
@@ -116,6 +117,40 @@ def test_the_order_of_experts_and_of_particles_changes_nothing() -> None:
     torch.testing.assert_close(flipped.value, ask(made).value[order], rtol=1e-12, atol=1e-12)
     assert flipped.weight_rate is not None
     torch.testing.assert_close(flipped.weight_rate, rate(made)[order], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("view", ["x0", "eps", "score", "flow", "v"])
+@pytest.mark.parametrize("betas", [(0.4, 0.6), (-2.0, 3.0), (1.0, 1.0), (0.8, 1.7)])
+def test_sums_in_a_shared_view_are_those_of_converted_answers(view: Any, betas: Any) -> None:
+    """Experts of one view are summed in it, and only the sum is converted."""
+    x, t = states()
+    eps = [expert(data, "eps")(x, t, NOTHING).value for data in (ONE, TWO)]
+    made = compose([expert(ONE, view), expert(TWO, view)], betas)
+    found = made(x, t, NOTHING)
+    total = sum(beta * one for beta, one in zip(betas, eps, strict=True))
+    torch.testing.assert_close(convert(VP, found.value, found.view, "eps", x, t), total)
+    plain = total.square().sum(1) - sum(
+        beta * one.square().sum(1) for beta, one in zip(betas, eps, strict=True)
+    )
+    drift = (sum(betas) - 1.0) * 2 * drift_per_lam(VP, t)
+    assert found.weight_rate is not None
+    torch.testing.assert_close(found.weight_rate, plain + drift)
+
+
+def test_a_shared_view_is_converted_once_whatever_the_number_of_experts(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    calls = []
+
+    def counted(process: Any, value: Tensor, source: str, *rest: Any) -> Tensor:
+        calls.append(source)
+        return convert(process, value, source, *rest)
+
+    monkeypatch.setattr("coterie.ensembles.product.convert", counted)
+    monkeypatch.setattr("coterie.process.views.convert", counted)
+    x, t = states()
+    compose([expert(ONE, "flow"), expert(TWO, "flow"), expert(ONE, "flow")])(x, t, NOTHING)
+    assert [source for source in calls if source == "flow"] == ["flow", "flow"]  # sum and slope
 
 
 @pytest.mark.parametrize("kind", ["vp_linear", "rectified_flow", "ve", "cosine"])

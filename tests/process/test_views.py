@@ -11,12 +11,14 @@ from coterie.process import (
     PROCESSES,
     ExactDenoiser,
     Mixture,
+    Remembered,
     Transported,
     as_view,
     convert,
     error_scale,
     target_of,
     transport,
+    view_slope,
 )
 
 F64 = torch.float64
@@ -226,3 +228,25 @@ def test_transport_from_pure_noise_reaches_processes_that_never_get_there():
         moved, at = transport(a, b, torch.ones(1, 2, dtype=F64), torch.ones(1, dtype=F64))
         torch.testing.assert_close(at, torch.full((1,), b.t_max, dtype=F64))
         torch.testing.assert_close(moved, torch.ones(1, 2, dtype=F64), rtol=1e-3, atol=0)
+
+
+def test_remembered_coefficients_are_those_of_the_process_at_the_times_asked() -> None:
+    process = PROCESSES.parse("cosine").build()
+    once, counted = Remembered(process), []
+    times, others = torch.rand(5, dtype=torch.float64), torch.rand(5, dtype=torch.float64)
+    for t in (times, others, times):
+        for name in ("alpha", "sigma", "dalpha", "dsigma", "lam", "dlam"):
+            torch.testing.assert_close(getattr(once, name)(t), getattr(process, name)(t))
+            counted.append(once.alpha(t))
+    assert counted[0] is counted[1] and counted[0] is not counted[6]
+
+
+@pytest.mark.parametrize("source", VIEWS)
+@pytest.mark.parametrize("target", VIEWS)
+def test_the_slope_of_a_view_is_the_change_of_one_by_the_other(source: str, target: str) -> None:
+    process = PROCESSES.parse("cosine").build()
+    t = torch.tensor([0.2, 0.7], dtype=torch.float64)
+    x, value, step = torch.randn(3, 2, 4, dtype=torch.float64)
+    change = convert(process, value + step, source, target, x, t)
+    change = change - convert(process, value, source, target, x, t)
+    torch.testing.assert_close(change, view_slope(process, t, source, target)[:, None] * step)

@@ -64,7 +64,9 @@ class Ensemble(nn.Module):
         self.networks = nn.ModuleList(members.modules)
         first = next(facts.process for facts in members.facts if facts.process is not None)
         self.process: Process = first if config.process is None else config.process.build()
-        self.view: View = _view(config.view, self.process, members)
+        shared = shared_view(self.process, members) or "x0"
+        self.view: View = shared if config.view == "auto" else config.view
+        self.asked_view = self.view
         self.missing = tuple(facts.name for facts in members.facts if facts.missing)
         for facts in members.facts:
             if facts.missing:
@@ -144,24 +146,27 @@ class Ensemble(nn.Module):
         return [int(index) for index in chosen.unique()]
 
     def _ask_rows(
-        self, index: int, x: Tensor, t: Tensor, cond: Condition, rows: Tensor
+        self, index: int, x: Tensor, t: Tensor, cond: Condition, rows: Tensor | None = None
     ) -> Prediction:
-        name = self.members.names[index]
-        if len(rows) == len(x):  # every row, in order
+        """``rows``: i64, rising; None: every row."""
+        if rows is None or len(rows) == len(x):
             part = self.ask(index, x, t, cond)
         else:
             part = self.ask(index, x[rows], t[rows], cond.index(rows))
+        if not part.routings:
+            return part
+        name = self.members.names[index]
         inner = tuple(made.replace(slot=f"{name}/{made.slot}") for made in part.routings)
         return part.replace(routings=inner)
 
     def ask(self, index: int, x: Tensor, t: Tensor, cond: Condition) -> Prediction:
-        """One member's answer in the ensemble's process and view."""
+        """One member's answer in the ensemble's process and the view that members are asked in."""
         member = self.members.get(index)
         if member.process == self.process:
-            return as_view(self.process, member(x, t, cond), self.view, x, t)
+            return as_view(self.process, member(x, t, cond), self.asked_view, x, t)
         moved = Transported(member, self.process)(x, t, cond)
         # A variance is learnt on the grid of the member's own process.
-        return as_view(self.process, moved.replace(variance=None), self.view, x, t)
+        return as_view(self.process, moved.replace(variance=None), self.asked_view, x, t)
 
     def record(
         self, logits: Tensor, probs: Tensor, ids: Tensor, gates: Tensor, t: Tensor, cond: Condition
@@ -184,13 +189,11 @@ class Ensemble(nn.Module):
         )
 
 
-def _view(wanted: str, process: Process, members: Members) -> View:
-    if wanted != "auto":
-        return wanted  # type: ignore[return-value]
+def shared_view(process: Process, members: Members) -> View | None:
+    """The view in which every member answers by itself in ``process``; None where they differ."""
     present = [facts for facts in members.facts if not facts.missing]
-    own = [facts.view if facts.process == process else "x0" for facts in present]
-    agreed = own[0] if len(set(own)) == 1 else None
-    return agreed or "x0"  # type: ignore[return-value]
+    own = {facts.view if facts.process == process else "x0" for facts in present}
+    return own.pop() if len(own) == 1 else None  # type: ignore[return-value]
 
 
 def twice(routing: Routing, null: Condition) -> Routing:

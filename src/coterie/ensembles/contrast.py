@@ -94,24 +94,23 @@ class StrongWeak(Ensemble):
         return self.record(gates, gates.softmax(1), ids, gates, t, cond)
 
     def answer(self, x: Tensor, t: Tensor, cond: Condition, routing: Routing) -> Prediction:
-        every = torch.arange(len(x), device=x.device)
         base = len(self.members) == 3
         if not bool((self.config.contrast.weights(self.process, t) != 1.0).any()):
-            alone = self._ask_rows(2 if base else 0, x, t, cond, every)
+            alone = self._ask_rows(2 if base else 0, x, t, cond)
             return alone.replace(routings=(routing, *alone.routings))
-        strong = self._ask_rows(0, x, t, cond, every)
-        weak = self._weak(x, t, cond, every)
-        moved = self._ask_rows(2, x, t, cond, every) if base else None
+        strong = self._ask_rows(0, x, t, cond)
+        weak = self._weak(x, t, cond)
+        moved = self._ask_rows(2, x, t, cond) if base else None
         made = contrast(self.process, self.config.contrast, x, t, strong, weak, moved)
         inner = (*strong.routings, *weak.routings, *(moved.routings if moved else ()))
         return made.replace(routings=(routing, *inner))
 
-    def _weak(self, x: Tensor, t: Tensor, cond: Condition, every: Tensor) -> Prediction:
+    def _weak(self, x: Tensor, t: Tensor, cond: Condition) -> Prediction:
         if not self.config.rerouted:
-            return self._ask_rows(1, x, t, cond, every)
+            return self._ask_rows(1, x, t, cond)
         settings, network = self.config.rerouted, self.members.get(0)
         assert isinstance(network, nn.Module)
         with rerouted(network, lambda config, _: changed(config, settings)):
-            weak = self._ask_rows(0, x, t, cond, every)
+            weak = self._ask_rows(0, x, t, cond)
         inner = tuple(made.replace(slot=f"weak {made.slot}") for made in weak.routings)
         return weak.replace(routings=inner)

@@ -34,17 +34,20 @@ from torch import Generator, Tensor
 from coterie.core.errors import ConfigError, describe
 from coterie.core.prediction import Condition, DenoiserLike, Prediction, check_times
 from coterie.core.rng import SampleNoise
-from coterie.ensembles.base import ENSEMBLES, Ensemble, EnsembleConfig, as_members
+from coterie.ensembles.base import ENSEMBLES, Ensemble, EnsembleConfig, as_members, shared_view
 from coterie.ensembles.members import Members
 from coterie.ensembles.product_rates import (
+    Differences,
+    Power,
     Reward,
     drift_per_lam,
     reward_and_gradient,
+    scaled,
     score_rate,
     signal_share,
     signal_slope,
 )
-from coterie.process import Process, as_view, convert, expand
+from coterie.process import Process, Remembered, as_view, convert, expand, view_slope
 
 Mode = Literal["product", "average", "anneal", "tilt"]
 MODES: tuple[Mode, ...] = ("product", "average", "anneal", "tilt")
@@ -142,9 +145,11 @@ class Composition(Ensemble):
             _check_densities(members, self.process)
         self.normalised = not self.changing and abs(sum(self.betas) - 1.0) < 1e-9
         self._whole = self.process
+        self._corrected = config.corrector == "fkc"
         if not self.normalised or reward is not None:
             self.process = _with_signal(self.process)
             self.view = "eps"  # a sum of scores is a sum of these, whatever the betas add up to
+        self.asked_view = shared_view(self._whole, members) or self.view
 
     @property
     def changing(self) -> bool:
@@ -160,7 +165,7 @@ class Composition(Ensemble):
     @property
     def prior_scale(self) -> float:
         """The initial noise of the composition as a multiple of an expert's: 1 / sqrt(sum beta)."""
-        return 1.0 / math.sqrt(float(self._betas_at(self._noisy_end()).sum()))
+        return 1.0 / math.sqrt(float(sum(self._betas_at(self._noisy_end()))))
 
     def initial(self, shape: Sequence[int], noise: SampleNoise) -> Tensor:
         """f32 [B, *shape]: the state at ``process.t_max``; row i depends on seed i alone."""
@@ -169,7 +174,7 @@ class Composition(Ensemble):
     def log_prior(self, dims: int) -> float:
         """log of the integral of prod N(x; 0, sigma^2)^beta over ``dims`` numbers at ``t_max``:
         with the record's ``normaliser()`` the log-normaliser of the composition itself."""
-        total = float(self._betas_at(self._noisy_end()).sum())
+        total = float(sum(self._betas_at(self._noisy_end())))
         log_two_pi = math.log(2.0 * math.pi * self.process.prior_std() ** 2)
         return 0.5 * dims * ((1.0 - total) * log_two_pi - math.log(total))
 
@@ -184,19 +189,13 @@ class Composition(Ensemble):
     ) -> Prediction:
         check_times(t, len(x))
         parts = [self._part(index, x, t, cond) for index in range(len(self.members))]
-        betas = self._betas_at(t)  # [B, M]
-        first = parts[0].value
-        value = first if self.normalised else expand(betas.sum(1), x).to(x) * first
-        for index, part in enumerate(parts[1:], start=1):
-            value = value + expand(betas[:, index], x).to(x) * (part.value - first)
-        inner = tuple(routing for part in parts for routing in part.routings)
-        corrected = self.config.corrector == "fkc"
-        rate = torch.zeros(len(x), dtype=torch.float64, device=x.device)
-        if corrected:
-            rate = self._rate(x, t, cond, betas, [part.value for part in parts])
+        value, rate = self._summed(x, t, [part.value for part in parts])
+        if self.changing and self._corrected:
+            rate = rate + self._densities(x, t, cond)
         if self.reward is not None:
             value, extra = self._tilted(x, t, cond, value)
-            rate = rate + extra if corrected else rate
+            rate = rate + extra if self._corrected else rate
+        inner = tuple(routing for part in parts for routing in part.routings)
         return Prediction(value, self.view, inner, weight_rate=rate)
 
     def paired(self, x: Tensor, t: Tensor, cond: Condition, null: Condition) -> Prediction:
@@ -206,11 +205,11 @@ class Composition(Ensemble):
     def ask(self, index: int, x: Tensor, t: Tensor, cond: Condition) -> Prediction:
         member = self.members.get(index)
         if member.process == self._whole:  # only the range of times was cut
-            return as_view(self.process, member(x, t, cond), self.view, x, t)
+            return as_view(self.process, member(x, t, cond), self.asked_view, x, t)
         return super().ask(index, x, t, cond)
 
     def _part(self, index: int, x: Tensor, t: Tensor, cond: Condition) -> Prediction:
-        return self._ask_rows(index, x, t, self._told(index, cond, len(x)), torch.arange(len(x)))
+        return self._ask_rows(index, x, t, self._told(index, cond, len(x)))
 
     def _told(self, index: int, cond: Condition, batch: int) -> Condition:
         label = self.labels[index]
@@ -224,23 +223,36 @@ class Composition(Ensemble):
     def _noisy_end(self) -> Tensor:
         return torch.tensor([self.process.t_max], dtype=torch.float64)
 
-    def _betas_at(self, t: Tensor) -> Tensor:
-        """[B, M] in the dtype of t."""
-        betas, noisy = t.new_tensor(self.betas), t.new_tensor(self.noisy_betas)
+    def _betas_at(self, t: Tensor) -> list[Power]:
+        """M powers; [B] in the dtype of t where they depend on it."""
         if not self.changing:
-            return betas.expand(len(t), -1)
-        return noisy + (betas - noisy) * signal_share(self.process, t)[:, None]
+            return list(self.betas)
+        share = signal_share(self.process, t)
+        ends = zip(self.betas, self.noisy_betas, strict=True)
+        return [noisy + (beta - noisy) * share for beta, noisy in ends]
 
-    def _rate(
-        self, x: Tensor, t: Tensor, cond: Condition, betas: Tensor, values: list[Tensor]
-    ) -> Tensor:
-        """f64 [B]: change of log weight per unit of lam, without the reward."""
-        eps = [convert(self.process, value, self.view, "eps", x, t) for value in values]
-        drift = None if self.normalised else drift_per_lam(self.process, t)
-        rate = score_rate(eps, betas, drift)
-        if not self.changing:
-            return rate
+    def _summed(self, x: Tensor, t: Tensor, values: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """The weighted sum in the composition's view, and its rate f64 [B]: change of log weight
+        per unit of lam, without densities and reward (zeros without a corrector)."""
+        process, betas = Remembered(self.process), self._betas_at(t)
+        found = Differences.of(values, betas, self._corrected)
+        value, total = values[0], sum(betas)
+        if not self.normalised:
+            # Views are linear in (eps, x), so a sum in one of them at x is that of eps at total x.
+            value, x = scaled(total, value), scaled(total, x)
+        if found.gap is not None:
+            value = value + found.gap
+        value = convert(process, value, self.asked_view, self.view, x, t)
+        if not self._corrected:
+            return value, torch.zeros_like(found.spread)
+        slope = view_slope(process, t, self.asked_view, "eps").double()
+        drift = None if self.normalised else drift_per_lam(process, t)
+        return value, score_rate(found, slope, total, value, drift)
+
+    def _densities(self, x: Tensor, t: Tensor, cond: Condition) -> Tensor:
+        """f64 [B]: what the rate has besides where betas change: sum beta_i' log q_i."""
         slope = signal_slope(self.process, t)
+        rate = torch.zeros(len(x), dtype=torch.float64, device=x.device)
         for index, (end, start) in enumerate(zip(self.betas, self.noisy_betas, strict=True)):
             known: Any = self.members.get(index)
             density = known.log_prob(x, t, self._told(index, cond, len(x)))
@@ -251,13 +263,14 @@ class Composition(Ensemble):
         """eps with the reward's gradient, and what the reward adds to the rate, f64 [B]."""
         assert self.reward is not None
         reward, gradient = reward_and_gradient(self.reward, x, t, cond)
-        share, sigma = signal_share(self.process, t), self.process.sigma(t)
-        corrected = self.config.corrector == "fkc"
-        part = self.config.zeta**2 / (1.0 + self.config.zeta**2) if corrected else 1.0
+        process = Remembered(self.process)
+        share, sigma = signal_share(process, t), process.sigma(t)
+        zeta2 = self.config.zeta**2
+        part = zeta2 / (1.0 + zeta2) if self._corrected else 1.0
         moved = eps - expand(part * self.config.tilt * share * sigma, x).to(x) * gradient
         along = (gradient * eps).flatten(1).double().sum(1)
-        stretch = (gradient * x).flatten(1).double().sum(1) * drift_per_lam(self.process, t)
-        rate = signal_slope(self.process, t) * reward - share * (stretch + sigma * along)
+        stretch = (gradient * x).flatten(1).double().sum(1) * drift_per_lam(process, t)
+        rate = signal_slope(process, t) * reward - share * (stretch + sigma * along)
         return moved, self.config.tilt * rate.double()
 
 

@@ -6,38 +6,77 @@ Legend: B batch, M experts, d numbers of a sample.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from coterie.core.errors import DataError, describe
 from coterie.core.prediction import Condition
-from coterie.process import Process
+from coterie.process import Process, expand
 
 Reward = Callable[[Tensor, Tensor, Condition], Tensor]
 """(x [B, ...], t [B], cond) -> [B], differentiable in x, row by row; x is the noisy state."""
 
 
-def score_rate(eps: Sequence[Tensor], betas: Tensor, drift: Tensor | None) -> Tensor:
-    """f64 [B]: |sum beta eps|^2 - sum beta |eps|^2 + (sum beta - 1) d drift, with eps M times
-    [B, ...] and betas [B, M]; ``drift`` [B] as of :func:`drift_per_lam`, None where sum beta = 1.
+Power = float | Tensor
+"""The power of one density: the same for all rows, or f [B] where it depends on the noise level."""
 
-    Written with differences to the first expert, so that what agrees cancels exactly.
+
+@dataclass(frozen=True, eq=False)
+class Differences:
+    """How experts differ from the first of them, in one view that they share.
+
+    ``gap`` [B, ...]: sum beta_i (a_i - a_0), None where there is one expert. A view is affine in
+    eps given x, so differences in it are those of eps up to a factor: no expert but the first is
+    converted, and what agrees cancels exactly. ``length`` f64 [B] is |gap|^2, and ``spread`` sum
+    beta_i |a_i - a_0|^2.
     """
-    first = eps[0].flatten(1).double()
-    betas = betas.double()
-    gap = torch.zeros_like(first)
-    spread = first.new_zeros(len(first))
-    for index, one in enumerate(eps[1:], start=1):
-        difference = one.flatten(1).double() - first
-        gap = gap + betas[:, index, None] * difference
-        spread = spread + betas[:, index] * difference.square().sum(1)
-    rate = gap.square().sum(1) - spread
+
+    gap: Tensor | None
+    length: Tensor
+    spread: Tensor
+
+    @staticmethod
+    def of(values: Sequence[Tensor], betas: Sequence[Power], weighted: bool) -> Differences:
+        """``values`` M times [B, ...], ``betas`` M; unless ``weighted`` lengths are left at 0."""
+        first = values[0]
+        gap: Tensor | None = None
+        spread = torch.zeros(len(first), dtype=torch.float64, device=first.device)
+        for beta, value in zip(betas[1:], values[1:], strict=True):
+            difference = value - first
+            part = scaled(beta, difference)
+            gap = part if gap is None else gap + part
+            if weighted:
+                spread = spread + beta * square(difference)
+        length = square(gap) if weighted and gap is not None else torch.zeros_like(spread)
+        return Differences(gap, length, spread)
+
+
+def score_rate(
+    found: Differences, slope: Tensor, total: Power, summed: Tensor, drift: Tensor | None
+) -> Tensor:
+    """f64 [B]: |sum beta eps|^2 - sum beta |eps|^2 + (total - 1) d drift, where the betas add up to
+    ``total``. ``slope`` f64 [B]: of eps in the view of ``found``; ``summed`` [B, ...]: sum beta
+    eps; ``drift`` [B] as of :func:`drift_per_lam`, None where ``total`` is 1.
+    """
+    scale = slope.square()
+    rate = scale * (found.length - found.spread)
     if drift is None:
         return rate
-    total = betas.sum(1)
-    own = total * first.square().sum(1) + 2.0 * (first * gap).sum(1)
-    return rate + (total - 1.0) * (own + drift.double() * first.shape[1])
+    # total |eps_0|^2 + 2 eps_0 . gap, from lengths alone.
+    own = (square(summed) - scale * found.length) / total
+    return rate + (total - 1.0) * (own + summed[0].numel() * drift.double())
+
+
+def square(value: Tensor) -> Tensor:
+    """f64 [B]: |value|^2 of each row."""
+    return torch.linalg.vector_norm(value.flatten(1), dim=1, dtype=torch.float64).square()
+
+
+def scaled(power: Power, value: Tensor) -> Tensor:
+    """Each row of ``value`` [B, ...] times its power, in the type of ``value``."""
+    return power * value if isinstance(power, float) else expand(power, value).to(value) * value
 
 
 def reward_and_gradient(

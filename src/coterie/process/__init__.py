@@ -1,7 +1,7 @@
 """Floor 1: noising processes, views of a prediction, loss weights, times, preconditioning."""
 
 from coterie.process import discrete, learned_weightings, schedules
-from coterie.process.base import PROCESSES, Process, expand
+from coterie.process.base import PROCESSES, Process, Remembered, expand
 from coterie.process.closed_form import ExactDenoiser, Mixture
 from coterie.process.contrast import ContrastConfig, contrast, with_and_without
 from coterie.process.preconditioning import PRECONDITIONS, Precondition
@@ -15,7 +15,14 @@ from coterie.process.variational import (
     transition,
     vlb_bits,
 )
-from coterie.process.views import as_view, check_view, convert, error_scale, target_of
+from coterie.process.views import (
+    as_view,
+    check_view,
+    convert,
+    error_scale,
+    target_of,
+    view_slope,
+)
 from coterie.process.weightings import WEIGHTINGS, Weighting
 
 __all__ = [
@@ -28,6 +35,7 @@ __all__ = [
     "Mixture",
     "Precondition",
     "Process",
+    "Remembered",
     "Times",
     "Transition",
     "Transported",
@@ -49,6 +57,7 @@ __all__ = [
     "target_of",
     "transition",
     "transport",
+    "view_slope",
     "vlb_bits",
     "with_and_without",
 ]

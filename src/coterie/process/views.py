@@ -46,6 +46,13 @@ def convert(
     return level.dalpha * level.x0(value, source) + level.dsigma * level.eps(value, source)
 
 
+def view_slope(process: Process, t: Tensor, source: str, target: str) -> Tensor:
+    """d ``target`` / d ``source`` at fixed x, [B]: all views are affine in each other."""
+    if source == target:
+        return torch.ones_like(t)
+    return convert(process, torch.ones_like(t), source, target, torch.zeros_like(t), t)
+
+
 class _Level:
     """Coefficients at one noise level, shaped to multiply x."""
 
@@ -135,5 +142,7 @@ def floored(process: Process, t: Tensor) -> tuple[Tensor, Tensor]:
 
 def as_view(process: Process, prediction: Any, view: str, x: Tensor, t: Tensor) -> Any:
     """A Prediction in another view, its routings and auxiliary losses kept."""
+    if prediction.view == view:
+        return prediction
     value = convert(process, prediction.value, prediction.view, view, x, t)
     return prediction.replace(value=value, view=view)
