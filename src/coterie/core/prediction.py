@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Literal, Protocol, Self, runtime_checkable
 
 import torch
@@ -53,13 +54,19 @@ class Condition:
     tokens: Tensor | None = None  # [B, M, C]
     tokens_mask: Tensor | None = None  # bool [B, M]
     channels: Tensor | None = None  # [B, C, ...], concatenated to x
+    references: Tensor | None = None  # [B, R, ...], samples that x is to be made after
+    reference_kinds: Tensor | None = None  # i64 [B, R], what each of them shows; -1 = none there
     keys_values: Tensor | None = None  # [B, 2, L, M, D], reference keys and values per layer
+    keys_mask: Tensor | None = None  # bool [B, M], False = nobody may attend to it
     task: Tensor | None = None  # i64 [B], a hard index (task, view, modality)
+    guidance: Tensor | None = None  # f32 [B], weight of guidance, where samples differ in it
     likelihood: Any = None  # callable (x0, ids) -> log p(y | x0), [B]
     null: Mapping[str, Tensor] = field(default_factory=dict)  # field -> its null row, [...]
-    keep: frozenset[str] = frozenset({"task"})
+    unconditional: Condition | None = None  # the null form where it was worked out beforehand
+    keep: frozenset[str] = frozenset({"task", "reference_kinds", "guidance"})
     static: frozenset[str] = frozenset(
-        {"label", "vector", "tokens", "tokens_mask", "channels", "keys_values", "task"}
+        {"label", "vector", "tokens", "tokens_mask", "channels", "references", "reference_kinds"}
+        | {"keys_values", "keys_mask", "task", "guidance"}
     )
 
     def tensors(self) -> dict[str, Tensor]:
@@ -74,8 +81,10 @@ class Condition:
         return replaced(self, changes)
 
     def map(self, fn: Any) -> Self:
-        """Apply ``fn`` to every tensor field."""
-        return self.replace(**{name: fn(value) for name, value in self.tensors().items()})
+        """Apply ``fn`` to every tensor field, those of the null form too."""
+        changes = {name: fn(value) for name, value in self.tensors().items()}
+        null = self.unconditional
+        return self.replace(**changes, unconditional=None if null is None else null.map(fn))
 
     def index(self, rows: Tensor) -> Self:
         return self.map(lambda value: value[rows])
@@ -101,16 +110,27 @@ class Condition:
 
     def as_null(self, batch: int) -> Self:
         """Every row unconditional."""
+        if self.unconditional is not None:
+            return self.unconditional  # type: ignore[return-value]
         first = next(iter(self.tensors().values()), None)
         device = None if first is None else first.device
         return self.drop(torch.ones(batch, dtype=torch.bool, device=device))
+
+    @cached_property
+    def with_null(self) -> Condition:
+        """[2B]: as it is, then every row unconditional. Made once, for all steps of a run."""
+        batch = len(next(iter(self.tensors().values())))
+        return Condition.cat(self, self.as_null(batch))
 
     @staticmethod
     def cat(first: Condition, second: Condition) -> Condition:
         """Stack two conditions with the same fields along the batch."""
         other = second.tensors()
+        nulls = [cond.unconditional for cond in (first, second)]
+        both = None if None in nulls else Condition.cat(*nulls)  # type: ignore[arg-type]
         return first.replace(
-            **{name: torch.cat([value, other[name]]) for name, value in first.tensors().items()}
+            **{name: torch.cat([value, other[name]]) for name, value in first.tensors().items()},
+            unconditional=both,
         )
 
 

@@ -45,8 +45,14 @@ class ContrastConfig(Config):
             raise ConfigError(describe("interval", self.interval, "[lo, hi] with 0 <= lo < hi"))
         return self
 
-    def weights(self, process: Process, t: Tensor) -> Tensor:
-        """f64 [B]: the weight inside the interval, 1 outside."""
+    @property
+    def plain(self) -> bool:
+        """One weight for every level and channel, and nothing rescaled."""
+        return self.interval is None and not self.rescale and self.channels is None
+
+    def weights(self, process: Process, t: Tensor, own: Tensor | None = None) -> Tensor:
+        """f64 [B]: the weight inside the interval, 1 outside. ``own`` [B]: of each sample, in the
+        place of ``weight``."""
         level = t.double()
         if self.interval_in == "sigma":
             level = torch.exp(-process.lam(level))
@@ -54,7 +60,8 @@ class ContrastConfig(Config):
         if self.interval is not None:
             low, high = self.interval
             inside = (level >= low) & (level <= high)
-        return torch.ones_like(level).masked_fill(inside, self.weight)
+        weight = level.new_tensor(self.weight) if own is None else own.to(level)
+        return torch.where(inside, weight, torch.ones_like(level))
 
 
 def contrast(
@@ -65,13 +72,17 @@ def contrast(
     strong: Prediction,
     weak: Prediction,
     base: Prediction | None = None,
+    own: Tensor | None = None,
 ) -> Prediction:
     """``base`` (None: ``strong``) moved by the difference; all three at the same x [B, ...], t [B]
-    of ``process``. Answers in the view of ``base``, with its routings."""
+    of ``process``. ``own``: weights of the samples, see :meth:`ContrastConfig.weights`. Answers in
+    the view of ``base``, with its routings."""
     base = strong if base is None else base
     upper = as_view(process, strong, base.view, x, t).value
     lower = as_view(process, weak, base.view, x, t).value
-    weight = config.weights(process, t)
+    if base is strong and config.plain and own is None:
+        return base.replace(value=torch.lerp(lower, upper, config.weight))
+    weight = config.weights(process, t, own)
     factor = expand(weight, x).to(upper)
     if base is strong:
         moved = torch.lerp(lower, upper, factor)
@@ -115,11 +126,10 @@ def with_and_without(
     if not cond.tensors():
         raise ConfigError(describe("cond", "no fields", "a condition to guide towards"))
     paired = getattr(denoiser, "paired", None)
-    null = cond.as_null(batch)
     if paired is not None:
-        stacked: Prediction = paired(x, t, cond, null)
+        stacked: Prediction = paired(x, t, cond, cond.as_null(batch))
     else:
-        stacked = denoiser(torch.cat([x, x]), torch.cat([t, t]), Condition.cat(cond, null))
+        stacked = denoiser(torch.cat([x, x]), torch.cat([t, t]), cond.with_null)
     return _rows(stacked, slice(0, batch)), _rows(stacked, slice(batch, None))
 
 

@@ -17,8 +17,8 @@ from coterie.core.prediction import Condition, DenoiserLike, Prediction
 from coterie.process import (
     ContrastConfig,
     Process,
-    as_view,
     contrast,
+    convert,
     expand,
     with_and_without,
 )
@@ -61,17 +61,25 @@ class Guided:
         self.process: Process = denoiser.process
 
     def __call__(self, x: Tensor, t: Tensor, cond: Condition) -> Prediction:
-        if not bool((self.config.weights(self.process, t) != 1.0).any()):
+        if self._idle(t, cond.guidance):
             return self.denoiser(x, t, cond)
         if self.weak is None:
             strong, weak = with_and_without(self.denoiser, x, t, cond)
         else:
             strong, weak = self.denoiser(x, t, cond), self.weak(x, t, cond)
-        return contrast(self.process, self.config, x, t, strong, weak)
+        return contrast(self.process, self.config, x, t, strong, weak, own=cond.guidance)
+
+    def _idle(self, t: Tensor, own: Tensor | None) -> bool:
+        """Whether no sample is guided at its time."""
+        if own is None and self.config.interval is None:
+            return self.config.weight == 1.0
+        return not bool((self.config.weights(self.process, t, own) != 1.0).any())
 
 
 class ClassifierGuided:
-    """Score plus weight times the gradient of log p(y | x_t); answers in the eps view.
+    """Score plus weight times the gradient of log p(y | x_t), in the view of ``denoiser``: the
+    noise moves by -weight sigma grad, and every view by what that is in it. Weight 0 is the plain
+    answer. Nothing is differentiated through ``denoiser``.
 
     ``log_prob(x, t, cond) -> [B]`` is differentiated with respect to x, row by row.
     """
@@ -88,11 +96,13 @@ class ClassifierGuided:
         self.process: Process = denoiser.process
 
     def __call__(self, x: Tensor, t: Tensor, cond: Condition) -> Prediction:
-        prediction = as_view(self.process, self.denoiser(x, t, cond), "eps", x, t)
+        prediction = self.denoiser(x, t, cond)
         if self.weight == 0.0:
             return prediction
         with torch.enable_grad():
             at = x.detach().requires_grad_(True)
             (gradient,) = torch.autograd.grad(self.log_prob(at, t, cond).sum(), at)
-        shift = expand(self.process.sigma(t), x) * self.weight * gradient
-        return prediction.replace(value=prediction.value - shift.to(prediction.value))
+        noise = -self.weight * expand(self.process.sigma(t), x) * gradient
+        # Views are affine in the noise: what moves them is the view of the move at x = 0.
+        shift = convert(self.process, noise, "eps", prediction.view, torch.zeros_like(x), t)
+        return prediction.replace(value=prediction.value + shift.to(prediction.value))
