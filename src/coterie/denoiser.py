@@ -13,8 +13,10 @@ from pydantic import SerializeAsAny, model_validator
 from torch import Generator, Tensor, nn
 
 from coterie.backbones import BACKBONES, DiTConfig
+from coterie.backbones.base import BackboneOutput
 from coterie.backbones.causal import CausalConfig
 from coterie.backbones.slots import hosts
+from coterie.backbones.taps import Layers, Topology, as_layered
 from coterie.core.context import Context
 from coterie.core.errors import ConfigError, describe
 from coterie.core.prediction import Condition, Prediction, check_times
@@ -117,12 +119,45 @@ class Denoiser(Model):
         rng: Generator | None = None,
         progress: float = 1.0,
     ) -> Prediction:
+        ctx, scaled = self._asked(x, t, sample_ids, rng, progress)
+        return self._answer(x, t, self.backbone(scaled, ctx, cond))
+
+    def topology(self) -> Topology:
+        """Where the backbone can be tapped; ConfigError if it cannot run layer by layer."""
+        return as_layered(self.backbone, "backbone").topology()
+
+    def layers(
+        self,
+        x: Tensor,
+        t: Tensor,
+        cond: Condition,
+        sample_ids: Tensor | None = None,
+        rng: Generator | None = None,
+        progress: float = 1.0,
+    ) -> Layers[Prediction]:
+        """:meth:`forward` layer by layer; see :mod:`coterie.backbones.taps`."""
+        ctx, scaled = self._asked(x, t, sample_ids, rng, progress)
+        out = yield from as_layered(self.backbone, "backbone").layers(scaled, ctx, cond)
+        return self._answer(x, t, out)
+
+    def _asked(
+        self,
+        x: Tensor,
+        t: Tensor,
+        sample_ids: Tensor | None,
+        rng: Generator | None,
+        progress: float,
+    ) -> tuple[Context, Tensor]:
+        """What the backbone is told, and x as it reads it."""
         check_times(t, len(x))
         ctx = context_at(self.process, t, self.get_buffer("time_inputs")).replace(
             sample_ids=sample_ids, training=self.training, rng=rng, progress=progress
         )
-        c_in, c_skip, c_out = (expand(c, x).to(x) for c in self.precondition.coefficients(t))
-        out = self.backbone((c_in * x).to(self._dtype), ctx, cond)
+        c_in = expand(self.precondition.coefficients(t)[0], x).to(x)
+        return ctx, (c_in * x).to(self._dtype)
+
+    def _answer(self, x: Tensor, t: Tensor, out: BackboneOutput) -> Prediction:
+        _, c_skip, c_out = (expand(c, x).to(x) for c in self.precondition.coefficients(t))
         value = c_skip * x + c_out * out.sample.to(x)
         view = self.config.view
         return Prediction(value, view, out.routings, variance=out.variance, visible=out.visible)

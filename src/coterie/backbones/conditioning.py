@@ -44,6 +44,14 @@ def embed_condition(
     )
 
 
+def label_tokens(label: LabelEmbedding | None, cond: Condition) -> Tensor | None:
+    """The label's row as one token [B, 1, D]: what others may attend to; None without classes."""
+    if label is None or cond.label is None:
+        return None
+    row: Tensor = label(cond.label)
+    return row[:, None]
+
+
 class _Table:
     """tau of every step of the original grid, computed once per forward pass and only if asked."""
 

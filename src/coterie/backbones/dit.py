@@ -16,7 +16,8 @@ from coterie.backbones.base import (
     BackboneOutput,
     BackbonePart,
 )
-from coterie.backbones.conditioning import embed_condition
+from coterie.backbones.conditioning import embed_condition, label_tokens
+from coterie.backbones.taps import Layers, Point, Tap, Topology
 from coterie.backbones.trunk import Trunk, TrunkConfig, modulate
 from coterie.core.context import Context
 from coterie.core.errors import ConfigError, DataError, describe
@@ -95,14 +96,21 @@ class PatchEncoder(nn.Module):
         self, x: Tensor, ctx: Context, cond: Condition
     ) -> tuple[Tensor, tuple[Routing, ...]]:
         """x [B, C, H, W] -> normalised, modulated tokens [B, N, D], ready for a head."""
+        z_BND, ctx = self._embed(x, ctx, cond)
+        z_BND, routings = self.trunk(z_BND, ctx)
+        return self._normalised(z_BND, ctx), routings
+
+    def _embed(self, x: Tensor, ctx: Context, cond: Condition) -> tuple[Tensor, Context]:
+        """Tokens [B, N, D] of the patches, and what the blocks are told."""
         if x.shape[1:] != self.config.sample_shape:
             raise DataError(describe("x", tuple(x.shape), f"[B, {self.config.sample_shape}]"))
         ctx = embed_condition(ctx, cond, self.time, self.label, self.config.tokens)
+        return self.patch_in(self._patchify(x)) + self.get_buffer("positions"), ctx
+
+    def _normalised(self, z_BND: Tensor, ctx: Context) -> Tensor:
         assert ctx.embedding is not None
-        z_BND = self.patch_in(self._patchify(x)) + self.get_buffer("positions")
-        z_BND, routings = self.trunk(z_BND, ctx)
         shift, scale = self.head_modulation(nn.functional.silu(ctx.embedding)).chunk(2, dim=-1)
-        return modulate(self.head_norm(z_BND), shift, scale), routings
+        return modulate(self.head_norm(z_BND), shift, scale)
 
     def _patchify(self, x: Tensor) -> Tensor:
         B, C = x.shape[:2]
@@ -129,6 +137,29 @@ class DiT(PatchEncoder):
         z_BND, routings = self.encode(x, ctx, cond)
         sample, variance = self._unpatchify(self.head(z_BND))
         return BackboneOutput(sample, routings, variance)
+
+    def topology(self) -> Topology:
+        """After the patches' embedding, after every block, and the head's answer per patch."""
+        width, grid = self.config.trunk.width, self.config.grid
+        blocks = [Point(f"block.{layer}", width, grid) for layer in range(len(self.trunk.blocks))]
+        head = Point("head", self.head.out_features, grid)
+        label_width = 0 if self.label is None else width
+        return Topology((Point("patch_in", width, grid), *blocks, head), width, label_width)
+
+    def layers(self, x: Tensor, ctx: Context, cond: Condition) -> Layers[BackboneOutput]:
+        """:meth:`forward` layer by layer; see :mod:`.taps`."""
+        z_BND, ctx = self._embed(x, ctx, cond)
+        tokens = label_tokens(self.label, cond)
+        z_BND = yield Tap("patch_in", z_BND, ctx, tokens)
+        routings: list[Routing] = []
+        states: dict[str, Tensor] = {}
+        for layer, block in enumerate(self.trunk.blocks):
+            z_BND, made = block(z_BND, ctx.replace(layer=layer), states)
+            routings.extend(made)
+            z_BND = yield Tap(f"block.{layer}", z_BND, ctx, tokens)
+        out = yield Tap("head", self.head(self._normalised(z_BND, ctx)), ctx, tokens)
+        sample, variance = self._unpatchify(out)
+        return BackboneOutput(sample, tuple(routings), variance)
 
     def _unpatchify(self, out: Tensor) -> tuple[Tensor, Tensor | None]:
         B = out.shape[0]

@@ -60,3 +60,13 @@ def scope(ctx: Context | None) -> Iterator[Call]:
         yield call
     finally:
         leave(call)
+
+
+@contextmanager
+def again(call: Call) -> Iterator[None]:
+    """Inside the block the scope is ``call``, made before: for networks that run in parts."""
+    token = _CALL.set(call)
+    try:
+        yield
+    finally:
+        _CALL.reset(token)

@@ -14,16 +14,18 @@ import torch
 from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 from torch import Tensor
 
+from coterie.backbones import unet_layers
 from coterie.backbones.base import (
     BACKBONES,
     TOLD_BY_DENOISERS,
     BackboneOutput,
     BackbonePart,
 )
-from coterie.backbones.conditioning import embed_condition
+from coterie.backbones.conditioning import embed_condition, label_tokens
 from coterie.backbones.hosting import NetworkHost, check_slot, zero
-from coterie.backbones.scope import scope
+from coterie.backbones.scope import Call, scope
 from coterie.backbones.slots import SlotConfig
+from coterie.backbones.taps import Layers, Topology, scoped
 from coterie.core.context import Context
 from coterie.core.errors import ConfigError, DataError, describe
 from coterie.core.prediction import Condition
@@ -138,14 +140,40 @@ class UNet(NetworkHost):
         self.config = config
 
     def forward(self, x: Tensor, ctx: Context, cond: Condition) -> BackboneOutput:
+        network: Any = self.network
+        ctx = self._told(x, ctx, cond)
+        given = {"class_labels": cond.label} if network.class_embedding is not None else {}
+        with scope(ctx) as call:
+            (out,) = network(x, ctx.time_input, **given, return_dict=False)
+        return self._answer(out, call)
+
+    def topology(self) -> Topology:
+        """See :mod:`.unet_layers`."""
+        network: Any = self.network
+        width = network.time_embedding.linear_2.out_features
+        return Topology(
+            unet_layers.points(network), width, 0 if network.class_embedding is None else width
+        )
+
+    def layers(self, x: Tensor, ctx: Context, cond: Condition) -> Layers[BackboneOutput]:
+        """:meth:`forward` layer by layer; see :mod:`.taps`."""
+        network: Any = self.network
+        ctx = self._told(x, ctx, cond)
+        assert ctx.embedding is not None
+        shown = label_tokens(network.class_embedding, cond)
+        told = unet_layers.Told(ctx.embedding, ctx, shown=shown)
+        call = Call(ctx)
+        out = yield from scoped(call, unet_layers.layers(network, x, told))
+        return self._answer(out, call)
+
+    def _told(self, x: Tensor, ctx: Context, cond: Condition) -> Context:
         if x.shape[1:] != self.config.sample_shape:
             raise DataError(describe("x", tuple(x.shape), f"[B, {self.config.sample_shape}]"))
         network: Any = self.network
         label = network.class_embedding
-        ctx = embed_condition(ctx, cond, self._embed_time, label, x.shape[2] * x.shape[3])
-        given = {"class_labels": cond.label} if label is not None else {}
-        with scope(ctx) as call:
-            (out,) = network(x, ctx.time_input, **given, return_dict=False)
+        return embed_condition(ctx, cond, self._embed_time, label, x.shape[2] * x.shape[3])
+
+    def _answer(self, out: Tensor, call: Call) -> BackboneOutput:
         sample, variance = out.chunk(2, dim=1) if self.config.learned_variance else (out, None)
         return BackboneOutput(sample, tuple(call.routings), variance)
 

@@ -24,16 +24,15 @@ def is_borrowed(module: nn.Module) -> bool:
     return bool(getattr(module, "is_borrowed", False))
 
 
-def module_tensors(module: nn.Module) -> dict[str, Tensor]:
+def module_tensors(module: nn.Module, borrowed: bool = False) -> dict[str, Tensor]:
     """Parameters and persistent buffers, each tensor once (tied weights under the first name);
-    those of borrowed modules left out.
+    those of borrowed modules left out, unless ``borrowed``.
 
     The values are the module's own tensors, not copies.
     """
     out: dict[str, Tensor] = {}
-    seen = {
-        id(value) for part in module.modules() if is_borrowed(part) for value in tensors_of(part)
-    }
+    lent = [] if borrowed else [part for part in module.modules() if is_borrowed(part)]
+    seen = {id(value) for part in lent for value in tensors_of(part)}
     for name, value in module.state_dict(keep_vars=True).items():
         if isinstance(value, Tensor) and id(value) not in seen:
             seen.add(id(value))

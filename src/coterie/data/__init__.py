@@ -3,6 +3,7 @@
 # Importing a module registers its sources and downloads.
 from coterie.data import (
     classes,
+    covered,
     demonstrations,
     emoji,
     fetch,
@@ -57,6 +58,7 @@ __all__ = [
     "Subset",
     "build_source",
     "classes",
+    "covered",
     "demonstrations",
     "describe_source",
     "emoji",

@@ -1,5 +1,7 @@
 """Floor 4: many denoisers are one denoiser."""
 
+from coterie.ensembles.aggregate import Aggregate, AggregateConfig
+from coterie.ensembles.aggregator import AggregatorConfig
 from coterie.ensembles.base import ENSEMBLES, Ensemble, EnsembleConfig
 from coterie.ensembles.boundaries import Cut, losses_per_bin, search_boundaries
 from coterie.ensembles.choices import CHOICES, Oracle, Sampled
@@ -17,6 +19,9 @@ from coterie.ensembles.router import ClusterRouter, ClusterRouterConfig
 __all__ = [
     "CHOICES",
     "ENSEMBLES",
+    "Aggregate",
+    "AggregateConfig",
+    "AggregatorConfig",
     "ClusterRouter",
     "ClusterRouterConfig",
     "Composition",

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, SerializeAsAny, model_validator
 
 from coterie.core.config import Config
 from coterie.core.errors import CheckpointError, ConfigError, describe
 from coterie.core.registry import Part
+from coterie.core.tensors import borrow
 from coterie.denoiser import MODELS
 from coterie.ensembles.base import ENSEMBLES, Ensemble
 from coterie.ensembles.members import MemberFacts, Members, traits_of
@@ -65,7 +67,6 @@ class EnsembleModelConfig(Part):
     ensemble: Annotated[SerializeAsAny[Part], ENSEMBLES.validator] = "mixture"  # type: ignore[assignment]
     members: tuple[MemberConfig, ...] = ()
     router: Model | None = None
-    is_trained: ClassVar[bool] = True
 
     @model_validator(mode="after")
     def _named(self) -> EnsembleModelConfig:
@@ -73,6 +74,12 @@ class EnsembleModelConfig(Part):
         if len(set(names)) < len(names):
             raise ConfigError(describe("members", names, "names that all differ"))
         return self
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether nothing is left to learn: so it is, unless the ensemble has weights of its own
+        (aggregators of features)."""
+        return bool(getattr(self.ensemble, "is_trained", True))
 
     @property
     def backbone(self) -> Any:
@@ -90,8 +97,17 @@ class EnsembleModelConfig(Part):
             member.name: None if member.model is None or member.absent else member.model.build()
             for member in self.members
         }
+        if not self.is_trained:
+            self._lend(denoisers)
         traits = {member.name: member.traits for member in self.members}
         return self.join(Members(denoisers, reasons, traits))
+
+    def _lend(self, denoisers: Mapping[str, Any]) -> None:
+        """What lies elsewhere is no part of a run that trains on top of it."""
+        for member in self.members:
+            if getattr(member.model, "is_trained", False):
+                for part in denoisers[member.name].modules():
+                    borrow(part)
 
     def join(self, members: Members) -> Ensemble:
         """The ensemble of members that are built already, in eval mode."""

@@ -4,7 +4,7 @@
 manifest.json               as of any model; its configuration is of kind ``ensemble``
 members/00.safetensors      the first member that is there: all of it but its experts
 experts/networks.0.<pool>/  experts of that member, one file each, where it has some
-router.safetensors          the router between members
+router.safetensors          the router between members, the aggregators of their features
 ```
 """
 
@@ -23,7 +23,14 @@ from coterie.core.tensors import assign, copy_tensors, module_tensors, read_tens
 from coterie.ensembles import Ensemble, EnsembleModelConfig, MemberConfig, Members, model_of
 from coterie.ensembles.blueprint import Blueprint
 from coterie.ensembles.residency import LoadedMembers, Loader
-from coterie.hub.layout import ROUTER, Manifest, load_manifest, model_config, split
+from coterie.hub.layout import (
+    ROUTER,
+    Manifest,
+    deciders,
+    load_manifest,
+    model_config,
+    split,
+)
 from coterie.hub.save import save_pretrained
 
 
@@ -66,7 +73,7 @@ def load_ensemble(
         made = config.join(Members(built, reasons, traits))
     else:
         made = config.join(LoadedMembers(loaders, resident, prefetch, device))
-    _read_router(manifest, made)
+    _read_deciders(manifest, made)
     return made.to(device)
 
 
@@ -206,15 +213,16 @@ class _MemberReader:
         return model
 
 
-def _read_router(manifest: Manifest, made: Ensemble) -> None:
-    """The router's weights and experts, where it has any."""
-    router = getattr(made, "router", None)
-    if not isinstance(router, nn.Module):
-        return
-    parts = split(router)
-    own = {f"router.{name}": value for name, value in {**parts.trunk, **parts.router}.items()}
-    path = manifest.file(ROUTER)
-    assign(own, read_tensors(path), str(path))
-    for pool, stack in parts.pools.items():
-        for index, file in enumerate(manifest.pools.get(f"router.{pool}", [])):
-            stack.load_expert_state(index, read_tensors(manifest.file(file)))
+def _read_deciders(manifest: Manifest, made: Ensemble) -> None:
+    """Weights and experts of the router and the aggregators, where it has any."""
+    own: dict[str, torch.Tensor] = {}
+    for owner, module in deciders(made).items():
+        parts = split(module)
+        flat = {**parts.trunk, **parts.router}
+        own |= {f"{owner}.{name}": value for name, value in flat.items()}
+        for pool, stack in parts.pools.items():
+            for index, file in enumerate(manifest.pools.get(f"{owner}.{pool}", [])):
+                stack.load_expert_state(index, read_tensors(manifest.file(file)))
+    if own:
+        path = manifest.file(ROUTER)
+        assign(own, read_tensors(path), str(path))

@@ -119,23 +119,24 @@ class Split:
     members: dict[str, dict[str, Tensor]] = field(default_factory=dict)
 
 
-def split(model: nn.Module) -> Split:
+def split(model: nn.Module, borrowed: bool = False) -> Split:
     """Sort parameters and persistent buffers into trunk, routers and pools of experts.
 
     The stacks of a :class:`Pool` leave the trunk. Pools that share their tensors are stored once.
-    Each network of an ensemble is split alone, so that its files hold all of it.
+    Each network of an ensemble is split alone, so that its files hold all of it, also where it was
+    read from elsewhere. ``borrowed``: what others lent the model is in it.
     """
     if isinstance(model, Ensemble):
         return _split_ensemble(model)
-    everything = module_tensors(model)
+    everything = module_tensors(model, borrowed)
     owners = {id(value): name for name, value in everything.items()}
     pools: dict[str, Pool] = {}
     stacked: set[str] = set()
     routed: set[str] = set()
     for path, module in model.named_modules():
-        if is_borrowed(module):
+        if is_borrowed(module) and not borrowed:
             continue
-        own = module_tensors(module)
+        own = module_tensors(module, borrowed)
         if isinstance(module, Pool):
             names = {owners[id(own[name])] for name in module.expert_state(0)}
             if not names <= stacked:
@@ -154,16 +155,21 @@ def split(model: nn.Module) -> Split:
 def _split_ensemble(model: Ensemble) -> Split:
     out = Split({}, {}, {})
     for index, network in enumerate(model.networks):
-        parts = split(network)
+        parts = split(network, borrowed=True)
         out.members[member_name(index)] = {**parts.trunk, **parts.router}
         out.pools.update({f"networks.{index}.{path}": pool for path, pool in parts.pools.items()})
-    router = getattr(model, "router", None)
-    if isinstance(router, nn.Module):
-        parts = split(router)
+    for owner, module in deciders(model).items():
+        parts = split(module)
         own = {**parts.trunk, **parts.router}
-        out.router.update({f"router.{name}": value for name, value in own.items()})
-        out.pools.update({f"router.{path}": pool for path, pool in parts.pools.items()})
+        out.router.update({f"{owner}.{name}": value for name, value in own.items()})
+        out.pools.update({f"{owner}.{path}": pool for path, pool in parts.pools.items()})
     return out
+
+
+def deciders(model: nn.Module) -> dict[str, nn.Module]:
+    """What says whom of an ensemble to follow, where it has weights: its router, aggregators."""
+    found = {name: getattr(model, name, None) for name in ("router", "aggregators")}
+    return {name: module for name, module in found.items() if isinstance(module, nn.Module)}
 
 
 def member_name(index: int) -> str:

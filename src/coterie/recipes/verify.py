@@ -49,7 +49,7 @@ def verify(
     began = time.time()
     root = Path(work) / (commit() or "no-commit")
     measured = _run_arms(recipe, root, seeds, workers or _cores(), progress)
-    budgets = {arm: _budget(config) for arm, config in recipe.arms().items()}
+    budgets = {arm: _budget(job_of(recipe, arm, 0, root).config) for arm in recipe.arms()}
     return {
         "recipe": name,
         "commit": commit(),

@@ -34,7 +34,7 @@ def composed_run(
     if corrected != (particles is not None):
         allowed = "settings of the particles" if corrected else "none without a corrector"
         raise ConfigError(describe("particles", particles, allowed))
-    members = tuple(_member(Path(path), paths) for path in paths)
+    members = tuple(member_of(Path(path), paths) for path in paths)
     solver = particles or base.sample.solver
     count = (particles.particles if particles else None) or 1
     return base.replace(
@@ -51,7 +51,7 @@ def composed_run(
     )
 
 
-def _member(path: Path, all_paths: Sequence[str | Path]) -> MemberConfig:
+def member_of(path: Path, all_paths: Sequence[str | Path]) -> MemberConfig:
     model = PretrainedConfig(path=str(path))
     if model.absent:
         raise ConfigError(describe("RUN", str(path), KINDS, model.absent))

@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 
+from coterie.core.errors import ConfigError, describe
 from coterie.core.folder import MANIFEST
 from coterie.core.registry import Part
+from coterie.core.tensors import assign, module_tensors
 from coterie.denoiser import MODELS
 from coterie.train import checkpoint
 from coterie.train.initial import (
@@ -68,3 +70,61 @@ class PretrainedConfig(Part):
     def build(self) -> Any:
         """CheckpointError if the weights are damaged, or not those of ``origin``."""
         return load_source(self._init).requires_grad_(False).to(getattr(torch, self.precision))
+
+
+@MODELS.register
+class WeightAverageConfig(Part):
+    """The mean of the weights of the models at ``paths``, which have one configuration, frozen: a
+    static merge ("model soup"). ``shares``: of each, if not equal; ``weights`` as above."""
+
+    kind: Literal["weight_average"] = "weight_average"
+    paths: tuple[str, ...] = Field(("runs/dit",), min_length=1)
+    shares: tuple[float, ...] | None = None
+    weights: str = "ema"
+    is_trained: ClassVar[bool] = True
+
+    @model_validator(mode="after")
+    def _check(self) -> WeightAverageConfig:
+        if self.shares is not None and len(self.shares) != len(self.paths):
+            allowed = f"{len(self.paths)}, one for each path"
+            raise ConfigError(describe("shares", self.shares, allowed))
+        return self
+
+    @property
+    def absent(self) -> str:
+        """Why one of them cannot be loaded; "" if all can."""
+        return next((why for one in self._models if (why := one.absent)), "")
+
+    @property
+    def model(self) -> Part:
+        """The configuration of the model that lies at the first path."""
+        return self._models[0].model
+
+    @property
+    def backbone(self) -> Any:
+        return self.model.backbone
+
+    @property
+    def _models(self) -> tuple[PretrainedConfig, ...]:
+        return tuple(PretrainedConfig(path=path, weights=self.weights) for path in self.paths)
+
+    @torch.no_grad()
+    def build(self) -> Any:
+        """CheckpointError where a model is not there, or has other tensors than the first."""
+        first = self._models[0].model
+        for path, one in zip(self.paths, self._models, strict=True):
+            if one.model != first:
+                hint = f"weights of one model are averaged; {self.paths[0]} has another"
+                raise ConfigError(describe("paths", path, "models of one configuration", hint))
+        shares = self.shares or (1.0 / len(self.paths),) * len(self.paths)
+        out = self._models[0].build()
+        mean = {
+            name: torch.zeros_like(value) if value.is_floating_point() else value.clone()
+            for name, value in module_tensors(out).items()
+        }
+        for share, one in zip(shares, self._models, strict=True):
+            for name, value in module_tensors(one.build()).items():
+                if value.is_floating_point():
+                    mean[name].add_(value, alpha=share)
+        assign(module_tensors(out), mean, "weight_average")
+        return out

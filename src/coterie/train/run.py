@@ -28,6 +28,7 @@ from coterie.core.rng import derive, generator
 from coterie.core.tensors import assign, module_tensors
 from coterie.data import SOURCES
 from coterie.denoiser import MODELS, DenoiserConfig
+from coterie.ensembles import Ensemble, model_of
 from coterie.experts.routers.config import within
 from coterie.solvers import GRIDS, SOLVERS, GuidanceConfig, ThresholdConfig
 from coterie.train import checkpoint
@@ -268,10 +269,11 @@ def _export(trainer: Trainer, config: RunConfig, run_dir: RunDir, source: Source
     with trainer.averaged() as model:
         if config.init is not None and config.init.adapters:
             facts |= described(model, config.init.path)
+        whole = model_of(model) if isinstance(model, Ensemble) else config.model
         save_pretrained(
             model,
             run_dir.path / "model",
-            config.model.model_dump(mode="json"),
+            whole.model_dump(mode="json"),
             overwrite=True,
             data_licence=source.licence,
             extra=facts,

@@ -19,12 +19,15 @@ from typing import Any
 import torch
 from torch import Generator, Tensor, nn
 
+from coterie.backbones import unet_layers
+from coterie.backbones.taps import Layers, Topology
 from coterie.core.errors import CheckpointError, ConfigError, describe, unknown
 from coterie.core.prediction import Condition, Prediction, View, check_times
 from coterie.core.tensors import copy_tensors
 from coterie.ensembles import LoadedMembers, Loader, MemberFacts, NoiseRanges, NoiseRangesConfig
 from coterie.ensembles.blueprint import Blueprint
 from coterie.interop.diffusers.facts import takes
+from coterie.interop.diffusers.unet import told_of, topology
 from coterie.process import PROCESSES, Process, discrete
 
 INDEX = "model_index.json"
@@ -70,9 +73,29 @@ class DiffusersDenoiser(nn.Module):
         }.items():
             if value is not None and takes(self.network, name):
                 given[name] = value
+        (value,) = self.network(self._stacked(x, cond), **given, return_dict=False)
+        return self._answer(x, value)
+
+    def topology(self) -> Topology:
+        """Of a U-Net; ConfigError for others (see :mod:`coterie.backbones.unet_layers`)."""
+        return topology(self.network)
+
+    def layers(
+        self, x: Tensor, t: Tensor, cond: Condition, sample_ids: Tensor | None = None
+    ) -> Layers[Prediction]:
+        """:meth:`forward` of a U-Net layer by layer; see :mod:`coterie.backbones.taps`."""
+        check_times(t, len(x))
+        stacked = self._stacked(x, cond)
+        told = told_of(self.network, stacked, self.process.time_input(t), cond)
+        value = yield from unet_layers.layers(self.network, stacked, told)
+        return self._answer(x, value)
+
+    def _stacked(self, x: Tensor, cond: Condition) -> Tensor:
         dtype: torch.dtype = self.network.dtype  # type: ignore[assignment]
-        stacked = x if cond.channels is None else torch.cat([x, cond.channels.to(x)], dim=1)
-        (value,) = self.network(stacked.to(dtype), **given, return_dict=False)
+        both = x if cond.channels is None else torch.cat([x, cond.channels.to(x)], dim=1)
+        return both.to(dtype)
+
+    def _answer(self, x: Tensor, value: Tensor) -> Prediction:
         variance = None
         if value.shape[1] == 2 * x.shape[1]:
             value, variance = value.chunk(2, dim=1)

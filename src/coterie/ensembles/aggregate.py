@@ -1,0 +1,267 @@
+"""Networks of one topology fused feature by feature: Adaptive Feature Aggregation.
+
+Members run in lockstep (:mod:`coterie.backbones.taps`). At every point an aggregator weighs their
+features, pixel by pixel, and the *fused* feature is what the next layer of every member reads, and
+what skip connections carry. Members stay as they are; the aggregators alone are trained, by the
+ordinary loop, with gradients through the members. Who decides where is a Routing of unit ``token``
+per point: its gates are the weights.
+
+Shapes: B batch, N members, C channels, H x W pixels, R = B H W.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any, Literal, Self
+
+import torch
+from torch import Generator, Tensor, nn
+
+from coterie.backbones.taps import (
+    Point,
+    Tap,
+    Topology,
+    as_layered,
+    check_same_topology,
+    lockstep,
+)
+from coterie.core.errors import ConfigError, DataError, describe
+from coterie.core.prediction import Condition, DenoiserLike, Prediction, check_times
+from coterie.core.registry import Part
+from coterie.core.routing import ENSEMBLE, Routing
+from coterie.ensembles.aggregator import AggregatorConfig, Gate, make_aggregator
+from coterie.ensembles.base import ENSEMBLES, Ensemble, EnsembleConfig, as_members
+from coterie.ensembles.members import Members
+
+
+@ENSEMBLES.register
+class AggregateConfig(EnsembleConfig):
+    """``gate`` spatial: weights per pixel that see the features, the noise level and the condition;
+    step: weights that see the noise level only; uniform: the mean, which trains nothing.
+
+    ``points``: shell patterns of the points that are fused (``members.points`` lists them); between
+    them every member reads its own features. The last, the answer, is always fused:
+    ``points=()`` fuses answers only. ``own_tokens``: ``cond.tokens`` [B, N M, C] holds those of
+    every member, one after another, as from text encoders of their own.
+    """
+
+    kind: Literal["aggregate"] = "aggregate"
+    gate: Gate = "spatial"
+    aggregator: AggregatorConfig = AggregatorConfig()
+    points: tuple[str, ...] = ("*",)
+    own_tokens: bool = False
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether there is nothing to learn."""
+        return self.gate == "uniform"
+
+    def build(
+        self,
+        members: Members | Mapping[str, DenoiserLike | None] | Sequence[DenoiserLike | None],
+        router: Any = None,
+    ) -> Aggregate:
+        """ConfigError names the first thing in which the members differ. There is no router."""
+        if router is not None:
+            raise ConfigError(describe("router", router, "none: aggregators are its own"))
+        return Aggregate(self, as_members(members))
+
+
+class Aggregate(Ensemble):
+    """See the module. Members are frozen; ``aggregators`` has one module per fused point."""
+
+    config: AggregateConfig
+
+    def __init__(self, config: AggregateConfig, members: Members) -> None:
+        topology = _common_topology(config, members)
+        super().__init__(config, members)
+        self.networks.requires_grad_(False)
+        self.topology = topology
+        self.fused = _fused(config.points, topology)
+        count = len(members)
+        self.aggregators = nn.ModuleList(
+            make_aggregator(config.gate, config.aggregator, point, count, topology)
+            for point in self.fused.values()
+        )
+
+    def train(self, mode: bool = True) -> Self:
+        """Members never leave eval mode."""
+        super().train(mode)
+        self.networks.eval()
+        return self
+
+    def forward(
+        self,
+        x: Tensor,
+        t: Tensor,
+        cond: Condition,
+        sample_ids: Tensor | None = None,
+        rng: Generator | None = None,
+        progress: float = 1.0,
+    ) -> Prediction:
+        check_times(t, len(x))
+        made: list[Routing] = []
+        facts = _Facts(t, self.process.step_index(t), cond, sample_ids)
+        runs = []
+        for index in range(len(self.members)):
+            member: Any = self.members.get(index)
+            told = self._told(index, cond)
+            runs.append(member.layers(x, t, told, sample_ids=sample_ids))
+        answers = lockstep(runs, lambda taps: self._join(taps, facts, made))
+        inner = [
+            routing.replace(slot=f"{name}/{routing.slot}")
+            for name, answer in zip(self.members.names, answers, strict=True)
+            for routing in answer.routings
+        ]
+        return answers[0].replace(routings=(*made, *inner))
+
+    def paired(self, x: Tensor, t: Tensor, cond: Condition, null: Condition) -> Prediction:
+        """Both branches of guidance, each by weights of its own."""
+        both = Condition.cat(cond, null)
+        return self(torch.cat([x, x]), torch.cat([t, t]), both)
+
+    def _told(self, index: int, cond: Condition) -> Condition:
+        """The condition as one member reads it."""
+        if not self.config.own_tokens or cond.tokens is None:
+            return cond
+        count = len(self.members)
+        if cond.tokens.shape[1] % count:
+            allowed = f"as many for each of {count} members"
+            raise DataError(describe("cond.tokens", tuple(cond.tokens.shape), allowed))
+        mask = None if cond.tokens_mask is None else cond.tokens_mask.chunk(count, 1)[index]
+        return cond.replace(tokens=cond.tokens.chunk(count, 1)[index], tokens_mask=mask)
+
+    def _join(self, taps: Sequence[Tap], facts: _Facts, made: list[Routing]) -> Sequence[Tensor]:
+        """What members go on with: the fused feature, or their own where nothing is fused."""
+        point = self.fused.get(taps[0].name)
+        if point is None:
+            return [tap.feature for tap in taps]
+        layer = list(self.fused).index(point.name)
+        features = torch.stack([_as_map(tap.feature, point) for tap in taps], dim=1)
+        logits = self.aggregators[layer](
+            features, _mean([tap.ctx.time_embedding for tap in taps]), *self._condition(taps)
+        ).expand(-1, -1, *features.shape[3:])
+        gates = logits.softmax(dim=1)
+        made.append(self._record(point, layer, logits, gates, facts))
+        fused = (gates[:, :, None].to(features) * features).sum(1)
+        back = fused if point.grid is None else fused.flatten(2).transpose(1, 2)
+        return [back] * len(taps)
+
+    def _condition(self, taps: Sequence[Tap]) -> tuple[Tensor | None, Tensor | None]:
+        """Tokens of the condition [B, M, S], mean over the members, and their mask."""
+        if not self.topology.condition_width:
+            return None, None
+        if any(tap.tokens is None for tap in taps):
+            allowed = "the condition that members read"
+            raise DataError(describe("cond", None, allowed, "their aggregators attend to it"))
+        return _mean([tap.tokens for tap in taps]), taps[0].mask
+
+    def _record(
+        self, point: Point, layer: int, logits: Tensor, gates: Tensor, facts: _Facts
+    ) -> Routing:
+        batch, count, *sides = gates.shape
+        rows = math.prod(sides)
+        gates_RN, logits_RN = (
+            value.flatten(2).transpose(1, 2).reshape(batch * rows, count)
+            for value in (gates, logits)
+        )
+        return Routing(
+            unit="token",
+            num_experts=count,
+            ids=torch.arange(count, device=gates.device).expand(batch * rows, -1),
+            gates=gates_RN,
+            probs=gates_RN,
+            logits=logits_RN,
+            batch=(batch, rows),
+            grid=tuple(sides),
+            slot=ENSEMBLE,
+            layer=layer,
+            name=point.name,
+            noise=facts.t,
+            step_index=facts.step,
+            label=facts.cond.label,
+            task=facts.cond.task,
+            sample_ids=facts.sample_ids,
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class _Facts:
+    """What the routings of one call have in common."""
+
+    t: Tensor
+    step: Tensor
+    cond: Condition
+    sample_ids: Tensor | None
+
+
+def _mean(values: Sequence[Tensor | None]) -> Tensor:
+    known = [value for value in values if value is not None]
+    return torch.stack(known).mean(0)
+
+
+def _as_map(feature: Tensor, point: Point) -> Tensor:
+    """[B, C, H, W], also of tokens on a grid."""
+    if point.grid is None:
+        return feature
+    return feature.transpose(1, 2).unflatten(2, point.grid)
+
+
+def _fused(patterns: Sequence[str], topology: Topology) -> dict[str, Point]:
+    """Points that are fused, in running order; ConfigError for a pattern that fits none."""
+    names = [point.name for point in topology.points]
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise ConfigError(describe("points", pattern, ", ".join(names)))
+    chosen = [
+        point
+        for point in topology.points
+        if point.name == names[-1] or any(fnmatchcase(point.name, p) for p in patterns)
+    ]
+    return {point.name: point for point in chosen}
+
+
+def _common_topology(config: AggregateConfig, members: Members) -> Topology:
+    """ConfigError unless all members are there, resident, and alike in all that is fused."""
+    for facts in members.facts:
+        if facts.missing:
+            allowed = "every member: aggregators weigh the features of all"
+            raise ConfigError(describe(f"members.{facts.name}", facts.reason, allowed))
+    if len(members.modules) < len(members):
+        allowed = "members in memory: all are asked at once"
+        raise ConfigError(describe("members", "read when needed", allowed, "load without resident"))
+    found = [members.get(index) for index in range(len(members))]
+    for name in ("process", "view", "precondition"):
+        _check_one(name, members, [_fact(denoiser, name) for denoiser in found])
+    if config.process is not None and config.process.build() != found[0].process:
+        allowed = "null, or that of the members: features are made at one noise level"
+        raise ConfigError(describe("process", config.process.kind, allowed))
+    if config.view not in ("auto", _fact(found[0], "view")):
+        hint = "fused answers are the members' own"
+        raise ConfigError(describe("view", config.view, "auto", hint))
+    topologies = [
+        as_layered(denoiser, f"members.{name}").topology()
+        for name, denoiser in zip(members.names, found, strict=True)
+    ]
+    check_same_topology(topologies, members.names)
+    return topologies[0]
+
+
+def _fact(denoiser: Any, name: str) -> Any:
+    """A denoiser's process; or its view or preconditioning, by configuration."""
+    if name == "process":
+        return denoiser.process
+    config = getattr(denoiser, "config", None)
+    found = getattr(denoiser, "view", None) if name == "view" else None
+    found = found or getattr(config, name, None)
+    return found.to_json() if isinstance(found, Part) else found
+
+
+def _check_one(name: str, members: Members, values: Sequence[Any]) -> None:
+    for owner, value in zip(members.names[1:], values[1:], strict=True):
+        if value != values[0]:
+            hint = f"features are fused inside the networks; {members.names[0]!r} has another"
+            raise ConfigError(describe(f"members.{owner}.{name}", value, str(values[0]), hint))
