@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -15,6 +16,23 @@ from coterie.cli.overrides import ANY_FLAG, run_and_config, takes_paths
 @click.option("--preset", default="tiny", show_default=True, help="Sizes: tiny, paper, gpu, ...")
 @click.option("--out", type=click.Path(path_type=Path), help="Run directory. [runs/RECIPE]")
 @click.option("-n", "--dry-run", is_flag=True, help="Sizes, FLOPs and projected minutes only.")
+@click.option(
+    "--parallel", metavar="DEGREES", help="Processes, such as data=2 or expert=2,shard=2."
+)
+@click.option(
+    "--restarts",
+    type=click.IntRange(0),
+    default=3,
+    show_default=True,
+    help="Starts again after a process has died.",
+)
+@click.option(
+    "--timeout",
+    type=click.FloatRange(1),
+    default=600.0,
+    show_default=True,
+    help="Seconds a process may keep the others waiting.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.option("-q", "--quiet", is_flag=True, help="No progress bar.")
 @click.pass_context
@@ -24,6 +42,9 @@ def command(
     preset: str,
     out: Path | None,
     dry_run: bool,
+    parallel: str | None,
+    restarts: int,
+    timeout: float,
     as_json: bool,
     quiet: bool,
 ) -> None:
@@ -37,6 +58,11 @@ def command(
       coterie train dit-moe --preset paper --dry-run
       coterie train dit-moe --init.path=runs/other --train.lr=1e-4
       coterie train runs/dit-moe
+      coterie train dit-moe --parallel data=2
+      torchrun --nproc-per-node 2 -m coterie.cli train dit-moe --parallel expert=2
+
+    With --parallel it starts the processes itself, and again when one dies; under torchrun it is
+    one of them. A run goes on under any degrees, whatever it was begun with.
     """
     folder, config = run_and_config(ctx, arguments, preset)
     if dry_run:
@@ -45,12 +71,35 @@ def command(
         planned = projection(config)
         say_json(planned) if as_json else say(facts(planned))
         return
-    from coterie.train.run import start
+    run = out or folder
+    if parallel is None:
+        from coterie.train.run import start
 
-    run = start(config, out or folder, progress=not quiet)
+        start(config, run, progress=not quiet)
+    elif not _in_processes(config, run, parallel, restarts, timeout, quiet):
+        return
     if as_json:
         say_json({"run": run})
         return
     say(f"run     {run}")
     say(f"next    coterie sample {run}")
     say(f"        coterie report {run}")
+
+
+def _in_processes(
+    config: Any, run: Path, degrees: str, restarts: int, timeout: float, quiet: bool
+) -> bool:
+    """Train in several processes, of which this starts all or is one; whether it is to report."""
+    from coterie.train.parallel import ParallelConfig, Spread, joined, launch, launched
+    from coterie.train.run import start
+
+    parallel = ParallelConfig.parse(degrees)
+    if launched():
+        with joined(parallel, timeout) as processes:
+            start(config, run, not quiet, Spread(processes))
+            return processes.rank == 0
+    launch(
+        config, run, parallel, progress=not quiet, restarts=restarts, timeout=timeout,
+        say=lambda line: click.echo(line, err=True),
+    )  # fmt: skip
+    return True

@@ -46,6 +46,12 @@ def tensors_of(module: nn.Module) -> Iterator[Tensor]:
     yield from module.buffers(recurse=False)
 
 
+def local(value: Tensor) -> Tensor:
+    """What this process holds of a tensor that is cut over several; any other as it is."""
+    held: Tensor = value.to_local() if hasattr(value, "to_local") else value
+    return held
+
+
 @torch.no_grad()
 def assign(own: Mapping[str, Tensor], values: Mapping[str, Tensor], origin: str) -> None:
     """Copy ``values`` into the tensors ``own``; names, shapes and dtypes must agree exactly."""

@@ -364,7 +364,8 @@ class ExpertLayer(nn.Module):
             rows = u[:, 0] if u.shape[1] > 1 and u.stride(1) == 0 else u.flatten(0, 1)
         config = self.config
         always = self._always()
-        y = dispatch(rows, made, self.pool, config.dispatch, config.accumulate_float32, always)
+        serve = self.pool.exchange or dispatch
+        y = serve(rows, made, self.pool, config.dispatch, config.accumulate_float32, always)
         y = y.unflatten(0, x.shape[:2]) if routing.unit == "token" else y
         if self.adaptor is not None:
             y = self.adaptor(y)

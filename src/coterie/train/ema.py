@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from coterie.core.errors import ConfigError, describe
-from coterie.core.tensors import assign, module_tensors
+from coterie.core.tensors import assign, local, module_tensors
 
 
 class Ema:
@@ -26,7 +26,7 @@ class Ema:
         self._names = [name for name, p in model.named_parameters() if _averaged(p)]
         start = dict(model.named_parameters())
         self._shadows = {
-            decay: [start[name].detach().float().clone() for name in self._names]
+            decay: [local(start[name].detach()).float().clone() for name in self._names]
             for decay in self.decays
         }
         self._buffers = {name: value.clone() for name, value in _buffers(model).items()}
@@ -37,7 +37,7 @@ class Ema:
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
         parameters = dict(model.named_parameters())
-        weights = [parameters[name].float() for name in self._names]
+        weights = [local(parameters[name]).float() for name in self._names]
         for decay, shadow in self._shadows.items():
             if shadow:
                 torch._foreach_lerp_(shadow, weights, 1 - self.decay_at(decay, self.num_updates))
@@ -50,7 +50,7 @@ class Ema:
         """Write the averaged weights (first decay by default) and buffers into ``model``."""
         parameters = dict(model.named_parameters())
         for name, value in zip(self._names, self._shadows[self._pick(decay)], strict=True):
-            parameters[name].copy_(value)
+            local(parameters[name]).copy_(value)
         for name, buffer in _buffers(model).items():
             buffer.copy_(self._buffers[name])
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from coterie.train.config import TrainConfig
 from coterie.train.ema import Ema
 from coterie.train.log import RunLog
 from coterie.train.optim import build_optimizer, freeze, set_lr, trainable
+from coterie.train.placement import ALONE, Placement
 from coterie.train.precision import resolve_device, resolve_precision
 from coterie.train.progress import Progress, ProgressOption
 from coterie.train.rundir import RunDir
@@ -63,6 +64,7 @@ class Trainer:
         run_dir: RunDir | Path | str | None = None,
         *,
         run_config: Mapping[str, Any] | None = None,
+        placement: Placement = ALONE,
     ) -> None:
         self.config = config
         self.device = resolve_device(config.device)
@@ -72,18 +74,21 @@ class Trainer:
         if isinstance(objective, nn.Module):
             objective.to(self.device)
         self.run_dir = RunDir(run_dir) if isinstance(run_dir, Path | str) else run_dir
+        self.placement = placement
         self.frozen = freeze(model, config.freeze)
-        self.parameters = trainable(model, objective)
-        self.optimizer = build_optimizer(config, model, objective, self.parameters)
+        placement.place(model)
+        parameters = trainable(model, objective)
+        self.optimizer = build_optimizer(config, model, objective, parameters)
+        self.parameters = placement.local(parameters, self.optimizer)
         self.ema = Ema(model, config.ema, warmup=config.ema_warmup)
         self.parts = Parts(model, objective, self.optimizer, self.parameters, self.ema)
         self.state = TrainState()
         self.log = RunLog(config, self.device)
         self._gradients = GradientStep(
             config, model, objective, source, self.parameters,
-            seed=seed, device=self.device, dtype=self.dtype,
+            seed=seed, device=self.device, dtype=self.dtype, placement=placement,
         )  # fmt: skip
-        self._store = RunStore(self.run_dir, self.parts, config, seed, run_config)
+        self._store = RunStore(self.run_dir, self.parts, config, seed, run_config, placement)
 
     def fit(
         self, progress: ProgressOption = True, callbacks: tuple[Callback, ...] = ()
@@ -95,13 +100,13 @@ class Trainer:
         """
         with ExitStack() as stack:
             stack.enter_context(own_threads_and_rng(self.config.threads, self.device))
-            if self.run_dir is not None:
-                stack.enter_context(self.run_dir.lock())
+            stack.enter_context(self._locked())
             self._resume()
-            stack.enter_context(self.log.open(self.run_dir, self.state.step))
-            bar = Progress(progress, self.state.step, self.config.steps)
+            stack.enter_context(self.log.open(self._log_dir, self.state.step))
+            shown = progress if self.placement.is_first else False
+            bar = Progress(shown, self.state.step, self.config.steps)
             stack.callback(bar.close)
-            signals = stack.enter_context(StopSignals())
+            signals = stack.enter_context(StopSignals(patient=self.placement.count > 1))
             while self.state.step < self.config.steps:
                 record = self._train_step()
                 bar.update(record)
@@ -115,11 +120,21 @@ class Trainer:
         """Save the weights that training starts from and an empty log, unless it has begun."""
         if self.run_dir is None:
             return
-        with self.run_dir.lock():
+        with self._locked():
             self._resume()
             if self.state.step == 0:
-                with self.log.open(self.run_dir, 0):
+                with self.log.open(self._log_dir, 0):
                     self.save()
+
+    @property
+    def _log_dir(self) -> RunDir | None:
+        return self.run_dir if self.placement.is_first else None
+
+    def _locked(self) -> AbstractContextManager[object]:
+        """The directory held against other trainers, by one process for all of this one's."""
+        if self.run_dir is None or not self.placement.is_first:
+            return nullcontext()
+        return self.run_dir.lock()
 
     def project(self, steps: int = 5) -> float:
         """Seconds the rest of training would take, from timing a few steps and undoing them."""
@@ -157,10 +172,14 @@ class Trainer:
         )
 
     def _train_step(self) -> dict[str, Any]:
+        with self.placement.sharing():
+            return self._step()
+
+    def _step(self) -> dict[str, Any]:
         start = time.perf_counter()
         self.model.train()
         for module in self.frozen:
-            module.eval()
+            module.training = False
         if isinstance(self.objective, nn.Module):
             self.objective.train()
         self.optimizer.zero_grad(set_to_none=True)
@@ -191,10 +210,11 @@ class Trainer:
         if self.state.skipped_in_a_row >= self.config.nonfinite_limit:
             self.save()
             raise TrainingError(_why_stopped(self.state, record["skipped"]))
-        if signals.received is not None:
+        received = self.placement.stopped_by(signals.received)
+        if received is not None:
             path = self.save()
             saved = f"saved {path}; the same command resumes" if path else "nothing was saved"
-            raise Interrupted(signals.received, f"after step {self.state.step}; {saved}")
+            raise Interrupted(received, f"after step {self.state.step}; {saved}")
         if self.state.step % self.config.checkpoint_every == 0:
             self.save()
 

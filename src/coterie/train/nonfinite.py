@@ -15,8 +15,7 @@ from coterie.core.routing import Routing
 
 
 class _Found(Exception):
-    def __init__(self, name: str) -> None:
-        self.name = name
+    """Enough of the forward has run."""
 
 
 def check_batch(batch: Batch, source: str) -> None:
@@ -30,26 +29,32 @@ def check_batch(batch: Batch, source: str) -> None:
             raise DataError(f"{source}: {name} is not finite in samples {ids[:8]}")
 
 
-def first_nonfinite(model: nn.Module, forward: Callable[[], Any]) -> str | None:
-    """Name of the first module to answer with a NaN or infinity when ``forward`` runs again."""
+def first_nonfinite(model: nn.Module, forward: Callable[[], Any], stop: bool = True) -> str | None:
+    """Name of the first module to answer with a NaN or infinity when ``forward`` runs again.
+
+    ``stop`` False: the forward goes on after it, as other processes wait for its end.
+    """
     handles = []
+    seen: list[str] = []
     for name, module in model.named_modules():
         label = name or type(model).__name__
 
         def hook(_module: Any, _inputs: Any, output: Any, label: str = label) -> None:
-            if not finite(output):
-                raise _Found(label)
+            if not seen and not finite(output):
+                seen.append(label)
+                if stop:
+                    raise _Found
 
         handles.append(module.register_forward_hook(hook))
     try:
         with torch.no_grad():
             forward()
-    except _Found as found:
-        return found.name
+    except _Found:
+        pass
     finally:
         for handle in handles:
             handle.remove()
-    return None
+    return seen[0] if seen else None
 
 
 def last_bad_gradient(parameters: Mapping[str, nn.Parameter]) -> str | None:

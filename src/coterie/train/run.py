@@ -43,6 +43,7 @@ from coterie.train.initial import (
 )
 from coterie.train.loop import Trainer
 from coterie.train.objectives import OBJECTIVES, DenoisingConfig
+from coterie.train.placement import ALONE, Placement
 from coterie.train.rundir import RunDir
 from coterie.train.state import load_weights
 
@@ -192,27 +193,41 @@ def upcycled_run(config: RunConfig, path: str | Path, upcycling: UpcycleConfig) 
 
 
 def make_trainer(
-    config: RunConfig, run_dir: RunDir | None = None, source: Source | None = None
+    config: RunConfig,
+    run_dir: RunDir | None = None,
+    source: Source | None = None,
+    placement: Placement = ALONE,
 ) -> Trainer:
     """A trainer of the configured model; ``source`` where it is already built."""
     source = source or build_source(config)
-    resumes = run_dir is not None and bool(checkpoint.steps(run_dir.path))
+    resumes = placement.on_first(
+        lambda: run_dir is not None and bool(checkpoint.steps(run_dir.path))
+    )
     model = based_model(config) if resumes else initial_model(config, source)
     objective = config.objective.build(model)
-    whole = config.model_dump(mode="json")
-    return Trainer(config.train, model, objective, source, config.seed, run_dir, run_config=whole)
+    return Trainer(
+        config.train, model, objective, source, config.seed, run_dir,
+        run_config=config.model_dump(mode="json"), placement=placement,
+    )  # fmt: skip
 
 
-def start(config: RunConfig, out: str | Path, progress: bool = True) -> Path:
+def start(
+    config: RunConfig, out: str | Path, progress: bool = True, placement: Placement = ALONE
+) -> Path:
     """Train to ``config.train.steps``; the same call again resumes, bit for bit on a CPU.
 
     With 0 steps the run is its configuration: nothing is copied, its model lies where that says.
+    ``placement``: this process's part, where several train together and all call this.
     """
     if not config.train.steps:
-        return _as_it_is(config, out)
-    trainer, run_dir, source = _begin(config, out)
+        return Path(placement.on_first(lambda: str(_as_it_is(config, out))))
+    trainer, run_dir, source = _begin(config, out, placement)
     trainer.fit(progress=progress)
-    _export(trainer, config, run_dir, source)
+    if placement.count == 1:
+        with trainer.averaged() as model:
+            _export(model, config, run_dir, source)
+    else:  # what is held here is a part of the model: the checkpoint has all of it
+        placement.on_first(lambda: _export_saved(config, run_dir, source))
     return run_dir.path
 
 
@@ -233,16 +248,21 @@ def prepare(config: RunConfig, out: str | Path) -> Path:
         return _as_it_is(config, out)
     trainer, run_dir, source = _begin(config, out)
     trainer.begin()
-    _export(trainer, config, run_dir, source)
+    with trainer.averaged() as model:
+        _export(model, config, run_dir, source)
     return run_dir.path
 
 
-def _begin(config: RunConfig, out: str | Path) -> tuple[Trainer, RunDir, Source]:
+def _begin(
+    config: RunConfig, out: str | Path, placement: Placement = ALONE
+) -> tuple[Trainer, RunDir, Source]:
     run_dir = RunDir(out)
     config = pinned(config, run_dir)
-    source = build_source(config)
-    trainer = make_trainer(config, run_dir, source)
-    if config.init is not None and not checkpoint.steps(run_dir.path):
+    source = placement.in_turn(lambda: build_source(config))  # data are fetched once
+    trainer = make_trainer(config, run_dir, source, placement)
+    if config.init is not None and not placement.on_first(
+        lambda: bool(checkpoint.steps(run_dir.path))
+    ):
         trainer.begin()  # from here on the source is not needed again
     return trainer, run_dir, source
 
@@ -257,8 +277,15 @@ def pinned(config: RunConfig, run_dir: RunDir) -> RunConfig:
     return config.replace(init=init.replace(origin=origin or find_origin(init)))
 
 
-def _export(trainer: Trainer, config: RunConfig, run_dir: RunDir, source: Source) -> None:
-    """The averaged weights as a model directory."""
+def _export_saved(config: RunConfig, run_dir: RunDir, source: Source) -> None:
+    """The newest checkpoint as a model directory."""
+    model = based_model(config)
+    load_weights(run_dir.path, model)
+    _export(model, config, run_dir, source)
+
+
+def _export(model: Any, config: RunConfig, run_dir: RunDir, source: Source) -> None:
+    """The model as a model directory; its weights are the averaged ones."""
     from coterie.hub import save_pretrained
 
     facts: dict[str, Any] = {
@@ -266,18 +293,17 @@ def _export(trainer: Trainer, config: RunConfig, run_dir: RunDir, source: Source
         "preset": config.preset,
         "data": config.data.kind,
     }
-    with trainer.averaged() as model:
-        if config.init is not None and config.init.adapters:
-            facts |= described(model, config.init.path)
-        whole = model_of(model) if isinstance(model, Ensemble) else config.model
-        save_pretrained(
-            model,
-            run_dir.path / "model",
-            whole.model_dump(mode="json"),
-            overwrite=True,
-            data_licence=source.licence,
-            extra=facts,
-        )
+    if config.init is not None and config.init.adapters:
+        facts |= described(model, config.init.path)
+    whole = model_of(model) if isinstance(model, Ensemble) else config.model
+    save_pretrained(
+        model,
+        run_dir.path / "model",
+        whole.model_dump(mode="json"),
+        overwrite=True,
+        data_licence=source.licence,
+        extra=facts,
+    )
 
 
 def load_run(path: str | Path, which: str = "ema") -> LoadedRun:

@@ -20,9 +20,14 @@ class Interrupted(TrainingError):
 
 
 class StopSignals:
-    """Inside the block the first SIGINT or SIGTERM only sets ``received``; the second exits."""
+    """Inside the block the first SIGINT or SIGTERM only sets ``received``; the second exits.
 
-    def __init__(self) -> None:
+    ``patient``: so do all others. Launchers of several processes pass on what they get, and a
+    terminal tells everybody at once.
+    """
+
+    def __init__(self, patient: bool = False) -> None:
+        self.patient = patient
         self.received: int | None = None
         self._before: dict[int, Any] = {}
 
@@ -43,6 +48,6 @@ class StopSignals:
             signal.signal(number, handler)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.received is not None:
+        if self.received is not None and not self.patient:
             os._exit(128 + number)
         self.received = number

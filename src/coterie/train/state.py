@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from coterie.core.errors import CheckpointError, describe
-from coterie.core.tensors import assign, module_tensors
+from coterie.core.tensors import assign, local, module_tensors
 from coterie.train import checkpoint
 from coterie.train.checkpoint import Checkpoint
 from coterie.train.ema import Ema
@@ -56,7 +56,7 @@ def ema_group(decays: Sequence[float], decay: float) -> str:
 def capture(parts: Parts) -> dict[str, dict[str, Tensor]]:
     """Groups of live tensors (not copies) in the layout of a checkpoint."""
     state = {
-        "model": module_tensors(parts.model),
+        "model": {name: local(value) for name, value in module_tensors(parts.model).items()},
         "optimizer": optimizer_tensors(parts.optimizer, parts.parameters),
     }
     own = objective_tensors(parts.objective, parts.model)
@@ -77,7 +77,8 @@ def restore(
     expected |= {"objective"} if own else set()
     if set(state) != expected:
         raise CheckpointError(f"{origin}: holds {sorted(state)}, expected {sorted(expected)}")
-    assign(module_tensors(parts.model), state["model"], f"{origin}: model")
+    held = {name: local(value) for name, value in module_tensors(parts.model).items()}
+    assign(held, state["model"], f"{origin}: model")
     load_optimizer(parts.optimizer, parts.parameters, state["optimizer"])
     if own:
         assign(own, state["objective"], f"{origin}: objective")

@@ -17,7 +17,7 @@ from coterie.core.routing import Routing
 from coterie.data import order
 from coterie.train.config import TrainConfig
 from coterie.train.nonfinite import check_batch, first_nonfinite, last_bad_gradient
-from coterie.train.optim import gradient_norm
+from coterie.train.placement import ALONE, Placement
 from coterie.train.precision import autocast
 
 
@@ -52,6 +52,7 @@ class GradientStep:
         seed: int,
         device: torch.device,
         dtype: torch.dtype,
+        placement: Placement = ALONE,
     ) -> None:
         self.config = config
         self.model = model
@@ -61,6 +62,7 @@ class GradientStep:
         self.seed = seed
         self.device = device
         self.dtype = dtype
+        self.placement = placement
         self.forward_model: Any = torch.compile(model) if config.compile else model
 
     def __call__(self, step: int, samples_seen: int, *, keep_routings: bool) -> StepResult:
@@ -72,17 +74,21 @@ class GradientStep:
         routings: list[Routing] = []
         tokens = 0
         for micro, part in enumerate(np.split(indices, accumulate)):
-            batch = self._batch(part)
+            batch = self._batch(self.placement.own(part))
             result = self._forward(self.forward_model, batch, step, micro)
             value = result.total / accumulate
+            self.placement.before_backward(last=micro == accumulate - 1)
             value.backward()
             total = total + value.detach()
             tokens += _tokens(batch, result)
             if keep_routings:
                 routings += [routing.detach() for routing in result.routings]
             losses.append(_detached(result))
-        norm = gradient_norm(self.parameters.values())
+        self.placement.collect(self.parameters)
+        norm = self.placement.norm(self.parameters)
+        total, losses = self.placement.mean(total), self.placement.joined(losses)
         loss, grad_norm = torch.stack([total, norm.float()]).tolist()
+        tokens *= self.placement.count
         outcome = StepResult(loss, grad_norm, losses, tuple(routings), tokens)
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
             _put_back(buffers)
@@ -109,7 +115,7 @@ class GradientStep:
 
     def _forward(self, model: Any, batch: Batch, step: int, micro: int) -> Losses:
         # Not torch.manual_seed: it formats a stack trace and visits every backend on each call.
-        shared = derive(self.seed, "global", step, micro)
+        shared = derive(self.seed, "global", step, micro, *self.placement.stream)
         torch.default_generator.manual_seed(shared)
         if self.device.type == "cuda":
             torch.cuda.manual_seed(shared)
@@ -123,12 +129,14 @@ class GradientStep:
         gradient = last_bad_gradient(self.parameters)
         module = None
         for micro, part in enumerate(np.split(indices, self.config.accumulate)):
-            batch = self._batch(part)
+            batch = self._batch(self.placement.own(part))
 
             def again(batch: Batch = batch, micro: int = micro) -> None:
                 self._forward(self.model, batch, step, micro)
 
-            module = module or first_nonfinite(self.model, again)
+            alone = self.placement.count == 1
+            module = module or first_nonfinite(self.model, again, stop=alone)
+        module, gradient = self.placement.any_of([module, gradient])
         return {
             "reason": f"loss is {outcome.loss}" if not finite_loss else "gradient is not finite",
             "module": module,

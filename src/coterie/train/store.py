@@ -8,6 +8,7 @@ from typing import Any
 
 from coterie.train import checkpoint
 from coterie.train.config import TrainConfig
+from coterie.train.placement import ALONE, Placement
 from coterie.train.rundir import RunDir
 from coterie.train.state import Parts, capture, restore
 
@@ -26,10 +27,12 @@ class RunStore:
         config: TrainConfig,
         seed: int,
         run_config: Mapping[str, Any] | None,
+        placement: Placement = ALONE,
     ) -> None:
         self.run_dir = run_dir
         self.parts = parts
         self.keep = config.keep
+        self.placement = placement
         self._given = run_config
         self._own = {"seed": seed, "train": config.model_dump(mode="json")}
         self._hash = ""
@@ -39,11 +42,15 @@ class RunStore:
         """Check or write the configuration, restore the newest checkpoint; its scalars, or None."""
         if self.run_dir is None:
             return None
-        self._hash = self.run_dir.write_config(self._run_config(self.run_dir))
-        found = checkpoint.load_latest(self.run_dir.path, self._hash)
+        run_dir = self.run_dir
+        self._hash = self.placement.on_first(
+            lambda: run_dir.write_config(self._run_config(run_dir))
+        )
+        found = self.placement.newest(run_dir.path, self._hash)
         if found is None:
             return None
-        restore(self.parts, found.state, found.scalars["ema_updates"], str(found.path))
+        state = self.placement.part(found.state)
+        restore(self.parts, state, found.scalars["ema_updates"], str(found.path))
         self._last = (found.step, found.path)
         return found.scalars
 
@@ -52,15 +59,16 @@ class RunStore:
         if self.run_dir is None:
             return None
         if self._last is None or self._last[0] != step:
-            path = checkpoint.save(
-                self.run_dir.path,
-                capture(self.parts),
-                {**scalars, "ema_updates": self.parts.ema.num_updates},
-                step=step,
-                config_hash=self._hash,
-                keep=self.keep,
-            )
-            self._last = (step, path)
+            run, state = self.run_dir.path, self.placement.whole(capture(self.parts))
+
+            def write() -> str:
+                known = {**scalars, "ema_updates": self.parts.ema.num_updates}
+                made = checkpoint.save(
+                    run, state, known, step=step, config_hash=self._hash, keep=self.keep
+                )
+                return str(made)
+
+            self._last = (step, Path(self.placement.on_first(write)))
         return self._last[1]
 
     def _run_config(self, run_dir: RunDir) -> Mapping[str, Any]:

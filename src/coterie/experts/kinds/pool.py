@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Generator, Tensor, nn
@@ -35,6 +35,9 @@ class ExpertPool(nn.Module):
         for name, value in kind.statistics(width).items():
             self.register_buffer(name, value.repeat(num_experts, *[1] * value.dim()))
         self._used_per_row = 0.0
+        self.exchange: Callable[..., Tensor] | None = None
+        """What serves calls in the place of ``dispatch`` where other processes hold some of the
+        experts; the stacks are then this process's."""
         self.reset_parameters()
 
     def reset_parameters(self, rng: Generator | None = None) -> None:

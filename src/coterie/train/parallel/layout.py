@@ -1,0 +1,82 @@
+"""How the tensors of a run lie over processes; whole for a checkpoint, and cut again."""
+
+from __future__ import annotations
+
+from collections.abc import Set
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+from coterie.train.parallel.processes import Processes
+from coterie.train.parallel.sharding import is_sharded
+from coterie.train.placement import Groups
+
+
+class Cut(NamedTuple):
+    """Along which axes a tensor is cut in equal parts of its first dimension, experts first."""
+
+    expert: bool = False
+    shard: bool = False
+
+
+class Layout:
+    """The cuts of a model's parameters, by name. What is not named here is whole everywhere."""
+
+    def __init__(self, processes: Processes, model: nn.Module, experts: Set[str]) -> None:
+        self.processes = processes
+        self._cuts: dict[str, Cut] = {}
+        self._rows: dict[str, int] = {}  # of the part that shards cut
+        for name, value in model.named_parameters(remove_duplicate=False):
+            self._cuts[name] = Cut(name in experts, is_sharded(value))
+            self._rows[name] = value.shape[0] if value.dim() else 1
+
+    def of(self, name: str) -> Cut:
+        """Of a trained parameter, by its name in the optimiser."""
+        owner, _, own = name.partition(".")
+        return self._cuts.get(own, Cut()) if owner == "model" else Cut()
+
+    def whole(self, state: Groups) -> Groups:
+        """A checkpoint's tensors, on the CPU; empty but in the first process."""
+        return {
+            group: {name: self._gathered(group, name, v) for name, v in tensors.items()}
+            for group, tensors in state.items()
+        }
+
+    def part(self, state: Groups) -> Groups:
+        """What this process holds of a checkpoint's tensors."""
+        return {
+            group: {name: self._part(group, name, v) for name, v in tensors.items()}
+            for group, tensors in state.items()
+        }
+
+    def _gathered(self, group: str, name: str, value: Tensor) -> Tensor:
+        value, own = value.detach(), _model_name(group, name)
+        cut = self._cuts.get(own, Cut()) if value.dim() else Cut()
+        if cut.shard:
+            rows = self._rows[own]
+            padded = value.new_zeros(-(-rows // self.processes.config.shard), *value.shape[1:])
+            padded[: len(value)] = value
+            value = self.processes.joined(padded, ("shard",))[:rows]
+        if cut.expert:
+            value = self.processes.joined(value, ("expert",))
+        return value.cpu() if self.processes.rank == 0 else value.new_empty(0)
+
+    def _part(self, group: str, name: str, value: Tensor) -> Tensor:
+        cut = self._cuts.get(_model_name(group, name), Cut()) if value.dim() else Cut()
+        config, place = self.processes.config, self.processes.place
+        if cut.expert:
+            value = value.chunk(config.expert)[place["expert"]]
+        if cut.shard:
+            parts = value.chunk(config.shard)
+            value = parts[place["shard"]] if place["shard"] < len(parts) else value[:0]
+        return value
+
+
+def _model_name(group: str, name: str) -> str:
+    """A checkpoint's tensor by the parameter of the model that has its shape, "" for others."""
+    if group == "objective":
+        return ""
+    if group != "optimizer":
+        return name
+    owner, _, own = name.partition("/")[2].partition(".")
+    return own if owner == "model" else ""

@@ -1,0 +1,204 @@
+"""The processes that train one model: their groups, and what they say to each other."""
+
+from __future__ import annotations
+
+import json
+import mmap
+import os
+import struct
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from coterie.core.errors import ConfigError, CoterieError, TrainingError, describe
+from coterie.core.share import Reduction, Share
+from coterie.train.parallel.config import ParallelConfig
+
+STORE = "COTERIE_STORE"
+"""Environment: a file through which the processes of one machine meet; without it, the address
+that torchrun sets."""
+BEATS = "COTERIE_BEATS"
+"""Environment: a folder where every process counts what it has said, for a supervisor to see."""
+
+_WORLD = ("data", "shard", "expert")
+_GROUPS = (("data", "expert"), ("data", "shard"), ("data",), ("shard",), ("expert",))
+
+
+class Beat:
+    """A count that other processes can read while this one works, or does not."""
+
+    def __init__(self, folder: str | None, rank: int) -> None:
+        self._map: mmap.mmap | None = None
+        self._count = 0
+        if folder is not None:
+            path = Path(folder) / f"rank-{rank}"
+            path.write_bytes(bytes(8))
+            with path.open("r+b") as file:
+                self._map = mmap.mmap(file.fileno(), 8)
+
+    def __call__(self) -> None:
+        self._count += 1
+        if self._map is not None:
+            struct.pack_into("<Q", self._map, 0, self._count)
+
+
+def read_beats(folder: Path, count: int) -> list[int]:
+    """What each of ``count`` processes has counted; 0 before it began."""
+    paths = [folder / f"rank-{rank}" for rank in range(count)]
+    data = [path.read_bytes() if path.is_file() else b"" for path in paths]
+    return [struct.unpack("<Q", value)[0] if len(value) == 8 else 0 for value in data]
+
+
+class Processes:
+    """This process among ``config.processes``.
+
+    ``groups[axes]`` is the group of processes that differ along these axes alone, None where that
+    is this process itself. ``sent``: bytes this process has handed to collectives.
+    """
+
+    def __init__(self, config: ParallelConfig, rank: int) -> None:
+        import torch.distributed as dist
+
+        self.config = config
+        self.rank = rank
+        self.count = config.processes
+        self.place = config.place(rank)
+        self.sent = 0
+        self.beat = Beat(os.environ.get(BEATS), rank)
+        self.groups: dict[tuple[str, ...], Any] = {_WORLD: dist.group.WORLD}
+        for axes in _GROUPS:
+            members = config.groups(*axes)
+            if len(members[0]) > 1:
+                # Every process makes every group, in one order.
+                made = [dist.new_group(ranks) for ranks in members]
+                self.groups[axes] = next(g for g, m in zip(made, members) if rank in m)
+        self.beat()
+
+    @property
+    def share(self) -> Share:
+        """The part of every batch that is this process's."""
+        return Share(self.rank, self.count, self.reduce)
+
+    def reduce(
+        self, values: Tensor, how: Reduction = "sum", axes: tuple[str, ...] = _WORLD
+    ) -> Tensor:
+        """``values`` added up, or the largest of them, over the group; in place."""
+        import torch.distributed as dist
+
+        group = self.groups.get(axes)
+        if group is not None:
+            self._say(values)
+            op = dist.ReduceOp.SUM if how == "sum" else dist.ReduceOp.MAX
+            dist.all_reduce(values, op, group)
+        return values
+
+    def joined(self, values: Tensor, axes: tuple[str, ...] = _WORLD) -> Tensor:
+        """The rows [R, ...] of every process of the group, all of one shape, in order."""
+        import torch.distributed as dist
+
+        group = self.groups.get(axes)
+        if group is None:
+            return values
+        self._say(values)
+        out = [torch.empty_like(values) for _ in range(dist.get_world_size(group))]
+        dist.all_gather(out, values.contiguous(), group)
+        return torch.cat(out)
+
+    def exchange(self, rows: Tensor, send: Sequence[int], receive: Sequence[int]) -> Tensor:
+        """``send[r]`` rows to each process r of the expert group; ``receive[r]`` rows from it."""
+        import torch.distributed as dist
+
+        self._say(rows)
+        out = rows.new_empty(sum(receive), *rows.shape[1:])
+        group = self.groups[("expert",)]
+        dist.all_to_all_single(out, rows.contiguous(), list(receive), list(send), group)
+        return out
+
+    def told(self, value: Any) -> list[Any]:
+        """What every process says, as JSON, by rank."""
+        text = json.dumps(value).encode()
+        longest = int(self.reduce(torch.tensor([len(text)]), "max"))
+        padded = torch.tensor(list(text.ljust(longest)), dtype=torch.uint8)
+        said = self.joined(padded).view(self.count, longest).tolist()
+        return [json.loads(bytes(one)) for one in said]
+
+    def on_first(self, work: Callable[[], Any]) -> Any:
+        """What ``work`` answers (JSON) in the first process, which alone does it; its error, if it
+        has one, is raised in all."""
+        answer: dict[str, Any] = {}
+        error: CoterieError | None = None
+        if self.rank == 0:
+            try:
+                answer = {"value": work()}
+            except CoterieError as caught:
+                error, answer = caught, {"error": str(caught)}
+        answer = self.told(answer)[0]
+        if error is not None:
+            raise error
+        if "error" in answer:
+            raise TrainingError(f"the first process stopped: {answer['error']}")
+        return answer["value"]
+
+    def _say(self, values: Tensor) -> None:
+        self.sent += values.numel() * values.itemsize
+        self.beat()
+
+
+def launched() -> bool:
+    """Whether this process is one of several that torchrun, or a supervisor, has started."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+@contextmanager
+def joined(config: ParallelConfig, timeout: float = 600.0) -> Iterator[Processes]:
+    """Meet the other processes; leave them at the end.
+
+    ``timeout``, s: how long a process waits for another before it gives up.
+    """
+    import torch.distributed as dist
+
+    rank, count = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    if count != config.processes:
+        degrees = ",".join(f"{axis}={getattr(config, axis)}" for axis in config.axes)
+        allowed = f"degrees whose product is {count}"
+        hint = f"{count} processes were started"
+        raise ConfigError(describe("parallel", degrees, allowed, hint))
+    cuda = torch.cuda.is_available()
+    if cuda:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
+    limit = timedelta(seconds=timeout)
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if cuda else "gloo",
+        store=_store(rank, count, limit),
+        rank=rank,
+        world_size=count,
+        timeout=limit,
+    )
+    try:
+        with warnings.catch_warnings():
+            # A model's answer may be a view; nobody here writes into it.
+            warnings.filterwarnings("ignore", "FSDP2-wrapped module")
+            yield Processes(config, rank)
+    finally:
+        dist.destroy_process_group()
+
+
+def _store(rank: int, count: int, timeout: timedelta) -> Any:
+    """Where the processes meet: empty on every attempt, so that none finds a dead one's address."""
+    import torch.distributed as dist
+
+    path = os.environ.get(STORE)
+    if path is not None:
+        return dist.FileStore(path, count)
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    theirs = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # torchrun serves it
+    store = dist.TCPStore(host, port, count, rank == 0 and not theirs, timeout)
+    run = os.environ.get("TORCHELASTIC_RUN_ID", "run")
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    return dist.PrefixStore(f"coterie/{run}/{attempt}", store)

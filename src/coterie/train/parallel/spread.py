@@ -1,0 +1,161 @@
+"""A run spread over processes: the placement that answers for all of them.
+
+Every process has an equal run of each micro-batch. Experts lie in equal parts along ``expert``, and
+all parameters of the model (what an expert process holds among them) in equal parts of their first
+dimension along ``shard``. Gradients are the mean over all processes, as the loss is. Checkpoints
+hold whole tensors, as those of one process do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from coterie.core.batch import Losses
+from coterie.core.errors import ConfigError, describe
+from coterie.core.share import sharing
+from coterie.core.tensors import local
+from coterie.train import checkpoint
+from coterie.train.checkpoint import Checkpoint
+from coterie.train.parallel.exchange import routed_pools, split_experts
+from coterie.train.parallel.gradients import average, total_norm
+from coterie.train.parallel.layout import Layout
+from coterie.train.parallel.processes import Processes
+from coterie.train.parallel.sharding import blocks_of, is_sharded, shard_model, sync_gradients
+from coterie.train.placement import Groups, Placement
+
+
+class Spread(Placement):
+    """This process's part of a run."""
+
+    layout: Layout
+
+    def __init__(self, processes: Processes) -> None:
+        self.processes = processes
+        self.is_first = processes.rank == 0
+        self.count = processes.count
+        self.stream = (processes.rank,)
+        self._sharded: list[tuple[nn.Parameter, nn.Parameter]] = []  # the model's, what we hold
+        self._model: nn.Module | None = None
+
+    def place(self, model: nn.Module) -> None:
+        config = self.processes.config
+        check_apart(model)
+        experts = split_experts(model, self.processes) if config.expert > 1 else set()
+        if config.shard > 1:
+            shard_model(model, blocks_of(model), self.processes)
+            self._model = model
+        self.layout = Layout(self.processes, model, experts)
+
+    def local(
+        self, parameters: dict[str, nn.Parameter], optimizer: Optimizer
+    ) -> dict[str, nn.Parameter]:
+        held = dict(parameters)
+        for name, value in parameters.items():
+            if is_sharded(value):
+                held[name] = nn.Parameter(local(value.detach()))
+                self._sharded.append((value, held[name]))
+        replaced = {id(value): held[name] for name, value in parameters.items()}
+        for group in optimizer.param_groups:
+            group["params"] = [replaced[id(value)] for value in group["params"]]
+        return held
+
+    def sharing(self) -> AbstractContextManager[None]:
+        return sharing(self.processes.share)
+
+    def own(self, indices: np.ndarray) -> np.ndarray:
+        if len(indices) % self.count:
+            allowed = f"a multiple of {self.count}, the number of processes"
+            hint = "each has an equal part of every micro-batch, train.batch / train.accumulate"
+            raise ConfigError(describe("train.batch", len(indices), allowed, hint))
+        return np.split(indices, self.count)[self.processes.rank]
+
+    def before_backward(self, last: bool) -> None:
+        if self._model is not None:
+            sync_gradients(self._model, last)
+
+    def collect(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        for whole, part in self._sharded:
+            part.grad = None if whole.grad is None else local(whole.grad)
+            whole.grad = None
+        average(parameters, self.layout, self.processes)
+
+    def norm(self, parameters: Mapping[str, nn.Parameter]) -> Tensor:
+        return total_norm(parameters, self.layout, self.processes)
+
+    def mean(self, value: Tensor) -> Tensor:
+        return self.processes.reduce(value.detach().clone()) / self.count
+
+    def joined(self, losses: list[Losses]) -> list[Losses]:
+        return [self._joined(item) for item in losses]
+
+    def _joined(self, losses: Losses) -> Losses:
+        values = torch.stack([value.float() for value in losses.main.values()])
+        means = self.mean(values).unbind()
+
+        def rows(value: Tensor | None) -> Tensor | None:
+            return None if value is None else self.processes.joined(value)
+
+        return Losses(
+            main=dict(zip(losses.main, means)),
+            aux=losses.aux,  # the same in every process
+            per_sample=rows(losses.per_sample),
+            noise=rows(losses.noise),
+        )
+
+    def any_of(self, names: Iterable[str | None]) -> list[str | None]:
+        found = self.processes.told(list(names))
+        return [next((name for name in each if name is not None), None) for each in zip(*found)]
+
+    def stopped_by(self, signal: int | None) -> int | None:
+        number = int(self.processes.reduce(torch.tensor([signal or 0]), "max"))
+        return number or None
+
+    def on_first(self, work: Callable[[], Any]) -> Any:
+        return self.processes.on_first(work)
+
+    def in_turn(self, work: Callable[[], Any]) -> Any:
+        if not self.is_first:
+            self.processes.on_first(lambda: None)
+            return work()
+        done: list[Any] = []
+        self.processes.on_first(lambda: done.append(work()))
+        return done[0]
+
+    def newest(self, run: Path, config_hash: str) -> Checkpoint | None:
+        def find() -> str | None:
+            path = checkpoint.latest(run, config_hash)
+            return None if path is None else str(path)
+
+        path = self.on_first(find)
+        return None if path is None else checkpoint.load(path)
+
+    def whole(self, state: Groups) -> Groups:
+        return self.layout.whole(state)
+
+    def part(self, state: Groups) -> Groups:
+        return self.layout.part(state)
+
+
+def check_apart(model: nn.Module) -> None:
+    """ConfigError where a sample's answer depends on samples that other processes have."""
+    for path, module in model.named_modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            raise ConfigError(_not_apart(path))
+    for path, pool in routed_pools(model).items():
+        if pool.kind.batch_statistics:
+            raise ConfigError(_not_apart(path))
+
+
+def _not_apart(path: str) -> str:
+    return (
+        f"parallel: {path} normalises over its batch, which no process has whole; "
+        "train it in one process"
+    )

@@ -1,0 +1,176 @@
+"""Starts the processes of a run on this machine, and starts them again when one dies.
+
+Each attempt meets in a file of its own, so that no process can find the address of a dead one, and
+goes on from the last checkpoint. A process that says nothing while the others wait for it is named.
+None outlives the supervisor.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from coterie.core.errors import TrainingError
+from coterie.train.parallel.config import ParallelConfig
+from coterie.train.parallel.processes import BEATS, STORE, read_beats
+from coterie.train.parallel.worker import USER_ERROR
+from coterie.train.run import RunConfig
+from coterie.train.signals import Interrupted, StopSignals
+
+POLL = 0.1  # s between looks at the processes
+STARTUP = 300.0  # s to import, build a model and fetch its data, at least
+GRACE = 60.0  # s to write a checkpoint when asked to stop
+WORKER = "from coterie.train.parallel.worker import run; run()"
+HUNG = 124
+"""Exit code where a process stopped answering, as of timeout(1)."""
+
+
+class Hung(TrainingError):
+    """A process said nothing for too long."""
+
+    exit_code = HUNG
+
+
+def launch(
+    config: RunConfig,
+    out: str | Path,
+    parallel: ParallelConfig,
+    *,
+    progress: bool = True,
+    restarts: int = 3,
+    timeout: float = 600.0,
+    say: Callable[[str], None] = lambda _: None,
+) -> Path:
+    """Train ``config`` in processes of this machine; the same call again resumes, also with
+    another layout.
+
+    ``restarts``: how often all are started again after one has died. ``timeout``, s: how long a
+    process may keep the others waiting. ``say`` gets a line for each new attempt. TrainingError
+    with what a process complained of; Hung names the one that did not answer; Interrupted after a
+    signal, when a checkpoint has been written.
+    """
+    work = {
+        "config": config.model_dump(mode="json"),
+        "out": str(out),
+        "parallel": parallel.model_dump(mode="json"),
+        "progress": progress,
+        "timeout": timeout + GRACE,  # theirs is later: the supervisor knows who it was
+    }
+    for attempt in range(restarts + 1):
+        with tempfile.TemporaryDirectory(prefix="coterie-") as folder:
+            trouble = _Attempt(Path(folder), work, parallel.processes, timeout).run()
+        if trouble is None:
+            return Path(out)
+        if attempt < restarts:
+            say(f"{trouble}; attempt {attempt + 2} goes on from the last checkpoint")
+    raise TrainingError(f"{trouble}; gave up after {restarts + 1} attempts")
+
+
+class _Attempt:
+    """All processes, once."""
+
+    def __init__(self, folder: Path, work: dict[str, object], count: int, timeout: float) -> None:
+        self.folder = folder
+        self.timeout = timeout
+        self.count = count
+        self.work = folder / "work.json"
+        self.work.write_text(json.dumps(work), encoding="utf-8")
+        self.processes: list[subprocess.Popen[bytes]] = []
+
+    def run(self) -> str | None:
+        """None when all have done their work, else who died and may be started again."""
+        with StopSignals() as signals:
+            try:
+                self._start()
+                return self._watch(signals)
+            finally:
+                self._stop(signal.SIGKILL)
+
+    def _start(self) -> None:
+        threads = str(max(1, (os.cpu_count() or 1) // self.count))
+        for rank in range(self.count):
+            own = {
+                "RANK": str(rank),
+                "LOCAL_RANK": str(rank),
+                "WORLD_SIZE": str(self.count),
+                STORE: str(self.folder / "store"),
+                BEATS: str(self.folder),
+            }
+            defaults = {"OMP_NUM_THREADS": threads}
+            if sys.platform == "linux":
+                defaults["GLOO_SOCKET_IFNAME"] = "lo"
+            self.processes.append(
+                subprocess.Popen(
+                    [sys.executable, "-c", WORKER, str(self.work)],
+                    env={**defaults, **os.environ, **own},
+                    stdin=subprocess.PIPE,
+                    start_new_session=True,  # a terminal's Ctrl-C is ours to pass on, once
+                )
+            )
+
+    def _watch(self, signals: StopSignals) -> str | None:
+        said, since = [0] * self.count, time.monotonic()
+        while True:
+            codes = [process.poll() for process in self.processes]
+            if signals.received is not None:
+                self._interrupt(signals.received)
+            if all(code == 0 for code in codes):
+                return None
+            failed = [rank for rank, code in enumerate(codes) if code]
+            if failed:
+                return self._failed(failed[0])
+            now = read_beats(self.folder, self.count)
+            if now != said:
+                said, since = now, time.monotonic()
+            limit = self.timeout if all(now) else max(self.timeout, STARTUP)
+            if time.monotonic() - since > limit:
+                late = [rank for rank, beat in enumerate(now) if beat == min(now)]
+                raise Hung(
+                    f"process {', '.join(map(str, late))} of {self.count} did not answer for "
+                    f"{limit:.0f} s; all were stopped; the same command resumes"
+                )
+            time.sleep(POLL)
+
+    def _failed(self, rank: int) -> str:
+        """Why a process ended; raises what another attempt would meet again."""
+        time.sleep(1.0)  # the one that stumbled first may not be the one seen first
+        codes = {r: p.poll() for r, p in enumerate(self.processes)}
+        for other, code in codes.items():
+            complaint = self.folder / f"error-{other}"
+            if code == USER_ERROR and complaint.is_file():
+                raise TrainingError(complaint.read_text(encoding="utf-8"))
+        killed = [r for r, code in codes.items() if code is not None and code < 0]
+        rank = killed[0] if killed else rank
+        code = codes[rank]
+        assert code is not None
+        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with {code}"
+        return f"process {rank} of {self.count} {how}"
+
+    def _interrupt(self, number: int) -> None:
+        """Pass a signal on; the processes agree on a step, save and stop."""
+        for process in self.processes:
+            if process.poll() is None:
+                process.send_signal(number)
+        end = time.monotonic() + GRACE
+        while time.monotonic() < end and any(p.poll() is None for p in self.processes):
+            time.sleep(POLL)
+        complaint = self.folder / "error-0"
+        text = complaint.read_text(encoding="utf-8") if complaint.is_file() else ""
+        where = text.partition("; ")[2] or "no checkpoint was written; the last one stands"
+        raise Interrupted(number, where)
+
+    def _stop(self, number: int) -> None:
+        for process in self.processes:
+            if process.poll() is None:
+                process.send_signal(number)
+        for process in self.processes:
+            process.wait()
+            if process.stdin is not None:
+                process.stdin.close()

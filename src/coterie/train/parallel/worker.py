@@ -1,0 +1,61 @@
+"""One of the processes that a supervisor starts; it is told a file.
+
+The file says what to train and how it is laid out. What goes wrong is written beside it, and the
+exit code is that of the command line.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+from coterie.core.errors import CoterieError
+from coterie.core.folder import write_text
+from coterie.train.parallel.config import ParallelConfig
+from coterie.train.parallel.processes import joined
+from coterie.train.parallel.spread import Spread
+
+USER_ERROR = 2
+"""Exit code of errors that another attempt would meet again."""
+
+
+def train(work: dict[str, Any]) -> None:
+    """Join the others and train; every process of the layout calls this."""
+    from coterie.train.run import RunConfig, start
+
+    config = RunConfig.model_validate(work["config"])
+    with joined(ParallelConfig.model_validate(work["parallel"]), work["timeout"]) as processes:
+        start(config, work["out"], work["progress"], Spread(processes))
+
+
+def stop_with_parent() -> None:
+    """Exit when the supervisor is gone: it holds the other end of the pipe that stdin is."""
+
+    def watch() -> None:
+        sys.stdin.buffer.read()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def main(path: Path) -> int:
+    """Exit code."""
+    stop_with_parent()
+    try:
+        train(json.loads(path.read_text(encoding="utf-8")))
+    except CoterieError as error:
+        write_text(path.with_name(f"error-{os.environ['RANK']}"), str(error))
+        return int(getattr(error, "exit_code", USER_ERROR))
+    return 0
+
+
+def run() -> None:
+    """The whole life of the process."""
+    code = main(Path(sys.argv[1]))
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # a clean exit would wait for connections that others may still hold
