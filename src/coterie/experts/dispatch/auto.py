@@ -10,6 +10,7 @@ from torch import Tensor
 
 from coterie.experts.dispatch.backends import BACKENDS, OneExpert, available, run_fold, run_once
 from coterie.experts.dispatch.plan import DispatchPlan
+from coterie.experts.dispatch.triton import serves
 from coterie.experts.kinds.pool import ExpertPool
 
 _FOLD_TOKENS = 16  # tokens per sample from which mixing small weights pays
@@ -31,6 +32,8 @@ def choose(x: Tensor, plan: DispatchPlan, pool: ExpertPool) -> str:
         return "table"
     if "fold" in usable and _folding_pays(x, pool):
         return "fold"
+    if _free_of_counts(x, plan, pool, "auto"):
+        return "triton"
     per_row = positions(x)
     rows = sum(plan.counts) * per_row / plan.num_experts
     if plan.num_experts == 1 or (min(plan.counts) == plan.num_rows and rows >= 64):
@@ -44,6 +47,17 @@ def choose(x: Tensor, plan: DispatchPlan, pool: ExpertPool) -> str:
     weights = sum(stack.numel() // plan.num_experts for stack in pool.stacks().values())
     long = rows >= _SEGMENT_ROWS and rows * weights >= _SEGMENT_WORK
     return "sorted" if long else "grouped"
+
+
+def _free_of_counts(x: Tensor, plan: DispatchPlan, pool: ExpertPool, backend: str) -> bool:
+    """Whether kernels serve this call that need not know the loads: counting waits for a GPU.
+
+    Where a row has a slot for every expert, buffers for all slots would be larger than what most
+    routings fill. Which is faster where both can serve is still to be measured on a GPU.
+    """
+    if backend == "triton":
+        return serves(x, pool)
+    return backend == "auto" and x.is_cuda and plan.sparse and serves(x, pool)
 
 
 def positions(x: Tensor) -> int:
@@ -90,7 +104,8 @@ def _run(
     float32: bool,
     always: Mapping[str, Tensor] | None,
 ) -> Tensor:
-    if sum(plan.counts) == 0 or x.numel() == 0:
+    free = _free_of_counts(x, plan, pool, backend)
+    if x.numel() == 0 or (not free and sum(plan.counts) == 0):
         rows = x.shape if plan.unit == "sample" else (plan.num_rows, *x.shape[1:])
         y = attach(x.new_zeros(pool.kind.output_shape(rows)), plan, pool)
     elif plan.unit == "token" and plan.num_rows > len(x):

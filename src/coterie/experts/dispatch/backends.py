@@ -3,7 +3,7 @@
 ``loop`` is the oracle. ``sorted`` runs each expert once on its contiguous rows. ``grouped`` hands
 all segments to torch's grouped product. ``dense`` runs every expert on every row (right for k = E).
 ``fold`` mixes the weights of linear experts per sample, ``table`` serves experts that ignore x,
-``once`` serves several routings of one row.
+``once`` serves several routings of one row; ``triton`` has kernels of its own for CUDA.
 Parameters are split by ``unbind``: indexing a stack per expert makes its backward grow as E^2.
 
 ``float32``: sum the experts' answers in float32 at least; the caller casts back.
@@ -22,6 +22,7 @@ from torch import Tensor
 
 from coterie.experts.dispatch.normalise import Statistics, normalise, normalise_segments
 from coterie.experts.dispatch.plan import DispatchPlan, one_hot_rows, scale_rows
+from coterie.experts.dispatch.triton import run_triton, serves
 from coterie.experts.kinds.base import Geometry
 from coterie.experts.kinds.pool import ExpertPool
 
@@ -258,6 +259,7 @@ BACKENDS: dict[str, Callable[[Tensor, DispatchPlan, ExpertPool, bool], Tensor]] 
     "dense": run_dense,
     "sorted": run_sorted,
     "grouped": run_grouped,
+    "triton": run_triton,
     "fold": run_fold,
     "table": run_table,
 }
@@ -286,6 +288,8 @@ def available(x: Tensor, plan: DispatchPlan, pool: ExpertPool) -> list[str]:
         names.remove("dense")
     if grouped_works(x, pool):
         names.append("grouped")
+    if serves(x, pool):
+        names.append("triton")
     if pool.kind.foldable and plan.unit == "sample":
         names.append("fold")
     if pool.kind.input_free:

@@ -30,6 +30,11 @@ class DispatchPlan:
     def num_rows(self) -> int:
         return self.ids.shape[0]
 
+    @property
+    def sparse(self) -> bool:
+        """Whether a row has fewer choices than there are experts, as far as the shapes tell."""
+        return self.num_experts > 1 and self.ids.shape[1] < self.num_experts
+
     @cached_property
     def counts(self) -> list[int]:
         """Assignments per expert."""
@@ -38,9 +43,14 @@ class DispatchPlan:
         return result
 
     @cached_property
+    def segments(self) -> tuple[Tensor, Tensor]:
+        """``by_expert`` of all choices."""
+        return by_expert(self.ids, self.num_experts)
+
+    @cached_property
     def order(self) -> Tensor:
         """i64 [A]: positions in the flattened [R*K] choices, by expert, rows ascending."""
-        return self.ids.flatten().argsort(stable=True)[: sum(self.counts)]
+        return self.segments[0][: sum(self.counts)]
 
     @cached_property
     def rows(self) -> Tensor:
@@ -60,13 +70,31 @@ class DispatchPlan:
     @cached_property
     def offsets(self) -> Tensor:
         """i32 [E]: where each expert's segment ends."""
-        ends = torch.tensor(self.counts, dtype=torch.int64).cumsum(0).to(torch.int32)
-        return ends.to(self.ids.device)
+        return self.segments[1][1:]
+
+    def per_token(self, tokens: int) -> DispatchPlan:
+        """The choices of samples as choices of each of their tokens."""
+        ids, gates = (value.repeat_interleave(tokens, 0) for value in (self.ids, self.gates))
+        return DispatchPlan("token", ids, gates, self.num_experts)
 
     def dense_gates(self) -> Tensor:
         """f32 [R, E]: gate of each row for each expert, 0 where not chosen."""
         full = self.gates.new_zeros(self.num_rows, self.num_experts + 1)
         return full.scatter_add(1, self.ids, self.gates)[:, : self.num_experts]
+
+
+def by_expert(ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
+    """Choices ids i64 [R, K] in the order of experts, made without the host waiting for a GPU.
+
+    Positions i64 [R*K] in the flattened choices, by expert, rows ascending, those of nobody last;
+    and i32 [E + 1]: where each expert's segment begins, and where the last one ends.
+    """
+    flat = ids.flatten()
+    # A radix sort passes over every byte of its keys.
+    keys = flat.short() if flat.is_cuda and num_experts < 2**15 else flat
+    order = keys.argsort(stable=True)
+    experts = torch.arange(num_experts + 1, device=ids.device)
+    return order, torch.searchsorted(flat[order], experts, out_int32=True)
 
 
 def plan(

@@ -1,0 +1,100 @@
+"""How work is cut: sizes of tiles, and which expert each tile belongs to, decided on the device.
+
+No number of the routing comes to the host: a call launches as many tiles as *any* routing of its
+size may need, and those beyond the last one end at once.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from coterie.experts.dispatch.triton.kernels import tiles_kernel
+
+GROUP = 8  # tiles that walk the columns of a weight together, to find it in L2
+_MAP_BLOCK = 64
+
+
+class Blocks(NamedTuple):
+    """Sizes of one program's tile, and how it is run."""
+
+    rows: int
+    columns: int
+    depth: int
+    warps: int
+    stages: int
+
+
+def row_block(assignments: int, num_experts: int) -> int:
+    """Places in a tile: about as many as an expert has, so that few are empty."""
+    mean = assignments / num_experts
+    return 128 if mean >= 96 else 64 if mean >= 48 else 32 if mean >= 24 else 16
+
+
+def divisor(size: int, most: int) -> int:
+    """The largest power of two up to ``most`` that divides ``size``, if 64 or more; else one that
+    wastes little."""
+    for block in (256, 128, 64):
+        if block <= most and size % block == 0:
+            return block
+    return max(16, min(most, 64 if size > 64 else triton.next_power_of_2(size)))
+
+
+def row_blocks(rows: int, columns: int, depth: int, itemsize: int, halves: int = 1) -> Blocks:
+    """For a product of tiles of ``rows`` places with ``columns`` columns, summed over ``depth``;
+    ``halves``: tiles of float32 as wide that a program holds at once.
+
+    16-bit types: on Hopper 128 x 256 is what feeds the matrix units from L2; two or three tiles in
+    registers leave room for 128 columns each.
+    """
+    if itemsize > 2:
+        block = divisor(columns, 64)
+        return Blocks(min(rows, 64), block, min(32, _depth(depth)), 4, 2)
+    block = divisor(columns, 256 if halves == 1 else 128)
+    wide = rows * block * halves >= 128 * 128
+    return Blocks(rows, block, min(64, _depth(depth)), 8 if wide else 4, 3)
+
+
+def weight_blocks(height: int, width: int, itemsize: int) -> Blocks:
+    """For a gradient [height, width] summed over the rows of an expert."""
+    if itemsize > 2:
+        return Blocks(divisor(height, 64), divisor(width, 64), 32, 4, 2)
+    rows, columns = divisor(height, 128), divisor(width, 256)
+    return Blocks(rows, columns, 64, 8 if rows * columns >= 128 * 128 else 4, 3)
+
+
+def _depth(size: int) -> int:
+    return max(16, triton.next_power_of_2(size))
+
+
+class TileMap(NamedTuple):
+    """``expert`` i32 [tiles] (E beyond the last one) and ``place`` i32 [tiles]."""
+
+    expert: Tensor
+    place: Tensor
+
+    @property
+    def number(self) -> int:
+        return len(self.expert)
+
+
+def make_map(bounds: Tensor, assignments: int, rows: int) -> TileMap:
+    """Tiles of ``rows`` places from ``bounds`` i32 [E + 1]; room for any routing of this size:
+    the sum of ceil(n_e / rows) never passes it."""
+    num_experts = len(bounds) - 1
+    count = min(assignments, (assignments + num_experts * (rows - 1)) // rows)
+    tiles = TileMap(*torch.empty(2, count, dtype=torch.int32, device=bounds.device).unbind(0))
+    tiles_kernel[(triton.cdiv(count, _MAP_BLOCK),)](
+        bounds,
+        tiles.expert,
+        tiles.place,
+        count,
+        E=num_experts,
+        BM=rows,
+        ROUND_E=triton.next_power_of_2(num_experts),
+        BLOCK=_MAP_BLOCK,
+    )
+    return tiles
