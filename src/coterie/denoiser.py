@@ -95,7 +95,7 @@ class Denoiser(Model):
     """``forward(x [B, ...], t f32 [B], cond) -> Prediction`` of x's shape, in ``config.view``.
 
     ``sample_ids``, ``rng`` and ``progress`` reach the routers through the Context; none is needed
-    for sampling.
+    for sampling. ``ctx``: what is told of the times t, where a cache knows it beforehand.
     """
 
     def __init__(self, config: DenoiserConfig) -> None:
@@ -118,8 +118,9 @@ class Denoiser(Model):
         sample_ids: Tensor | None = None,
         rng: Generator | None = None,
         progress: float = 1.0,
+        ctx: Context | None = None,
     ) -> Prediction:
-        ctx, scaled = self._asked(x, t, sample_ids, rng, progress)
+        ctx, scaled = self._asked(x, t, sample_ids, rng, progress, ctx)
         return self._answer(x, t, self.backbone(scaled, ctx, cond))
 
     def topology(self) -> Topology:
@@ -147,20 +148,25 @@ class Denoiser(Model):
         sample_ids: Tensor | None,
         rng: Generator | None,
         progress: float,
+        ctx: Context | None = None,
     ) -> tuple[Context, Tensor]:
         """What the backbone is told, and x as it reads it."""
         check_times(t, len(x))
-        ctx = context_at(self.process, t, self.get_buffer("time_inputs")).replace(
-            sample_ids=sample_ids, training=self.training, rng=rng, progress=progress
-        )
+        if ctx is None:
+            ctx = context_at(self.process, t, self.get_buffer("time_inputs"))
+        ctx = ctx.replace(sample_ids=sample_ids, training=self.training, rng=rng, progress=progress)
+        if self.precondition.plain:
+            return ctx, x.to(self._dtype)
         c_in = expand(self.precondition.coefficients(t)[0], x).to(x)
         return ctx, (c_in * x).to(self._dtype)
 
     def _answer(self, x: Tensor, t: Tensor, out: BackboneOutput) -> Prediction:
-        _, c_skip, c_out = (expand(c, x).to(x) for c in self.precondition.coefficients(t))
-        value = c_skip * x + c_out * out.sample.to(x)
+        sample = out.sample.to(x)
+        if not self.precondition.plain:
+            _, c_skip, c_out = (expand(c, x).to(x) for c in self.precondition.coefficients(t))
+            sample = c_skip * x + c_out * sample
         view = self.config.view
-        return Prediction(value, view, out.routings, variance=out.variance, visible=out.visible)
+        return Prediction(sample, view, out.routings, variance=out.variance, visible=out.visible)
 
 
 @MODELS.register

@@ -55,11 +55,11 @@ def branches(block: Block, u: Tensor, ctx: Context) -> tuple[Tensor, Tensor]:
     assert block.modulation is not None and ctx.embedding is not None
     parts = block.modulation(ctx.embedding * torch.sigmoid(ctx.embedding))
     shift1, scale1, gate1, shift2, scale2, gate2 = (
-        parts[:, i * WIDTH : (i + 1) * WIDTH] for i in range(6)
+        parts[:, None, i * WIDTH : (i + 1) * WIDTH] for i in range(6)
     )
-    attended = gate1[:, None] * block.attention(modulate(block.norm1(u), shift1, scale1))
-    h = modulate(block.norm2(u + attended), shift2, scale2)
-    return attended, gate2[:, None] * block.ffn(h)
+    attended = gate1 * block.attention(modulate(block.norm1(u), shift1, 1 + scale1))
+    h = modulate(block.norm2(u + attended), shift2, 1 + scale2)
+    return attended, gate2 * block.ffn(h)
 
 
 def test_the_skip_is_exact_and_the_mask_gates_reading_only() -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from coterie.backbones import SlotConfig
 from coterie.backbones.points import PointsConfig
 from coterie.backbones.unet import UNetConfig
-from coterie.cache import FoldedDenoiser, cost, fold_by_step, measure
+from coterie.cache import CachedDenoiser, cost, fold_by_step, measure
 from coterie.core.errors import ConfigError
 from coterie.core.prediction import Condition
 from coterie.core.rng import SampleNoise
@@ -236,7 +236,7 @@ def test_a_time_between_two_steps_is_refused() -> None:
     [
         (lambda: woken(small("dit-moe")), TIMES, r"blocks\.0\.ffn: score: 'linear'"),
         (lambda: woken(small("dit")), TIMES, "a model with experts"),
-        (lambda: guide(model(), GuidanceConfig(weight=2.0)), TIMES, "fold the model, then guide"),
+        (lambda: guide(model(), GuidanceConfig(weight=2.0)), TIMES, "cache the model, then guide"),
         (model, [], "a vector of at least one time"),
         (model, [0.5, float("nan")], "finite times"),
         (model, [0.0], "no time without noise"),
@@ -252,7 +252,7 @@ def test_what_cannot_be_folded_is_refused(denoiser: Any, times: Any, reason: str
 def test_recipes_fold_where_the_noise_level_decides(name: str) -> None:
     made = woken(small(name))
     if name.partition(":")[0] in {"dtr", "switch-dit"}:
-        assert isinstance(fold_by_step(made, schedule(made)), FoldedDenoiser)
+        assert isinstance(fold_by_step(made, schedule(made)), CachedDenoiser)
     else:
         with pytest.raises(ConfigError):
             fold_by_step(made, schedule(made))

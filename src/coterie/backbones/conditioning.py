@@ -6,6 +6,7 @@ Shapes: B batch, N tokens, D width, S steps of the original grid.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -14,6 +15,23 @@ from coterie.core.context import Context
 from coterie.core.errors import DataError, describe
 from coterie.core.prediction import Condition
 from coterie.nn.embed import LabelEmbedding
+
+TIME_EMBEDDING, EMBEDDING = "time_embedding", "embedding"
+"""Their names in ``Context.known``."""
+
+
+@runtime_checkable
+class Embeds(Protocol):
+    """A backbone whose context for a noise level and a label needs no x."""
+
+    @property
+    def embeds_label(self) -> bool:
+        """Whether ``embedding`` depends on the label."""
+        ...
+
+    def embed(self, ctx: Context, cond: Condition) -> Context:
+        """The context that its slots and its adaptive maps read."""
+        ...
 
 
 def embed_condition(
@@ -24,15 +42,21 @@ def embed_condition(
     tokens: int,
 ) -> Context:
     """The context of a denoiser's slots: ``embedding`` is tau(t), plus the label's row where the
-    backbone has classes. ``ctx.label`` is the condition after dropout."""
-    assert ctx.time_input is not None
-    tau_BD = time(ctx.time_input)
+    backbone has classes; either is taken from ``ctx.known`` where that has it. ``ctx.label`` is the
+    condition after dropout."""
+    known = ctx.known or {}
+    tau_BD = known.get(TIME_EMBEDDING)
+    if tau_BD is None:
+        assert ctx.time_input is not None
+        tau_BD = time(ctx.time_input)
     embedding_BD = tau_BD
     if label is not None:
         shape = None if cond.label is None else tuple(cond.label.shape)
         if cond.label is None or shape != (ctx.batch,):
             raise DataError(describe("cond.label", shape, f"labels [B], B = {ctx.batch}"))
-        embedding_BD = tau_BD + label(cond.label)
+        embedding_BD = known.get(EMBEDDING)
+        if embedding_BD is None:
+            embedding_BD = tau_BD + label(cond.label)
     return ctx.replace(
         tokens=tokens,
         time_embedding=tau_BD,

@@ -10,6 +10,7 @@ from typing import ClassVar, Literal
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
+from coterie.backbones.adaptive import HEAD, AdaptiveLinear, adaptive
 from coterie.backbones.base import (
     BACKBONES,
     TOLD_BY_DENOISERS,
@@ -79,7 +80,7 @@ class PatchEncoder(nn.Module):
         self.label = LabelEmbedding(config.num_classes, width) if config.num_classes else None
         self.trunk = Trunk(config.trunk, config.tokens, config.grid)
         self.head_norm = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
-        self.head_modulation = nn.Linear(width, 2 * width)
+        self.head_modulation = AdaptiveLinear(width, width, HEAD)
         self.register_buffer("positions", sincos_grid(config.grid, width), persistent=False)
 
     def reset_parameters(self) -> None:
@@ -104,13 +105,19 @@ class PatchEncoder(nn.Module):
         """Tokens [B, N, D] of the patches, and what the blocks are told."""
         if x.shape[1:] != self.config.sample_shape:
             raise DataError(describe("x", tuple(x.shape), f"[B, {self.config.sample_shape}]"))
-        ctx = embed_condition(ctx, cond, self.time, self.label, self.config.tokens)
+        ctx = self.embed(ctx, cond)
         return self.patch_in(self._patchify(x)) + self.get_buffer("positions"), ctx
 
+    @property
+    def embeds_label(self) -> bool:
+        return self.label is not None
+
+    def embed(self, ctx: Context, cond: Condition) -> Context:
+        """The context of the blocks, whatever x is."""
+        return embed_condition(ctx, cond, self.time, self.label, self.config.tokens)
+
     def _normalised(self, z_BND: Tensor, ctx: Context) -> Tensor:
-        assert ctx.embedding is not None
-        shift, scale = self.head_modulation(nn.functional.silu(ctx.embedding)).chunk(2, dim=-1)
-        return modulate(self.head_norm(z_BND), shift, scale)
+        return modulate(self.head_norm(z_BND), *adaptive(self.head_modulation, ctx, HEAD))
 
     def _patchify(self, x: Tensor) -> Tensor:
         B, C = x.shape[:2]

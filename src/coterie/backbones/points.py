@@ -18,6 +18,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Generator, Tensor, nn
 
+from coterie.backbones.adaptive import HEAD, AdaptiveLinear, adaptive
 from coterie.backbones.base import (
     BACKBONES,
     TOLD_BY_DENOISERS,
@@ -181,7 +182,7 @@ class PointTransformer(nn.Module):
         self.mask_token = nn.Parameter(torch.zeros(inner))
         self.decoder = Trunk(config.decoder, config.tokens, config.grid, condition_width=width)
         self.head_norm = nn.LayerNorm(inner, eps=1e-6, elementwise_affine=False)
-        self.head_modulation = nn.Linear(width, 2 * inner)
+        self.head_modulation = AdaptiveLinear(width, inner, HEAD)
         self.head = nn.Linear(inner, values)
         for name, size in (("positions", width), ("decoder_positions", inner)):
             self.register_buffer(name, sincos_grid(config.grid, size), persistent=False)
@@ -204,7 +205,7 @@ class PointTransformer(nn.Module):
         if x.shape[1:] != self.config.sample_shape:
             raise DataError(describe("x", tuple(x.shape), f"[B, {self.config.sample_shape}]"))
         check_clouds(x)
-        ctx = embed_condition(ctx, cond, self.time, self.label, self.config.tokens)
+        ctx = self.embed(ctx, cond)
         voxels = voxelise(x, self.config.voxels)
         ids_BK = self.config.mask.draw(self.config.foreground(voxels), ctx)
         z_BKD, routings = self._encode(voxels, ids_BK, ctx)
@@ -212,6 +213,14 @@ class PointTransformer(nn.Module):
         sample = devoxelise(grid_BVC, voxels.coordinates, self.config.voxels)
         visible = None if ids_BK is None else self._visible(voxels, ids_BK)
         return BackboneOutput(sample.to(x.dtype), routings, visible=visible)
+
+    @property
+    def embeds_label(self) -> bool:
+        return self.label is not None
+
+    def embed(self, ctx: Context, cond: Condition) -> Context:
+        """The context of the blocks, whatever x is."""
+        return embed_condition(ctx, cond, self.time, self.label, self.config.tokens)
 
     def _encode(
         self, voxels: Voxels, ids_BK: Tensor | None, ctx: Context
@@ -232,9 +241,8 @@ class PointTransformer(nn.Module):
         if ids_BK is not None:
             h = restore_tokens(h, ids_BK, self.config.tokens, self.mask_token)
         h_BLD, _ = self.decoder(h + self.get_buffer("decoder_positions"), ctx)
-        assert ctx.embedding is not None
-        condition = self.head_modulation(nn.functional.silu(ctx.embedding))
-        out = self.head(modulate(self.head_norm(h_BLD), *condition.chunk(2, dim=-1)))
+        condition = adaptive(self.head_modulation, ctx, HEAD)
+        out = self.head(modulate(self.head_norm(h_BLD), *condition))
         cells = out.reshape(-1, self.config.patch**3, 3)
         return self.patches.join(cells)
 

@@ -132,7 +132,7 @@ class Policy(nn.Module):
     def forward(self, x: Tensor, ctx: Context, cond: Condition) -> BackboneOutput:
         if x.shape[1:] != self.config.sample_shape:
             raise DataError(describe("x", tuple(x.shape), f"[B, {self.config.sample_shape}]"))
-        ctx = embed_condition(ctx, cond, self.noise, None, self.config.tokens)
+        ctx = self.embed(ctx, cond)
         assert ctx.embedding is not None
         parts = [ctx.embedding[:, None]]
         if self.goal is not None:
@@ -143,6 +143,14 @@ class Policy(nn.Module):
         z_BND, routings = self.trunk(torch.cat(parts, dim=1), ctx)
         sample = self.head(self.head_norm(z_BND[:, -self.config.horizon :]))
         return BackboneOutput(sample, routings)
+
+    @property
+    def embeds_label(self) -> bool:
+        return False  # goals are tokens
+
+    def embed(self, ctx: Context, cond: Condition) -> Context:
+        """The context of the blocks, whatever x is."""
+        return embed_condition(ctx, cond, self.noise, None, self.config.tokens)
 
     def _goal(self, cond: Condition, batch: int) -> Tensor:
         shape = None if cond.label is None else tuple(cond.label.shape)

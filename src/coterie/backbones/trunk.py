@@ -20,6 +20,7 @@ from typing import Literal
 from pydantic import Field, PositiveInt, model_validator
 from torch import Tensor, nn
 
+from coterie.backbones.adaptive import BLOCK, AdaptiveLinear, adaptive
 from coterie.backbones.checks import check_slots
 from coterie.backbones.slots import ExpertHost, Layers, Site, SlotConfig, sites
 from coterie.core.config import Config
@@ -114,8 +115,9 @@ def _norm(config: TrunkConfig) -> nn.Module:
     return nn.LayerNorm(config.width, eps=1e-6, elementwise_affine=affine)
 
 
-def modulate(x_BND: Tensor, shift_BD: Tensor, scale_BD: Tensor) -> Tensor:
-    return x_BND * (1 + scale_BD[:, None]) + shift_BD[:, None]
+def modulate(x_BND: Tensor, shift_B1D: Tensor, factor_B1D: Tensor) -> Tensor:
+    """``factor`` is 1 + scale."""
+    return x_BND * factor_B1D + shift_B1D
 
 
 def _ask(
@@ -160,8 +162,8 @@ class Block(nn.Module):
         self.ffn: nn.Module = (
             experts["ffn"] if "ffn" in experts else FEED_FORWARD[config.mlp](width, config.hidden)
         )
-        adaptive = config.modulation == "adaln_zero"
-        self.modulation = nn.Linear(condition_width, 6 * width) if adaptive else None
+        adapted = config.modulation == "adaln_zero"
+        self.modulation = AdaptiveLinear(condition_width, width, BLOCK) if adapted else None
 
     def forward(
         self, z_BND: Tensor, ctx: Context, states: dict[str, Tensor] | None = None
@@ -176,13 +178,13 @@ class Block(nn.Module):
             )
             routings.extend(answer.routings)
             u_BND = (1 + answer.y) * z_BND
-        shift1, scale1, gate1, shift2, scale2, gate2 = self._modulation(ctx)
-        h_BND = self._modulate(self.norm1(u_BND), shift1, scale1)
+        shift1, factor1, gate1, shift2, factor2, gate2 = self._modulation(ctx)
+        h_BND = self._modulate(self.norm1(u_BND), shift1, factor1)
         if self.added:
             assert ctx.embedding is not None
             h_BND = h_BND + ctx.embedding[:, None]
         attended_BND = self._gate(self.attention(h_BND, ctx.token_mask), gate1)
-        h_BND = self._modulate(self.norm2(u_BND + attended_BND), shift2, scale2)
+        h_BND = self._modulate(self.norm2(u_BND + attended_BND), shift2, factor2)
         if isinstance(self.ffn, ExpertLayer):
             stream_BND = u_BND + attended_BND
             answer = _ask(self.ffn, h_BND, ctx.replace(slot="ffn", stream=stream_BND), states)
@@ -198,18 +200,17 @@ class Block(nn.Module):
     def _modulation(self, ctx: Context) -> Sequence[Tensor | None]:
         if self.modulation is None:
             return (None,) * 6
-        assert ctx.embedding is not None
-        return self.modulation(nn.functional.silu(ctx.embedding)).chunk(6, dim=-1)
+        return adaptive(self.modulation, ctx, BLOCK)
 
     @staticmethod
-    def _modulate(x_BND: Tensor, shift_BD: Tensor | None, scale_BD: Tensor | None) -> Tensor:
-        if shift_BD is None or scale_BD is None:
+    def _modulate(x_BND: Tensor, shift_B1D: Tensor | None, factor_B1D: Tensor | None) -> Tensor:
+        if shift_B1D is None or factor_B1D is None:
             return x_BND
-        return modulate(x_BND, shift_BD, scale_BD)
+        return modulate(x_BND, shift_B1D, factor_B1D)
 
     @staticmethod
-    def _gate(y_BND: Tensor, gate_BD: Tensor | None) -> Tensor:
-        return y_BND if gate_BD is None else gate_BD[:, None] * y_BND
+    def _gate(y_BND: Tensor, gate_B1D: Tensor | None) -> Tensor:
+        return y_BND if gate_B1D is None else gate_B1D * y_BND
 
 
 class Trunk(ExpertHost):

@@ -1,16 +1,22 @@
 """Floor 4: what is known beforehand is not computed again. Lossless: the same answers."""
 
 from coterie.cache.cost import CacheCost, cost, count_flops, measure
-from coterie.cache.fold import FoldedDenoiser, fold_by_step
+from coterie.cache.denoiser import CACHES, Cache, CachedDenoiser, applicable, cached, fold_by_step
+from coterie.cache.known import KnownTables
 from coterie.cache.layer import FoldedLayer
 from coterie.cache.schedule import Schedule, Steps
 
 __all__ = [
+    "CACHES",
+    "Cache",
     "CacheCost",
-    "FoldedDenoiser",
+    "CachedDenoiser",
     "FoldedLayer",
+    "KnownTables",
     "Schedule",
     "Steps",
+    "applicable",
+    "cached",
     "cost",
     "count_flops",
     "fold_by_step",

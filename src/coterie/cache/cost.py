@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from coterie.cache.fold import FoldedDenoiser
+from coterie.cache.denoiser import CachedDenoiser
+from coterie.cache.known import KnownTables
 from coterie.cache.layer import FoldedLayer
 from coterie.core.errors import ConfigError, describe
 from coterie.experts import ExpertLayer
@@ -46,7 +47,7 @@ class CacheCost:
 
 
 @torch.no_grad()
-def cost(folded: FoldedDenoiser) -> CacheCost:
+def cost(folded: CachedDenoiser) -> CacheCost:
     """Counted by running both, once for every different number of experts over the steps.
 
     Needs the denoiser that ``folded`` was made from: ConfigError where it is gone.
@@ -56,6 +57,7 @@ def cost(folded: FoldedDenoiser) -> CacheCost:
     layers = [module for module in folded.modules() if isinstance(module, FoldedLayer)]
     used = [tuple(layer.experts_used(step) for layer in layers) for step in steps]
     total = [0.0, 0.0, 0.0]
+    folded(*_call(folded, step=0))  # its tables are not a part of a call
     for numbers, count in Counter(used).items():
         call = _call(folded, step=used.index(numbers))
         with _all_experts(source):
@@ -80,12 +82,14 @@ def _all_experts(model: nn.Module) -> Iterator[None]:
 
 
 def resident(model: nn.Module) -> int:
-    """Numbers in the parameters of a model and in what was fused from them; each tensor once."""
+    """Numbers in the parameters of a model and in what was made from them; each tensor once."""
     tensors: dict[int, Tensor] = {id(p): p for p in model.parameters()}
     for module in model.modules():
         if isinstance(module, FoldedLayer):
             tensors |= {id(t): t for t in module.fused()}
-    return sum(tensor.numel() for tensor in tensors.values())
+    tables = getattr(model, "tables", None)
+    known = tables.numbers() if isinstance(tables, KnownTables) else 0
+    return known + sum(tensor.numel() for tensor in tensors.values())
 
 
 def count_flops(run: Callable[..., Any], *args: Any) -> int:
@@ -102,7 +106,7 @@ def _grouped_flops(x_shape: Any, w_shape: Any, *args: Any, **kwargs: Any) -> int
 
 
 @torch.no_grad()
-def measure(folded: FoldedDenoiser, batch: int = 1, rounds: int = 7) -> dict[str, float]:
+def measure(folded: CachedDenoiser, batch: int = 1, rounds: int = 7) -> dict[str, float]:
     """Milliseconds of one call for ``batch`` samples of one step: ``without_ms``, ``with_ms`` are
     medians, ``ratio`` (with / without) the median of the ratios within a round.
 
@@ -133,7 +137,7 @@ def _seconds(model: nn.Module, calls: list[tuple[Tensor, ...]]) -> float:
     return clock() - start
 
 
-def _source(folded: FoldedDenoiser) -> nn.Module:
+def _source(folded: CachedDenoiser) -> nn.Module:
     source = folded.source
     if source is None:
         hint = "it is the measure of what the cache saves"
@@ -141,7 +145,7 @@ def _source(folded: FoldedDenoiser) -> nn.Module:
     return source
 
 
-def _call(folded: FoldedDenoiser, step: int, batch: int = 1) -> tuple[Any, ...]:
+def _call(folded: CachedDenoiser, step: int, batch: int = 1) -> tuple[Any, ...]:
     x, cond = folded.example
     rows = torch.zeros(batch, dtype=torch.long, device=x.device)
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32

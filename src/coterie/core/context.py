@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -47,6 +48,7 @@ class Context:
     rng: Generator | None = None  # for jitter and sampling routers; None = no noise
     stream: Tensor | None = None  # [B, N, D], the residual stream before its norm
     state: Tensor | None = None  # router state carried from the layer before
+    known: Mapping[str, Any] | None = None  # what a cache knows of this noise level and label
 
     def replace(self, **changes: Any) -> Self:
         return replaced(self, changes)

@@ -30,6 +30,11 @@ class Precondition(Protocol):
         """The view of the result; None: the network's own."""
         ...
 
+    @property
+    def plain(self) -> bool:
+        """Whether D = F(x)."""
+        ...
+
     def coefficients(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(c_in, c_skip, c_out), each of the shape and dtype of ``t``."""
         ...
@@ -38,6 +43,7 @@ class Precondition(Protocol):
 @dataclass(frozen=True)
 class _Identity:
     view: str | None = None
+    plain: bool = True
 
     def coefficients(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return torch.ones_like(t), torch.zeros_like(t), torch.ones_like(t)
@@ -58,6 +64,7 @@ class _EDM:
     process: Process
     sigma_data: float
     view: str | None = "x0"
+    plain: bool = False
 
     def coefficients(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         alpha, sigma, data = self.process.alpha(t), self.process.sigma(t), self.sigma_data
