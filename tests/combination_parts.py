@@ -173,7 +173,7 @@ def missing() -> list[str]:
     return sorted({library for library in LIBRARIES.values() if not find_spec(library)})
 
 
-NO_SLOTS = ("predictor", "multitask")
+NO_SLOTS = ("predictor", "multitask", "reader", "guide")
 """Parts in which no expert layer is put by configuration: their levels are their own."""
 
 

@@ -15,7 +15,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("process", "nn", "data"),
     ("experts", "adapters", "encoders"),
     ("backbones", "denoiser"),
-    ("solvers", "ensembles", "cache", "compress", "convert", "inspect", "metrics"),
+    ("solvers", "guides", "ensembles", "cache", "compress", "convert", "inspect", "metrics"),
     ("train", "hub", "interop"),
     ("recipes",),
     ("bench",),

@@ -151,9 +151,9 @@ def test_classifier_guidance_turns_the_mixture_into_its_component():
     with torch.no_grad():
         made = ClassifierGuided(Blind(), log_prob, 1.0)(X, T, LABELS)
         none = ClassifierGuided(Blind(), log_prob, 0.0)(X, T, LABELS)
-    assert made.view == "eps" and not made.value.requires_grad
-    torch.testing.assert_close(made.value, parts()[0], rtol=1e-9, atol=1e-9)
-    torch.testing.assert_close(none.value, parts()[1])
+    assert made.view == none.view == "x0" and not made.value.requires_grad
+    torch.testing.assert_close(made.value, parts("x0")[0], rtol=1e-9, atol=1e-9)
+    assert torch.equal(none.value, Blind()(X, T, LABELS).value)
 
 
 def test_bad_guidance():

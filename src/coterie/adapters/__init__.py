@@ -17,15 +17,17 @@ from coterie.adapters.basis import BasisConfig, capacity
 from coterie.adapters.checks import Pair, check_together, pairs, room
 from coterie.adapters.config import AdapterConfig, LoraConfig
 from coterie.adapters.files import load_adapter, read_adapter, save_adapter
-from coterie.adapters.layers import LowRank, Rows
+from coterie.adapters.layers import Copy, LowRank, Rows, Shift
 
 __all__ = [
     "AdapterConfig",
     "BasisConfig",
+    "Copy",
     "LoraConfig",
     "LowRank",
     "Pair",
     "Rows",
+    "Shift",
     "adapters_of",
     "attach",
     "base_digest",

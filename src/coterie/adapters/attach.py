@@ -21,11 +21,22 @@ from torch import Tensor, nn
 
 from coterie.adapters.checks import check_together
 from coterie.adapters.config import LoraConfig
-from coterie.adapters.layers import Additions, Gain, LowRank, Rows, add, fits
+from coterie.adapters.layers import (
+    Additions,
+    Copy,
+    Gain,
+    LowRank,
+    Part,
+    Rows,
+    Shift,
+    add,
+    fits,
+    refuse_two_copies,
+)
 from coterie.core.errors import ConfigError, describe, unknown
 from coterie.core.tensors import borrow, tensors_of
 
-Parts = dict[str, LowRank | Rows]
+Parts = dict[str, Part]
 
 
 def attach(model: nn.Module, name: str, config: LoraConfig, weight: Gain = 1.0) -> Parts:
@@ -39,19 +50,33 @@ def attach(model: nn.Module, name: str, config: LoraConfig, weight: Gain = 1.0) 
         raise ConfigError(describe("adapter", name, f"another name than {', '.join(there)}"))
     check_together({**configs_of(model), name: config})
     modules = own_modules(model)
-    layers = named(modules, config.targets, "targets", fits)
-    tables = named(modules, config.embeddings, "embeddings", _is_table)
-    made: Parts = {path: LowRank(modules[path], config, path) for path in layers}
-    for path in tables:
-        table = modules[path]
-        assert isinstance(table, nn.Embedding)
-        made[path] = Rows(table, config, path)
+    made = _made(modules, config)
     for module in modules.values():
         borrow(module)
     for path, part in made.items():
         additions = _additions(modules[path], path)
         additions.parts[name] = part
         additions.gains[name] = weight
+    return made
+
+
+def _made(modules: Mapping[str, nn.Module], config: LoraConfig) -> Parts:
+    """What an adapter adds, by path; a module it has a copy of is not changed otherwise."""
+    copies = named(modules, config.copies, "copies", _has_tensors)
+    biases = set(named(modules, config.biases, "biases", _has_bias)) - set(copies)
+    layers = set(named(modules, config.targets, "targets", fits)) - set(copies)
+    tables = set(named(modules, config.embeddings, "embeddings", _is_table)) - set(copies)
+    made: Parts = {}
+    for path, module in modules.items():
+        if path in copies:
+            made[path] = Copy(module, config, path)
+        elif path in layers:
+            made[path] = LowRank(module, config, path, bias=path in biases)
+        elif path in tables:
+            assert isinstance(module, nn.Embedding)
+            made[path] = Rows(module, config, path)
+        elif path in biases:
+            made[path] = Shift(module, config, path)
     return made
 
 
@@ -80,6 +105,15 @@ def named(
 
 def _is_table(module: nn.Module) -> bool:
     return isinstance(module, nn.Embedding)
+
+
+def _has_bias(module: nn.Module) -> bool:
+    return isinstance(getattr(module, "bias", None), Tensor)
+
+
+def _has_tensors(module: nn.Module) -> bool:
+    """Parameters or buffers of its own."""
+    return next(tensors_of(module), None) is not None
 
 
 def _additions(layer: nn.Module, path: str) -> Additions:
@@ -111,7 +145,7 @@ def adapters_of(model: nn.Module) -> dict[str, Parts]:
     out: dict[str, Parts] = {}
     for path, (_, additions) in additions_of(model).items():
         for name, part in additions.parts.items():
-            assert isinstance(part, LowRank | Rows)
+            assert isinstance(part, Part)
             out.setdefault(name, {})[path] = part
     return out
 
@@ -176,18 +210,33 @@ def merge(model: nn.Module) -> None:
             hint = "weights of one sample each cannot be one weight"
             raise ConfigError(describe("weights", "per sample", "a number per adapter", hint))
     for layer, additions in found.values():
-        weight = layer.weight
-        assert isinstance(weight, Tensor)
-        additions.pristine = weight.detach().clone()
-        total = weight.detach().float()
-        for name in sorted(additions.parts):
+        own = own_state(layer)
+        additions.pristine = {name: value.detach().clone() for name, value in own.items()}
+        total = {
+            name: value.detach().float() if value.is_floating_point() else value.detach()
+            for name, value in own.items()
+        }
+        copied = False
+        # Copies first: what is added is added to the module that answers.
+        for name in sorted(additions.parts, key=lambda n: (not _is_copy(additions, n), n)):
             part, gain = additions.parts[name], additions.gains[name]
-            if isinstance(part, LowRank):
-                total = total + gain * part.delta()
-            elif isinstance(part, Rows) and gain != 0:
-                rows, change = part.delta()
-                total = total.index_add(0, torch.tensor(rows, device=total.device), change)
-        weight.copy_(total)
+            assert isinstance(part, Part) and not isinstance(gain, Tensor)
+            if copied and isinstance(part, Copy):
+                unmerge(model)
+                refuse_two_copies(name, gain)
+            copied = copied or (isinstance(part, Copy) and gain != 0)
+            part.merge_into(total, gain)
+        for name, value in own.items():
+            value.copy_(total[name])
+
+
+def _is_copy(additions: Additions, name: str) -> bool:
+    return isinstance(additions.parts[name], Copy)
+
+
+def own_state(layer: nn.Module) -> dict[str, Tensor]:
+    """A module's own parameters and persistent buffers by name, not those of its children."""
+    return {n: v for n, v in layer.state_dict(keep_vars=True).items() if "." not in n}
 
 
 @torch.no_grad()
@@ -195,8 +244,8 @@ def unmerge(model: nn.Module) -> None:
     """The network's weights as they were before :func:`merge`, bit for bit."""
     for layer, additions in additions_of(model).values():
         if additions.pristine is not None:
-            assert isinstance(layer.weight, Tensor)
-            layer.weight.copy_(additions.pristine)
+            for name, value in own_state(layer).items():
+                value.copy_(additions.pristine[name])
             additions.pristine = None
 
 

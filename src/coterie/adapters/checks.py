@@ -14,7 +14,7 @@ from torch import Tensor
 
 from coterie.adapters.basis import BasisConfig, capacity
 from coterie.adapters.config import LoraConfig
-from coterie.adapters.layers import LowRank, Rows
+from coterie.adapters.layers import LowRank, Part
 from coterie.core.errors import ConfigError, describe
 
 
@@ -55,7 +55,7 @@ class Pair:
     cosine: float
 
 
-def pairs(adapters: Mapping[str, Mapping[str, LowRank | Rows]]) -> list[Pair]:
+def pairs(adapters: Mapping[str, Mapping[str, Part]]) -> list[Pair]:
     """Every pair of adapters that change the same modules."""
     out = []
     for first, second in combinations(adapters, 2):
@@ -83,7 +83,7 @@ def _share(product: Tensor, a: Tensor, b: Tensor) -> float:
     return float(product.norm() / (a.norm() * b.norm()).clamp_min(1e-30))
 
 
-def room(parts: Mapping[str, LowRank | Rows]) -> int | None:
+def room(parts: Mapping[str, Part]) -> int | None:
     """How many adapters of this rank fit side by side in the narrowest module; None: any number."""
     limits = []
     for part in parts.values():

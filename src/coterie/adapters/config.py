@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
@@ -21,6 +21,15 @@ class LoraConfig(Config):
 
     ``basis`` None: both factors are trained. ``embeddings`` and ``rows``: these rows of these
     embedding tables are trained too, such as the token of a new concept.
+
+    ``conv``: what is of low rank in a convolution of kernel k x k. ``channels``: down is a
+    convolution to ``rank`` channels (PEFT). ``kernel``: the kernel read as a matrix [O k, I k] is
+    of rank ``rank`` k, up [O k, r k] and down [r k, I k] (loralib). ``narrow``: a module with fewer
+    inputs or outputs than ``rank`` is an error, or gets the lower rank.
+
+    ``biases``: modules whose biases are trained along. ``copies``: modules of which the adapter has
+    its own, starting as they are and trained whole: a batch norm with its statistics, or, with
+    ``*``, all of the network. On or off, and only one copy of a module at a time.
     """
 
     targets: tuple[str, ...] = ("*",)
@@ -30,6 +39,10 @@ class LoraConfig(Config):
     basis: BasisConfig | None = None
     embeddings: tuple[str, ...] = ()
     rows: tuple[NonNegativeInt, ...] = ()
+    conv: Literal["channels", "kernel"] = "channels"
+    narrow: Literal["refuse", "lower"] = "refuse"
+    biases: tuple[str, ...] = ()
+    copies: tuple[str, ...] = ()
 
     @model_validator(mode="after")
     def _check(self) -> LoraConfig:
@@ -37,8 +50,12 @@ class LoraConfig(Config):
             raise ConfigError(describe("rows", self.rows, "rows of embeddings, or neither"))
         if len(set(self.rows)) < len(self.rows):
             raise ConfigError(describe("rows", self.rows, "rows that all differ"))
-        if not self.targets and not self.embeddings:
+        if not (self.targets or self.embeddings or self.biases or self.copies):
             raise ConfigError(describe("targets", (), "patterns of module paths"))
+        if self.basis is not None and (self.conv, self.narrow) != ("channels", "refuse"):
+            hint = "a basis has slots of one rank in the space of a module's inputs"
+            found = f"conv {self.conv}, narrow {self.narrow}"
+            raise ConfigError(describe("basis", found, "conv channels, narrow refuse", hint))
         return self
 
     @property

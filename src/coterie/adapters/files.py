@@ -51,12 +51,13 @@ def save_adapter(
     if name not in there:
         raise ConfigError(unknown("adapter", name, there))
     folder, parts = Path(folder), there[name]
+    _require_plain(name, parts)
     modules, tensors = own_modules(model), {}
     for path, part in parts.items():
         if isinstance(part, LowRank):
             down, up = part.factors()
             tensors[f"{PREFIX}{path}.{DOWN}"], tensors[f"{PREFIX}{path}.{UP}"] = down, up
-        else:
+        elif isinstance(part, Rows):
             table = modules[path]
             assert isinstance(table, nn.Embedding)
             tensors[f"{PREFIX}{path}.{TOKENS}"] = table.weight[list(part.rows)] + part.change
@@ -65,6 +66,19 @@ def save_adapter(
         write_tensors(work / WEIGHTS, tensors, _header(parts))
         (work / CONFIG).write_text(canonical(_peft(parts, base)), encoding="utf-8")
     return folder
+
+
+def _require_plain(name: str, parts: Parts) -> None:
+    """ConfigError where PEFT's layout has no word for what the adapter is."""
+    config = next(iter(parts.values())).config
+    ranks = {part.rank for part in parts.values() if isinstance(part, LowRank)}
+    extras: dict[str, object] = {"biases": config.biases, "copies": config.copies}
+    extras["conv"] = "" if config.conv == "channels" else config.conv
+    extras["narrow"] = "" if len(ranks) < 2 else config.narrow
+    for option, value in extras.items():
+        if value:
+            hint = "a file of this layout holds low-rank maps of one rank, and rows of tables"
+            raise ConfigError(describe(f"{name}: {option}", value, "the default", hint))
 
 
 def _header(parts: Parts) -> dict[str, str]:
@@ -148,7 +162,7 @@ def load_adapter(model: nn.Module, name: str, folder: str | Path, weight: float 
     for path, part in parts.items():
         if isinstance(part, LowRank):
             _fill(part, *found.factors[path], f"{folder}: {path}")
-        else:
+        elif isinstance(part, Rows):
             table = own_modules(model)[path]
             assert isinstance(table, nn.Embedding)
             old = table.weight.detach()[list(part.rows)]

@@ -4,6 +4,7 @@ channels times kernel), O outputs, B batch.
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from coterie.adapters.basis import check_capacity
 from coterie.adapters.config import LoraConfig
 from coterie.core.errors import ConfigError, describe
+from coterie.core.tensors import borrow
 
 Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d
 Gain = float | Tensor
@@ -24,24 +26,25 @@ def fits(module: nn.Module) -> bool:
 
 
 class LowRank(nn.Module):
-    """``up [O, r]`` and ``down [r, I]``: dW = scale * up down.
+    """``up [O, r]`` and ``down [r, I]``: dW = scale * up down, and with ``bias`` a change [O] too.
 
-    With a basis one of the two is fixed, made from the configuration and never saved.
+    With a basis one of the two is fixed, made from the configuration and never saved. With ``conv``
+    "kernel", k the kernel's first size: up [O k, r k] and down [r k, I / k].
     """
 
-    def __init__(self, layer: nn.Module, config: LoraConfig, path: str) -> None:
+    def __init__(self, layer: nn.Module, config: LoraConfig, path: str, bias: bool = False) -> None:
         super().__init__()
         assert isinstance(layer, nn.Linear | Conv)
         self.config = config
         self.shape = tuple(layer.weight.shape)
-        outputs, inputs = self.shape[0], math.prod(self.shape[1:])
-        rank, basis = config.rank, config.basis
-        if rank > min(inputs, outputs):
-            hint = f"{path} maps {inputs} to {outputs}; leave it out of targets, or lower the rank"
-            raise ConfigError(describe("rank", rank, f"1..{min(inputs, outputs)}", hint))
+        self.rank = _rank(config, self.shape, path)
+        side = self.shape[2] if config.conv == "kernel" and len(self.shape) > 2 else 1
+        outputs, inputs = self.shape[0] * side, math.prod(self.shape[1:]) // side
+        rank, basis = self.rank * side, config.basis
         like: Any = {"device": layer.weight.device, "dtype": layer.weight.dtype}
         self.down: Tensor
         self.up: Tensor
+        self.shift = nn.Parameter(torch.zeros(self.shape[0], **like)) if bias else None
         if basis is None:
             self.down = nn.Parameter(torch.empty(rank, inputs, **like))
             self.up = nn.Parameter(torch.zeros(outputs, rank, **like))
@@ -58,13 +61,17 @@ class LowRank(nn.Module):
             self.down = nn.Parameter(torch.zeros(rank, inputs, **like))
             self.register_buffer("up", fixed.T.contiguous(), persistent=False)
 
-    def forward(self, layer: Any, x: Tensor) -> Tensor:
-        """What is added to ``layer(x)``."""
+    def forward(self, layer: Any, x: Tensor, y: Tensor) -> Tensor:
+        """What is added to ``y = layer(x)``."""
         if isinstance(layer, nn.Linear):
-            return nn.functional.linear(nn.functional.linear(x, self.down), self.up) * self.scale
-        kernel = self.down.reshape(-1, *self.shape[1:])
-        hidden = layer._conv_forward(x, kernel, None)  # its own stride, padding and dilation
-        return torch.einsum("or,br...->bo...", self.up, hidden) * self.scale
+            made = nn.functional.linear(nn.functional.linear(x, self.down), self.up) * self.scale
+        elif self.config.conv == "kernel":
+            made = layer._conv_forward(x, self.scale * (self.up @ self.down).view(self.shape), None)
+        else:
+            kernel = self.down.reshape(-1, *self.shape[1:])
+            hidden = layer._conv_forward(x, kernel, None)  # its own stride, padding and dilation
+            made = torch.einsum("or,br...->bo...", self.up, hidden) * self.scale
+        return made if self.shift is None else made + along(layer, self.shift, y)
 
     @property
     def scale(self) -> float:
@@ -74,11 +81,77 @@ class LowRank(nn.Module):
         """dW f32, of the weight's shape."""
         return (self.scale * self.up.float() @ self.down.float()).reshape(self.shape)
 
+    def merge_into(self, own: dict[str, Tensor], gain: float) -> None:
+        own["weight"] = own["weight"] + gain * self.delta()
+        if self.shift is not None:
+            own["bias"] = own["bias"] + gain * self.shift.float()
+
     def factors(self) -> tuple[Tensor, Tensor]:
         """(down, up) in the shapes of PEFT's files."""
         ones = (1,) * (len(self.shape) - 2)
-        rank = self.config.rank
-        return self.down.reshape(rank, *self.shape[1:]), self.up.reshape(-1, rank, *ones)
+        return self.down.reshape(self.rank, *self.shape[1:]), self.up.reshape(-1, self.rank, *ones)
+
+
+def _rank(config: LoraConfig, shape: tuple[int, ...], path: str) -> int:
+    """The rank in a module; ConfigError where it is too narrow and ``config`` says so."""
+    outputs, inputs = shape[0], math.prod(shape[1:] if config.conv == "channels" else shape[1:2])
+    if config.rank <= min(inputs, outputs):
+        return config.rank
+    if config.narrow == "lower":
+        return min(inputs, outputs)
+    hint = f"{path} maps {inputs} to {outputs}; leave it out of targets, or lower the rank"
+    raise ConfigError(describe("rank", config.rank, f"1..{min(inputs, outputs)}", hint))
+
+
+def along(layer: nn.Module, values: Tensor, y: Tensor) -> Tensor:
+    """One number per output of ``layer``, [O], shaped to be added to its answer y."""
+    last = isinstance(layer, nn.Linear | nn.LayerNorm)
+    return values if last else values.reshape(-1, *[1] * (y.dim() - 2))
+
+
+class Shift(nn.Module):
+    """``change`` [O], added to the bias of a module that is not changed otherwise."""
+
+    def __init__(self, layer: nn.Module, config: LoraConfig, path: str) -> None:
+        super().__init__()
+        self.config = config
+        assert isinstance(layer.bias, Tensor)
+        self.change = nn.Parameter(torch.zeros_like(layer.bias, requires_grad=False))
+
+    def forward(self, layer: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        return along(layer, self.change, y)
+
+    def merge_into(self, own: dict[str, Tensor], gain: float) -> None:
+        own["bias"] = own["bias"] + gain * self.change.float()
+
+
+class Copy(nn.Module):
+    """A module of the adapter's own, in place of the network's where the adapter is on."""
+
+    def __init__(self, layer: nn.Module, config: LoraConfig, path: str) -> None:
+        super().__init__()
+        self.config = config
+        if any(True for _ in layer.children()) and not _is_plain(layer):
+            hint = "name the modules inside"
+            raise ConfigError(describe("copies", path, "modules without others inside", hint))
+        self.own = copy.deepcopy(layer)
+        if isinstance(getattr(self.own, "adapters", None), Additions):
+            del self.own.adapters
+        self.own._forward_hooks.clear()
+        borrow(self.own, False)
+        for parameter in self.own.parameters():
+            parameter.requires_grad_(parameter.is_floating_point())
+
+    def forward(self, layer: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        return self.own(x)
+
+    def merge_into(self, own: dict[str, Tensor], gain: float) -> None:
+        if gain != 0:
+            own.update({name: value.detach() for name, value in self.own.state_dict().items()})
+
+
+def _is_plain(layer: nn.Module) -> bool:
+    return all(isinstance(child, Additions) for child in layer.children())
 
 
 class Rows(nn.Module):
@@ -93,39 +166,80 @@ class Rows(nn.Module):
         self.config, self.rows = config, config.rows
         self.change = nn.Parameter(torch.zeros_like(table.weight[: len(self.rows)]))
 
-    def forward(self, table: nn.Embedding, ids: Tensor) -> Tensor:
+    def forward(self, table: nn.Embedding, ids: Tensor, y: Tensor) -> Tensor:
         """What is added to ``table(ids)``."""
         rows = torch.tensor(self.rows, device=ids.device)
         return (ids[..., None] == rows).to(self.change.dtype) @ self.change
 
-    def delta(self) -> tuple[tuple[int, ...], Tensor]:
-        return self.rows, self.change.float()
+    def merge_into(self, own: dict[str, Tensor], gain: float) -> None:
+        """Rows come whole."""
+        if gain != 0:
+            rows = torch.tensor(self.rows, device=self.change.device)
+            own["weight"] = own["weight"].index_add(0, rows, self.change.float())
+
+
+Part = LowRank | Rows | Shift | Copy
+"""What one adapter does to one module."""
 
 
 class Additions(nn.Module):
     """All that adapters add to one module, under its child ``adapters``; ``gains``: how much of
-    each, one number or one per sample [B]. A gain of 0 costs nothing."""
+    each, one number or one per sample [B]. A gain of 0 costs nothing; of gains per sample, only
+    samples with another one do."""
 
     def __init__(self) -> None:
         super().__init__()
         self.parts = nn.ModuleDict()
         self.gains: dict[str, Gain] = {}
-        self.pristine: Tensor | None = None  # the weight before a merge
+        self.pristine: dict[str, Tensor] | None = None  # the module's tensors before a merge
 
     def forward(self, layer: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         if self.pristine is not None:
             return y
+        plain = y  # copies come before what is added
         for name, part in self.parts.items():
-            gain = self.gains[name]
-            if isinstance(part, Rows):  # on or off
-                gain = (gain != 0).to(y) if isinstance(gain, Tensor) else float(gain != 0)
-            if isinstance(gain, Tensor):
-                if bool((gain != 0).any()):
-                    y = y + gain.to(y).reshape(-1, *[1] * (y.dim() - 1)) * part(layer, x)
-            elif gain != 0:
-                added = part(layer, x)
-                y = y + (added if gain == 1 else gain * added)
+            if isinstance(part, Copy):
+                if y is not plain and not isinstance(self.gains[name], Tensor):
+                    refuse_two_copies(name, self.gains[name])
+                y = _replaced(layer, part, self.gains[name], x, y)
+        for name, part in self.parts.items():
+            if not isinstance(part, Copy):
+                y = _added(layer, part, self.gains[name], x, y)
         return y
+
+
+def _replaced(layer: nn.Module, part: Copy, gain: Gain, x: Tensor, y: Tensor) -> Tensor:
+    """y with the answer of the adapter's own module where its gain is not 0."""
+    if not isinstance(gain, Tensor):
+        return y if gain == 0 else part(layer, x, y)
+    rows = gain.nonzero()[:, 0]
+    if not len(rows):
+        return y
+    made: Tensor = part(layer, x[rows], y)
+    return y.index_copy(0, rows, made.to(y))
+
+
+def _added(layer: nn.Module, part: nn.Module, gain: Gain, x: Tensor, y: Tensor) -> Tensor:
+    if isinstance(part, Rows):  # on or off
+        gain = (gain != 0).to(y) if isinstance(gain, Tensor) else float(gain != 0)
+    if not isinstance(gain, Tensor):
+        if gain == 0:
+            return y
+        added = part(layer, x, y)
+        return y + (added if gain == 1 else gain * added)
+    rows = gain.nonzero()[:, 0]
+    if not len(rows):
+        return y
+    share = gain.to(y).reshape(-1, *[1] * (y.dim() - 1))
+    if len(rows) == len(gain):
+        return y + share * part(layer, x, y)
+    return y.index_add(0, rows, (share[rows] * part(layer, x[rows], y)).expand_as(y[rows]))
+
+
+def refuse_two_copies(name: str, gain: Gain) -> None:
+    if isinstance(gain, Tensor) or gain != 0:
+        hint = "of a module that adapters have copies of, one copy answers"
+        raise ConfigError(describe(f"weights.{name}", gain, "0 while another copy is on", hint))
 
 
 def add(layer: Any, args: tuple[Any, ...], output: Any) -> Any:

@@ -8,7 +8,6 @@ the next one is read meanwhile. Shapes: B batch, K members.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from itertools import pairwise
 from typing import Any, Literal
 
 import torch
@@ -20,37 +19,25 @@ from coterie.core.prediction import Condition, DenoiserLike, Prediction
 from coterie.core.routing import Routing
 from coterie.ensembles.base import ENSEMBLES, Ensemble, EnsembleConfig, as_members
 from coterie.ensembles.members import Members
-from coterie.process import ContrastConfig, Process, contrast, with_and_without
-
-ROUNDING = 1e-6
-"""A time that was rounded to float32 still lies on the boundary it was meant to lie on."""
+from coterie.process import ContrastConfig, contrast, with_and_without
+from coterie.process.ranges import RangesConfig
 
 
 @ENSEMBLES.register
-class NoiseRangesConfig(EnsembleConfig):
-    """``boundaries``: K - 1 noise levels from noisy to clean; the upper member answers on them. In
-    ``t`` and ``sigma`` (sigma / alpha) they fall, in ``log_snr`` (log alpha^2 / sigma^2) they rise;
-    ``t`` is that of the ensemble's process.
+class NoiseRangesConfig(RangesConfig, EnsembleConfig):
+    """``boundaries`` as in :class:`RangesConfig`; ``t`` is that of the ensemble's process.
 
     ``guidance``: a weight for each member, or null where it is left to whoever asks. Members with a
     weight guide themselves (classifier-free, from one stacked batch).
     """
 
     kind: Literal["noise_ranges"] = "noise_ranges"
-    boundaries: tuple[float, ...] = ()
-    boundaries_in: Literal["t", "sigma", "log_snr"] = "t"
     guidance: tuple[float | None, ...] | None = None
 
     @model_validator(mode="after")
     def _check(self) -> NoiseRangesConfig:
-        sign = -1.0 if self.boundaries_in == "log_snr" else 1.0
-        if not all(sign * a > sign * b for a, b in pairwise(self.boundaries)):
-            allowed = "levels from noisy to clean, all different"
-            hint = f"{self.boundaries_in} {'rises' if sign < 0 else 'falls'} on that way"
-            raise ConfigError(describe("boundaries", self.boundaries, allowed, hint))
-        ranges = len(self.boundaries) + 1
-        if self.guidance is not None and len(self.guidance) != ranges:
-            allowed = f"{ranges} weights, one per range"
+        if self.guidance is not None and len(self.guidance) != self.count:
+            allowed = f"{self.count} weights, one per range"
             raise ConfigError(describe("guidance", self.guidance, allowed))
         return self
 
@@ -71,7 +58,7 @@ class NoiseRanges(Ensemble):
     config: NoiseRangesConfig
 
     def __init__(self, config: NoiseRangesConfig, members: Members) -> None:
-        ranges = len(config.boundaries) + 1
+        ranges = config.count
         if len(members) != ranges:
             hint = f"{len(members)} members have {len(members) - 1} boundaries"
             raise ConfigError(describe("boundaries", config.boundaries, f"{ranges} ranges", hint))
@@ -85,12 +72,7 @@ class NoiseRanges(Ensemble):
 
     def member_at(self, t: Tensor) -> Tensor:
         """i64 [B]: the range that each t [B] lies in (its member may be missing)."""
-        level = _level(self.process, t.double(), self.config.boundaries_in)
-        falling = -1.0 if self.config.boundaries_in == "log_snr" else 1.0
-        edges = level.new_tensor(self.config.boundaries)
-        slack = ROUNDING * edges.abs().clamp_min(1e-3)
-        below = falling * level[:, None] < falling * edges - slack
-        return below.sum(1)
+        return self.config.range_at(self.process, t)
 
     def choose(self, x: Tensor, t: Tensor, cond: Condition) -> Routing:
         ids = self._stand_ins.to(t.device)[self.member_at(t)][:, None]
@@ -125,13 +107,6 @@ class _Unguided:
 
     def __call__(self, x: Tensor, t: Tensor, cond: Condition) -> Prediction:
         return Ensemble.ask(self.ensemble, self.index, x, t, cond)
-
-
-def _level(process: Process, t: Tensor, unit: str) -> Tensor:
-    if unit == "t":
-        return t
-    lam = process.lam(t)
-    return torch.exp(-lam) if unit == "sigma" else 2.0 * lam
 
 
 def _nearest(present: Tensor) -> Tensor:

@@ -35,6 +35,9 @@ def adapter_measures(run: LoadedRun) -> dict[str, float]:
     share of how far adapter i had moved it.
     """
     adapters, judge = adapters_of(run.model), judge_of(run)
+    init = run.config.init
+    if init is None or not init.adapters:  # experts of a guide take turns; they are not added up
+        return {}
     if len(adapters) < 2 or not isinstance(judge, NoiseJudge):
         return {}
     found = pairs(adapters)
@@ -105,8 +108,10 @@ def _listening(model: nn.Module, name: str, weights: dict[str, Any]) -> Iterator
         parts = {n: p for n, p in additions.parts.items() if isinstance(p, LowRank)}
         if name not in parts:
             return
-        own = weights[name] * parts.pop(name)(layer, args[0])
-        others = sum((weights[n] * part(layer, args[0]) for n, part in parts.items()), own * 0)
+        own = weights[name] * parts.pop(name)(layer, args[0], output)
+        others = sum(
+            (weights[n] * part(layer, args[0], output) for n, part in parts.items()), own * 0
+        )
         shares.append(float(others.norm() / own.norm().clamp_min(1e-12)))
 
     with ExitStack() as stack:

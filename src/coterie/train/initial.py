@@ -125,12 +125,14 @@ def load_source(init: InitConfig) -> Any:
         return load_pretrained(init.path)
     model: nn.Module = source_config(init.path).build()
     theirs = init_of(init.path)
-    if theirs is not None and theirs.adapters:
-        put_new(model, theirs.adapters)
-        put_on_base(model, theirs)
+    adapted = None if theirs is None or not theirs.adapters else theirs
+    if adapted is not None:
+        put_new(model, adapted.adapters)
+        put_on_base(model, adapted)
     if not is_untrained(init.path):
         load_weights(init.path, model, init.weights)
-    fold(model)
+    if adapted is not None:  # a guide's experts are no such adapters: they stay apart
+        fold(model)
     return model.eval()
 
 

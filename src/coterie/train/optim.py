@@ -36,8 +36,8 @@ def decayed(model: nn.Module) -> set[int]:
 
 def freeze(model: nn.Module, patterns: Iterable[str]) -> list[nn.Module]:
     """Take the modules whose names fit a shell pattern (``*`` also matches dots) out of training;
-    ConfigError for a pattern that fits none. Borrowed modules are out too. Their eval mode is the
-    loop's matter."""
+    ConfigError for a pattern that fits none. Borrowed modules are out too, but not what adapters
+    put inside them. Answers every module that is out; their eval mode is the loop's matter."""
     found: list[nn.Module] = []
     for pattern in patterns:
         named = [module for name, module in model.named_modules() if fnmatchcase(name, pattern)]
@@ -49,7 +49,8 @@ def freeze(model: nn.Module, patterns: Iterable[str]) -> list[nn.Module]:
         found += named
     for module in found:
         module.requires_grad_(False)
-    return found + [module for module in model.modules() if is_borrowed(module)]
+    inside = [module for outer in found for module in outer.modules()]
+    return inside + [module for module in model.modules() if is_borrowed(module)]
 
 
 def trainable(model: nn.Module, objective: Any) -> dict[str, nn.Parameter]:

@@ -39,7 +39,7 @@ def report_run(
         trace = found.trace
         followed = make_trace(run)
         recorder = StepRecorder(followed) if judge.steps else None
-        shown = judge.draw(SHOWN, callback=recorder)
+        shown = judge.draw(SHOWN, callback=recorder) if judge.draws else None
         trace.steps.update(followed.steps)
         bar("samples, step by step")
         metrics = _metrics(judge, found)
@@ -50,8 +50,8 @@ def report_run(
             trace=trace,
             loss_bins=found.bins,
             curve=read_metrics(RunDir(path).metrics_path),
-            samples=judge.show(shown),
-            labels=judge.labels(shown),
+            samples=None if shown is None else judge.show(shown),
+            labels=None if shown is None else judge.labels(shown),
             class_names=run.source.class_names,
             task_names=getattr(run.source, "task_names", ()),
             similarity=expert_cosines(run),
@@ -84,4 +84,4 @@ def _metrics(judge: Judge, found: HeldOut) -> dict[str, Any]:
     out: dict[str, Any] = {title: found.loss}
     out |= {f"{title}, {name}": loss for name, loss in found.by_class.items()}
     out |= {ANSWERS.get(name, name): value for name, value in judge.measures().items()}
-    return out | judge.scores(SCORED)
+    return out | judge.details() | judge.scores(SCORED)

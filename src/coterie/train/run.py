@@ -14,8 +14,10 @@ from typing import Annotated, Any
 import torch
 from pydantic import Field, SerializeAsAny, model_validator
 
+import coterie.solvers.guided
+import coterie.train.generated
 import coterie.train.islands
-import coterie.train.pretrained  # noqa: F401 (both register what a run may be made of)
+import coterie.train.pretrained  # noqa: F401 (they register what a run may be made of)
 from coterie.backbones import TrunkConfig
 from coterie.backbones.base import BackbonePart
 from coterie.convert import UpcycleConfig, upcycle, upcycled_config, upcycled_slot

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, SerializeAsAny, model_validator
 
 from coterie.core.errors import ConfigError, describe
 from coterie.core.registry import Part, Registry
@@ -48,6 +48,30 @@ class CosineSchedule(Part):
             return self.final + (1 - self.final) * 0.5 * (1 + math.cos(math.pi * progress))
 
         return factor
+
+
+@SCHEDULES.register
+class RepeatedSchedule(Part):
+    """``schedule`` from its start ``times`` times: once for each of several parts that are trained
+    in turn."""
+
+    kind: Literal["repeated"] = "repeated"
+    schedule: Annotated[SerializeAsAny[Part], SCHEDULES.validator] = LinearSchedule()
+    times: int = Field(default=5, ge=1)
+
+    def build(self) -> Factor:
+        inner = self.schedule.build()
+
+        def factor(progress: float) -> float:
+            turn = turn_at(progress, self.times)
+            return float(inner(min(1.0, max(0.0, progress * self.times - turn))))
+
+        return factor
+
+
+def turn_at(progress: float, turns: int) -> int:
+    """Which of ``turns`` equal parts of training it is, 0 the first."""
+    return min(turns - 1, math.floor(progress * turns + 1e-9))
 
 
 @SCHEDULES.register

@@ -1,6 +1,15 @@
 """Who says what a run is worth: one judge per modality."""
 
-from coterie.train.judges import action, noise, points, posterior, ratings, restoration, text
+from coterie.train.judges import (
+    action,
+    noise,
+    points,
+    posterior,
+    ratings,
+    recognition,
+    restoration,
+    text,
+)
 from coterie.train.judges.base import JUDGES, HeldOut, Judge, judge_of
 
 __all__ = [
@@ -13,6 +22,7 @@ __all__ = [
     "points",
     "posterior",
     "ratings",
+    "recognition",
     "restoration",
     "text",
 ]

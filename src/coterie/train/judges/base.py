@@ -45,6 +45,7 @@ class Judge:
 
     scale: ClassVar[float] = 1.0  # held-out loss = scale * objective's
     steps: ClassVar[bool] = False  # whether sampling is a walk whose routing can be followed
+    draws: ClassVar[bool] = True  # whether there are samples to look at
 
     def __init__(self, run: LoadedRun) -> None:
         self.run = run
@@ -97,6 +98,10 @@ class Judge:
 
     def measures(self) -> dict[str, float]:
         """Further numbers from held-out data."""
+        return {}
+
+    def details(self) -> dict[str, float]:
+        """Numbers for the page of a report, beyond those that claims compare."""
         return {}
 
     def draw(self, num: int, **options: Any) -> Samples:

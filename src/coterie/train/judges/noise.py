@@ -14,8 +14,10 @@ from coterie.core.rng import generator
 from coterie.core.routing import Routing
 from coterie.data import Subset
 from coterie.ensembles import coverage
+from coterie.guides import Guide
 from coterie.metrics import NoiseBins, evaluate_images
 from coterie.train.features import feature_network, read_labels, reference_rows
+from coterie.train.guide_measures import measured
 from coterie.train.judges.base import (
     LEVELS,
     HeldOut,
@@ -87,6 +89,20 @@ class NoiseJudge(Judge):
         classes = by_class(np.array(errors), labels, source.class_names)
         loss = float(np.mean([row["loss"] for row in rows]))
         return HeldOut(loss, rows, trace, class_losses=classes)
+
+    @property
+    def guide(self) -> Guide | None:
+        """What the model's samples are guided by."""
+        found = getattr(self.run.model, "guide", None)
+        return found if isinstance(found, Guide) else None
+
+    def measures(self) -> dict[str, float]:
+        guide = self.guide
+        return {} if guide is None else measured(guide, self.run.config.data.whole).flat()
+
+    def details(self) -> dict[str, float]:
+        guide = self.guide
+        return {} if guide is None else measured(guide, self.run.config.data.whole).by_level()
 
     def show(self, samples: Samples) -> np.ndarray | None:
         x = samples.x

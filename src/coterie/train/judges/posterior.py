@@ -21,6 +21,8 @@ SAMPLES = 512
 class PosteriorJudge(Judge):
     """Held-out loss is the cross-entropy in nats; a router answers no samples."""
 
+    draws = False
+
     def unit(self) -> str:
         return "cross-entropy of the cluster, nats"
 

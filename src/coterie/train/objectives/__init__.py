@@ -6,6 +6,7 @@ from coterie.train.objectives.cluster_posterior import ClusterPosteriorConfig
 from coterie.train.objectives.denoising import DenoisingConfig
 from coterie.train.objectives.distillation import DistillationConfig
 from coterie.train.objectives.multitask import MultiTaskObjectiveConfig
+from coterie.train.objectives.recognition import RecognitionConfig
 from coterie.train.objectives.restoration import RestorationConfig
 from coterie.train.objectives.text import MaskedTokenConfig, NextTokenConfig
 
@@ -18,5 +19,6 @@ __all__ = [
     "MaskedTokenConfig",
     "MultiTaskObjectiveConfig",
     "NextTokenConfig",
+    "RecognitionConfig",
     "RestorationConfig",
 ]

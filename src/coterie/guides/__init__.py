@@ -1,0 +1,16 @@
+"""Floor 4: networks that read pictures, and their experts for noise levels, which guide samples."""
+
+from coterie.guides.guide import Guide, GuideConfig, suggested
+from coterie.guides.reader import Reader, ReaderConfig
+from coterie.guides.tasks import TASKS, height_map, pixel_classes
+
+__all__ = [
+    "TASKS",
+    "Guide",
+    "GuideConfig",
+    "Reader",
+    "ReaderConfig",
+    "height_map",
+    "pixel_classes",
+    "suggested",
+]
