@@ -63,6 +63,7 @@ class GradientStep:
         self.device = device
         self.dtype = dtype
         self.placement = placement
+        placement.own(np.arange(config.batch // config.accumulate))  # refused here if not equal
         self.forward_model: Any = torch.compile(model) if config.compile else model
 
     def __call__(self, step: int, samples_seen: int, *, keep_routings: bool) -> StepResult:
