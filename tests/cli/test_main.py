@@ -38,7 +38,16 @@ def test_every_verb_has_help_and_its_name(coterie: Run, verb: str) -> None:
 
 
 def test_every_verb_file_is_in_the_table() -> None:
-    helpers = {"__init__", "main", "lazy", "output", "overrides", "size", "bench_options"}
+    helpers = {
+        "__init__",
+        "__main__",
+        "main",
+        "lazy",
+        "output",
+        "overrides",
+        "size",
+        "bench_options",
+    }
     folder = Path(inspect.getfile(entry)).parent
     benches = {f"bench_{name}" for name in BENCHES}
     assert {path.stem for path in folder.glob("*.py")} - helpers == set(entry.VERBS) | benches
