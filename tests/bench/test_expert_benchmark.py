@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-import json
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -76,26 +71,6 @@ def test_the_published_sizes() -> None:
         "decode8": (8, 768, 3072, 16, 2),
         "fine-decode16": (16, 384, 256, 64, 6),
     }
-
-
-def test_the_gpu_command_rehearses_two_parts_and_resumes(
-    tmp_path: Path, monkeypatch, capsys
-) -> None:
-    path = Path(__file__).parents[2] / "benchmarks" / "gpu.py"
-    spec = importlib.util.spec_from_file_location("gpu_script", path)
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
-    monkeypatch.setitem(benchmark.CASES, "small", TINY)
-    quick = ["--device", "cpu", "--quick", "--out", str(tmp_path)]
-    for _ in range(2):
-        monkeypatch.setattr(sys, "argv", ["gpu.py", "correctness", "speed", *quick])
-        script.main()
-    assert capsys.readouterr().out.count("done at this commit") == 2
-    errors = json.loads((tmp_path / "correctness.json").read_text())["result"]
-    single = [row["relative_error"] for row in errors if row["dtype"] == "torch.float32"]
-    assert len(single) == 4 and max(single) < 1e-5
-    rows = json.loads((tmp_path / "speed.json").read_text())["result"]
-    assert {row["backend"] for row in rows} >= {"auto", "loop", "dense_layer"}
 
 
 def choice(rows: int, num_experts: int, k: int, pool: ExpertPool, tokens: int | None = None) -> str:
