@@ -8,6 +8,7 @@ from coterie.cli.lazy import LazyGroup
 
 BENCHES = {
     "experts": "Every way to dispatch tokens to experts, beside peers and a dense layer.",
+    "parallel": "Training steps in several processes, beside torch's own data parallelism.",
 }
 """Name -> one line of help; ``cli/bench_<name>.py`` defines its ``command``."""
 

@@ -108,7 +108,7 @@ class Trainer:
             stack.callback(bar.close)
             signals = stack.enter_context(StopSignals(patient=self.placement.count > 1))
             while self.state.step < self.config.steps:
-                record = self._train_step()
+                record = self.train_step()
                 bar.update(record)
                 for callback in callbacks:
                     callback(self, record)
@@ -144,10 +144,10 @@ class Trainer:
         }
         position, updates, bins = asdict(self.state), self.ema.num_updates, self.log.bins.dump()
         with own_threads_and_rng(self.config.threads, self.device):
-            self._train_step()  # the first step also pays for caches and compilation
+            self.train_step()  # the first step also pays for caches and compilation
             start = time.perf_counter()
             for _ in range(steps):
-                self._train_step()
+                self.train_step()
             seconds = (time.perf_counter() - start) / steps
         restore(self.parts, before, updates, "projection")
         self.state = TrainState(**position)
@@ -171,7 +171,8 @@ class Trainer:
             self.state.step, {**asdict(self.state), "bins": self.log.bins.dump()}
         )
 
-    def _train_step(self) -> dict[str, Any]:
+    def train_step(self) -> dict[str, Any]:
+        """One optimiser step, as ``fit`` makes them; its record."""
         with self.placement.sharing():
             return self._step()
 

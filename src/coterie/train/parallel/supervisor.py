@@ -16,6 +16,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from coterie.core.errors import TrainingError
 from coterie.train.parallel.config import ParallelConfig
@@ -64,8 +65,7 @@ def launch(
         "timeout": timeout + GRACE,  # theirs is later: the supervisor knows who it was
     }
     for attempt in range(restarts + 1):
-        with tempfile.TemporaryDirectory(prefix="coterie-") as folder:
-            trouble = _Attempt(Path(folder), work, parallel.processes, timeout).run()
+        trouble = run_processes(WORKER, work, parallel.processes, timeout)
         if trouble is None:
             return Path(out)
         if attempt < restarts:
@@ -73,11 +73,21 @@ def launch(
     raise TrainingError(f"{trouble}; gave up after {restarts + 1} attempts")
 
 
+def run_processes(code: str, work: dict[str, Any], count: int, timeout: float) -> str | None:
+    """Start ``count`` processes that run the Python ``code`` with the path of a file that holds
+    ``work``, and wait for them. None when all have done it, else who died."""
+    with tempfile.TemporaryDirectory(prefix="coterie-") as folder:
+        return _Attempt(Path(folder), code, work, count, timeout).run()
+
+
 class _Attempt:
     """All processes, once."""
 
-    def __init__(self, folder: Path, work: dict[str, object], count: int, timeout: float) -> None:
+    def __init__(
+        self, folder: Path, code: str, work: dict[str, Any], count: int, timeout: float
+    ) -> None:
         self.folder = folder
+        self.code = code
         self.timeout = timeout
         self.count = count
         self.work = folder / "work.json"
@@ -108,7 +118,7 @@ class _Attempt:
                 defaults["GLOO_SOCKET_IFNAME"] = "lo"
             self.processes.append(
                 subprocess.Popen(
-                    [sys.executable, "-c", WORKER, str(self.work)],
+                    [sys.executable, "-c", self.code, str(self.work)],
                     env={**defaults, **os.environ, **own},
                     stdin=subprocess.PIPE,
                     start_new_session=True,  # a terminal's Ctrl-C is ours to pass on, once

@@ -10,6 +10,7 @@ import json
 import os
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -42,20 +43,20 @@ def stop_with_parent() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def main(path: Path) -> int:
-    """Exit code."""
+def main(path: Path, do: Callable[[dict[str, Any]], None] = train) -> int:
+    """``do`` with what the file says; the exit code."""
     stop_with_parent()
     try:
-        train(json.loads(path.read_text(encoding="utf-8")))
+        do(json.loads(path.read_text(encoding="utf-8")))
     except CoterieError as error:
         write_text(path.with_name(f"error-{os.environ['RANK']}"), str(error))
         return int(getattr(error, "exit_code", USER_ERROR))
     return 0
 
 
-def run() -> None:
+def run(do: Callable[[dict[str, Any]], None] = train) -> None:
     """The whole life of the process."""
-    code = main(Path(sys.argv[1]))
+    code = main(Path(sys.argv[1]), do)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)  # a clean exit would wait for connections that others may still hold

@@ -1,0 +1,182 @@
+"""Time training steps in several processes, beside one process and torch's own data parallelism.
+
+Two processes of this machine train the same model in turns under every layout; what a step sends is
+read off the loopback interface, the same way for all. The peer (``DistributedDataParallel``) steps
+the same model with the same objective on its half of the batch, with noise of its own and without
+the logs.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from coterie.core.errors import TrainingError
+from coterie.core.rng import generator
+from coterie.train.config import TrainConfig
+from coterie.train.loop import Trainer
+from coterie.train.parallel import ParallelConfig, Processes, Spread, joined
+from coterie.train.parallel.supervisor import run_processes
+from coterie.train.placement import ALONE, Placement
+from coterie.train.run import RunConfig, build_model, build_source
+
+ONE = "one process"
+PEER = "DistributedDataParallel"
+TIMEOUT = 300.0  # s
+WORKER = """
+from coterie.bench.parallel import work
+from coterie.train.parallel.worker import run
+run(work)
+"""
+COUNTERS = Path("/proc/net/dev")
+
+Step = Callable[[], Any]
+
+
+def run_benchmark(
+    config: RunConfig, processes: int = 2, rounds: int = 5, threads: int = 1
+) -> list[dict[str, Any]]:
+    """Rows ``{layout, processes, step_ms, steps_per_second, vs_one, vs_peer, wire_bytes}``.
+
+    ``vs_one``, ``vs_peer``: time of a step over that of one process with the whole batch, and over
+    the peer's, median of the ratios within a round. ``wire_bytes``: of one step, all processes
+    together; None where it cannot be read.
+    """
+    with tempfile.TemporaryDirectory(prefix="coterie-") as folder:
+        out = Path(folder) / "times.json"
+        work = {
+            "config": config.model_dump(mode="json"),
+            "processes": processes,
+            "rounds": rounds,
+            "threads": threads,
+            "out": str(out),
+        }
+        trouble = run_processes(WORKER, work, processes, TIMEOUT)
+        if trouble is not None:
+            raise TrainingError(f"bench parallel: {trouble}")
+        measured = json.loads(out.read_text(encoding="utf-8"))
+    return [_row(name, measured, processes) for name in measured]
+
+
+def work(task: dict[str, Any]) -> None:
+    """What every process does; the first writes the times."""
+    torch.set_num_threads(task["threads"])
+    count = task["processes"]
+    config = RunConfig.model_validate(task["config"])
+    with joined(ParallelConfig(data=count), TIMEOUT) as world:
+        steps: dict[str, Step] = {ONE: _trained(config, ALONE) if world.rank == 0 else _nothing}
+        for axis in ParallelConfig.axes:
+            laid_out = Processes(ParallelConfig(**{axis: count}), world.rank)
+            steps[f"{axis}={count}"] = _trained(config, Spread(laid_out))
+        steps[PEER] = _peer(config, world)
+        measured = _measure(steps, world, task["rounds"])
+        if world.rank == 0:
+            Path(task["out"]).write_text(json.dumps(measured), encoding="utf-8")
+
+
+def _nothing() -> None:
+    """One process works, the others wait."""
+
+
+def _settings(config: RunConfig) -> TrainConfig:
+    """Without averages, which are everybody's own, and without logs and checkpoints."""
+    return config.train.replace(ema=(), log_every=10**9, steps=10**9, warmup=0)
+
+
+def _trained(config: RunConfig, placement: Placement) -> Step:
+    model = build_model(config)
+    objective = config.objective.build(model)
+    source = build_source(config)
+    trainer = Trainer(_settings(config), model, objective, source, placement=placement)
+    return trainer.train_step
+
+
+def _peer(config: RunConfig, world: Processes) -> Step:
+    from torch.nn.parallel import DistributedDataParallel
+
+    model, train, source = build_model(config).train(), _settings(config), build_source(config)
+    wrapped = DistributedDataParallel(model)
+    objective = config.objective.build(model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=train.lr, fused=True)
+    own = train.batch // world.count
+    rng = generator(world.rank, "bench")
+    position = 0
+
+    class Asked:
+        """The model as an objective calls it."""
+
+        mask_token = getattr(model, "mask_token", None)
+        aux_losses = staticmethod(model.aux_losses)
+        __call__ = staticmethod(wrapped.__call__)
+
+    def step() -> None:
+        nonlocal position
+        optimizer.zero_grad(set_to_none=True)
+        batch = source.get(torch.arange(position, position + own).numpy() % len(source))
+        objective(Asked(), batch, rng, 0.0).total.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), train.clip or 1.0)
+        optimizer.step()
+        position += own
+
+    return step
+
+
+def _measure(steps: dict[str, Step], world: Processes, rounds: int) -> dict[str, Any]:
+    """Seconds and bytes per step of each layout, in every round, back and forth."""
+    repeats = {}
+    for name, step in steps.items():
+        step()
+        world.told(None)
+        start = time.perf_counter()
+        step()
+        seconds = torch.tensor([time.perf_counter() - start], dtype=torch.float64)
+        repeats[name] = max(2, min(20, int(0.5 / float(world.reduce(seconds, "max")))))
+    measured: dict[str, Any] = {name: {"seconds": [], "bytes": []} for name in steps}
+    for turn in range(rounds):
+        for name in list(steps) if turn % 2 == 0 else list(steps)[::-1]:
+            world.told(None)
+            start, before = time.perf_counter(), _wire_bytes()
+            for _ in range(repeats[name]):
+                steps[name]()
+            world.told(None)  # a few hundred bytes
+            seconds, after = torch.tensor([time.perf_counter() - start]), _wire_bytes()
+            measured[name]["seconds"].append(float(seconds) / repeats[name])
+            if before is not None and after is not None:
+                measured[name]["bytes"].append((after - before) // repeats[name])
+    return measured
+
+
+def _wire_bytes() -> int | None:
+    """Bytes that have passed the loopback interface, over which processes of a machine talk."""
+    if os.environ.get("GLOO_SOCKET_IFNAME") != "lo" or not COUNTERS.is_file():
+        return None
+    lines = COUNTERS.read_text(encoding="ascii").splitlines()
+    found = [line.split(":", 1)[1].split() for line in lines if line.strip().startswith("lo:")]
+    return int(found[0][8]) if found else None
+
+
+def _row(name: str, measured: dict[str, Any], processes: int) -> dict[str, Any]:
+    seconds = measured[name]["seconds"]
+
+    def against(other: str) -> float:
+        theirs = measured[other]["seconds"]
+        return round(statistics.median(a / b for a, b in zip(seconds, theirs)), 3)
+
+    step, sent = statistics.median(seconds), measured[name]["bytes"]
+    return {
+        "layout": name,
+        "processes": 1 if name == ONE else processes,
+        "step_ms": round(1e3 * step, 2),
+        "steps_per_second": round(1 / step, 2),
+        "vs_one": against(ONE),
+        "vs_peer": against(PEER),
+        "wire_bytes": int(statistics.median(sent)) if sent and name != ONE else None,
+    }
