@@ -48,8 +48,6 @@ def test_a_solver_with_its_own_times_is_refused(run: LoadedRun) -> None:
 @pytest.mark.parametrize(
     ("name", "reason"),
     [
-        ("dit-moe", r"blocks\.0\.ffn: score: 'linear' is not allowed"),
-        ("dit", "a model with experts"),
         ("deepseekmoe/text", "no noise level to fold by"),
     ],
 )

@@ -48,6 +48,13 @@ class SampleNoise:
         made._generators = [self._generators[row] for row in chosen]
         return made
 
+    def joined(self, other: SampleNoise) -> SampleNoise:
+        """Of these samples and then of those of ``other``."""
+        made = SampleNoise([], self.device)
+        made.seeds = [*self.seeds, *other.seeds]
+        made._generators = [*self._generators, *other._generators]
+        return made
+
     def normal(self, shape: Sequence[int]) -> Tensor:
         """f32 [B, *shape]. Drawn on the CPU, so equal on every device."""
         rows = [torch.randn(tuple(shape), generator=g) for g in self._generators]

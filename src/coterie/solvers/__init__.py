@@ -14,6 +14,7 @@ from coterie.solvers.grids import GRIDS, GridConfig
 from coterie.solvers.guidance import ClassifierGuided, GuidanceConfig, Guided, guide
 from coterie.solvers.resampling import SCHEMES, effective_size, resample
 from coterie.solvers.sampling import Callback, asked_times, initial_noise, integrate, sample
+from coterie.solvers.stepper import Finished, Stepper
 from coterie.solvers.thresholds import ThresholdConfig, Thresholded
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "Estimate",
     "FeynmanKac",
     "FeynmanKacConfig",
+    "Finished",
     "GridConfig",
     "GuidanceConfig",
     "Guided",
@@ -33,6 +35,7 @@ __all__ = [
     "Solver",
     "SolverConfig",
     "SolverState",
+    "Stepper",
     "ThresholdConfig",
     "Thresholded",
     "asked_times",

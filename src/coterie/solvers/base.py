@@ -97,11 +97,42 @@ class SolverState:
             asked=pick(self.asked),
         )
 
+    def extended(self, count: int) -> Self:
+        """With ``count`` new particles at the end, who remember nothing."""
+
+        def grown(value: Tensor | None, fill: float) -> Tensor | None:
+            return None if value is None else torch.cat([value, _filled(value, count, fill)])
+
+        lam_step, valid = self.lam_step, self.valid
+        if lam_step is not None and lam_step.dim() == 0 and valid is not None:
+            lam_step = lam_step.expand(len(valid))
+        return dataclasses.replace(
+            self,
+            previous=grown(self.previous, 0.0),
+            valid=grown(valid, False),
+            lam_step=grown(lam_step, 1.0),
+            length=grown(self.length, float("nan")),
+            asked=grown(self.asked, False),
+        )
+
     def reset(self, rows: Tensor | None = None) -> Self:
         """Forget: everything, or the particles where ``rows`` (bool [B]) is True."""
         if rows is None or self.valid is None:
             return type(self)(length=self.length)
         return dataclasses.replace(self, valid=self.valid & ~rows.to(self.valid.device))
+
+
+def _filled(like: Tensor, count: int, value: float) -> Tensor:
+    return like.new_full((count, *like.shape[1:]), value)
+
+
+def prepared(denoiser: DenoiserLike, cond: Condition) -> Condition:
+    """``cond`` with what is static in it worked out, by denoisers that keep such things."""
+    prepare = getattr(denoiser, "prepare", None)
+    if prepare is None:
+        return cond
+    made: Condition = prepare(cond)
+    return made
 
 
 def members_asked(prediction: Prediction, batch: int) -> Tensor | None:

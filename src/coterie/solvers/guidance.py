@@ -22,6 +22,7 @@ from coterie.process import (
     expand,
     with_and_without,
 )
+from coterie.solvers.base import prepared
 
 
 class GuidanceConfig(ContrastConfig):
@@ -68,6 +69,14 @@ class Guided:
         else:
             strong, weak = self.denoiser(x, t, cond), self.weak(x, t, cond)
         return contrast(self.process, self.config, x, t, strong, weak, own=cond.guidance)
+
+    def prepare(self, cond: Condition) -> Condition:
+        """See :func:`coterie.solvers.base.prepared`: both halves, where the denoiser does it."""
+        made = prepared(self.denoiser, cond)
+        if made is cond or self.weak is not None:
+            return made
+        null = cond.as_null(len(next(iter(cond.tensors().values()))))
+        return made.replace(unconditional=prepared(self.denoiser, null))
 
     def _idle(self, t: Tensor, own: Tensor | None) -> bool:
         """Whether no sample is guided at its time."""

@@ -7,12 +7,14 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from coterie.core.errors import ConfigError, DataError, describe
+from coterie.core.errors import ConfigError, describe
 from coterie.core.prediction import Condition, DenoiserLike, Prediction
 from coterie.core.registry import Part
 from coterie.core.rng import SampleNoise
 from coterie.process import Process
-from coterie.solvers.base import Query, Solver, SolverState
+from coterie.solvers.base import Query, Solver, SolverState, prepared
+from coterie.solvers.checks import check_run
+from coterie.solvers.stepper import Stepper
 
 Callback = Callable[[int, float, Tensor, Prediction], None]
 """Called as (step, t, x, prediction) after the first evaluation of every step."""
@@ -31,7 +33,7 @@ def sample(
     *,
     solver: Part | Solver,
     grid: Part,
-    steps: int,
+    steps: int | Sequence[int],
     noise: SampleNoise | None = None,
     callback: Callback | None = None,
 ) -> Tensor:
@@ -39,16 +41,46 @@ def sample(
 
     ``solver`` is a part of SOLVERS, or built from one; ``grid`` is a part of GRIDS. ``noise`` is
     for stochastic solvers: one seed per sample, so sample i does not depend on its batch mates.
-    Costs ``solver.evaluations(steps)`` calls of the denoiser. Raises ConfigError for settings
-    that do not fit each other and DataError for a non-finite ``x``.
+    Costs ``solver.evaluations(steps)`` calls of the denoiser. ``steps`` may differ from sample to
+    sample, one number each: then a sample leaves the batch when it is done, and ``callback`` has
+    no step to be told of. Raises ConfigError for settings that do not fit each other and DataError
+    for a non-finite ``x``.
     """
-    times = grid.build(denoiser.process, steps)
     built = solver if isinstance(solver, Solver) else solver.build()
+    if isinstance(steps, Sequence):
+        return _sample_apart(denoiser, x, cond, built, grid, list(steps), noise, callback)
+    times = grid.build(denoiser.process, steps)
     return integrate(denoiser, x, cond, times, built, noise, callback)
 
 
-def asked_times(process: Process, solver: Part, grid: Part, steps: int) -> Tensor:
-    """f64 [S]: every time at which such a run asks its denoiser, in the order of first asking.
+def _sample_apart(
+    denoiser: DenoiserLike,
+    x: Tensor,
+    cond: Condition,
+    solver: Solver,
+    grid: Part,
+    steps: list[int],
+    noise: SampleNoise | None,
+    callback: Callback | None,
+) -> Tensor:
+    if len(steps) != len(x):
+        raise ConfigError(describe("steps", steps, f"{len(x)} numbers, one per sample"))
+    if callback is not None:
+        hint = "samples of different numbers of steps have no step in common"
+        raise ConfigError(describe("callback", "given", "None", hint))
+    grids = {count: grid.build(denoiser.process, count) for count in sorted(set(steps))}
+    stepper = Stepper(denoiser, solver)
+    stepper.admit(x, cond, [grids[count] for count in steps], noise, ids=range(len(x)))
+    made = torch.empty_like(x)
+    while len(stepper):
+        for done in stepper.step():
+            made[done.id] = done.x
+    return made
+
+
+def asked_times(process: Process, solver: Part, grid: Part, steps: int | Sequence[int]) -> Tensor:
+    """f64 [S]: every time at which such a run asks its denoiser, in the order of first asking; of
+    several numbers of ``steps``, all that is asked by any.
 
     ConfigError for solvers that choose their times by what they are answered.
     """
@@ -66,9 +98,9 @@ def asked_times(process: Process, solver: Part, grid: Part, steps: int) -> Tenso
             return Prediction(torch.zeros_like(x), "x0")
 
     x = torch.ones(1, 1, dtype=torch.float64)  # solvers ask in float64 where x is
-    sample(
-        Listener(), x, Condition(), solver=solver, grid=grid, steps=steps, noise=SampleNoise([0])
-    )
+    for count in sorted(set(steps)) if isinstance(steps, Sequence) else [steps]:
+        noise = SampleNoise([0])
+        sample(Listener(), x, Condition(), solver=solver, grid=grid, steps=count, noise=noise)
     return torch.tensor(list(asked), dtype=torch.float64)
 
 
@@ -86,8 +118,8 @@ def integrate(
     A step to sigma = 0 takes the denoised sample, whatever the solver. Differentiable (``sample``
     is not). Deterministic solvers also run from data to noise.
     """
-    _check(denoiser.process, x, cond, times, solver, noise)
-    query, state = Query(denoiser, cond), SolverState()
+    check_run(denoiser.process, x, cond, times, solver, noise)
+    query, state = Query(denoiser, prepared(denoiser, cond)), SolverState()
     steps = len(times) - 1
     for step in range(steps):
         u = times[step + 1]
@@ -100,34 +132,3 @@ def integrate(
         else:
             x, state = solver.step(query, estimate, u, state, noise)
     return x
-
-
-def _check(
-    process: Process,
-    x: Tensor,
-    cond: Condition,
-    times: Tensor,
-    solver: Solver,
-    noise: SampleNoise | None,
-) -> None:
-    if times.dim() != 1 or len(times) < 2 or times.dtype != torch.float64:
-        allowed = "a float64 vector of at least 2 times"
-        raise ConfigError(describe("times", (tuple(times.shape), times.dtype), allowed))
-    change = times.diff()
-    if not bool((change < 0).all() or (change > 0).all()):
-        raise ConfigError(describe("times", times.tolist(), "strictly falling or rising times"))
-    low, high = float(times.min()), float(times.max())
-    slack = 1e-9 * max(1.0, process.t_max)
-    if low < process.t_clean - slack or high > process.t_max + slack:
-        allowed = f"times in [{process.t_clean:g}, {process.t_max:g}]"
-        raise ConfigError(describe("times", (low, high), allowed))
-    if solver.stochastic and noise is None:
-        raise ConfigError(describe("noise", None, "a SampleNoise", "this solver is stochastic"))
-    if noise is not None and len(noise) != x.shape[0]:
-        raise ConfigError(describe("noise", len(noise), f"{x.shape[0]} seeds, one per sample"))
-    for name, value in cond.tensors().items():
-        if value.shape[0] != x.shape[0]:
-            allowed = f"{x.shape[0]} rows, one per sample"
-            raise ConfigError(describe(f"cond.{name}", value.shape[0], allowed))
-    if not bool(torch.isfinite(x).all()):
-        raise DataError("x: the initial state has NaN or infinite values")

@@ -15,6 +15,7 @@ from coterie.core.config import Config
 from coterie.core.errors import ConfigError, describe
 from coterie.core.prediction import Condition, DenoiserLike, Prediction
 from coterie.process import Process, as_view, expand
+from coterie.solvers.base import prepared
 
 
 class ThresholdConfig(Config):
@@ -38,6 +39,10 @@ class Thresholded:
     def __init__(self, denoiser: DenoiserLike, config: ThresholdConfig) -> None:
         self.denoiser, self.config = denoiser, config
         self.process: Process = denoiser.process
+
+    def prepare(self, cond: Condition) -> Condition:
+        """See :func:`coterie.solvers.base.prepared`."""
+        return prepared(self.denoiser, cond)
 
     def __call__(self, x: Tensor, t: Tensor, cond: Condition) -> Prediction:
         prediction = as_view(self.process, self.denoiser(x, t, cond), "x0", x, t)

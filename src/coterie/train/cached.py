@@ -6,18 +6,18 @@ import dataclasses
 
 import numpy as np
 
-from coterie.cache import CacheCost, cost, fold_by_step
+from coterie.cache import CacheCost, cost
+from coterie.cache import cached as cached_denoiser
 from coterie.core.errors import ConfigError, describe
 from coterie.solvers import asked_times
 from coterie.train.run import LoadedRun
 
 
 def cached(run: LoadedRun, steps: int | None = None) -> tuple[LoadedRun, CacheCost]:
-    """``run`` with its routing folded for the solver, grid and ``steps`` (default: its own) it
-    samples with, and what that saves.
+    """``run`` with every exact cache that applies to its model, for the solver, grid and ``steps``
+    (default: its own) it samples with, and what they save; ``model.caches`` names them.
 
-    ConfigError where the model's routers see more than the noise level, it has no experts, or its
-    solver chooses its own times.
+    ConfigError where none applies, or its solver chooses its own times.
     """
     process = getattr(run.model, "process", None)
     if process is None:
@@ -25,5 +25,16 @@ def cached(run: LoadedRun, steps: int | None = None) -> tuple[LoadedRun, CacheCo
         raise ConfigError(describe("cached", True, "false", hint))
     settings = run.config.sample
     times = asked_times(process, settings.solver, settings.grid, steps or settings.steps)
-    folded = fold_by_step(run.model, times, run.source.get(np.arange(1)).cond)
-    return dataclasses.replace(run, model=folded), cost(folded)
+    model = cached_denoiser(run.model, times, run.source.get(np.arange(1)).cond)
+    return dataclasses.replace(run, model=model), cost(model)
+
+
+def compiled(run: LoadedRun) -> LoadedRun:
+    """``run`` whose backbone torch compiles at its first call: once for each size of batch, which
+    takes a minute on a CPU. ConfigError where the model cannot be compiled."""
+    backbone = getattr(run.model, "backbone", None)
+    if backbone is None or run.is_text:
+        hint = "only denoisers of samples that are one network are"
+        raise ConfigError(describe("compile", True, "false", hint))
+    backbone.compile()
+    return run

@@ -1,0 +1,45 @@
+"""What must fit together before a sampling run begins."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from coterie.core.errors import ConfigError, DataError, describe
+from coterie.core.prediction import Condition
+from coterie.core.rng import SampleNoise
+from coterie.process import Process
+from coterie.solvers.base import Solver
+
+
+def check_run(
+    process: Process,
+    x: Tensor,
+    cond: Condition,
+    times: Tensor,
+    solver: Solver,
+    noise: SampleNoise | None,
+) -> None:
+    """ConfigError where a run from ``x`` [B, ...] over ``times`` does not fit together, DataError
+    for an ``x`` that is not finite."""
+    if times.dim() != 1 or len(times) < 2 or times.dtype != torch.float64:
+        allowed = "a float64 vector of at least 2 times"
+        raise ConfigError(describe("times", (tuple(times.shape), times.dtype), allowed))
+    change = times.diff()
+    if not bool((change < 0).all() or (change > 0).all()):
+        raise ConfigError(describe("times", times.tolist(), "strictly falling or rising times"))
+    low, high = float(times.min()), float(times.max())
+    slack = 1e-9 * max(1.0, process.t_max)
+    if low < process.t_clean - slack or high > process.t_max + slack:
+        allowed = f"times in [{process.t_clean:g}, {process.t_max:g}]"
+        raise ConfigError(describe("times", (low, high), allowed))
+    if solver.stochastic and noise is None:
+        raise ConfigError(describe("noise", None, "a SampleNoise", "this solver is stochastic"))
+    if noise is not None and len(noise) != x.shape[0]:
+        raise ConfigError(describe("noise", len(noise), f"{x.shape[0]} seeds, one per sample"))
+    for name, value in cond.tensors().items():
+        if value.shape[0] != x.shape[0]:
+            allowed = f"{x.shape[0]} rows, one per sample"
+            raise ConfigError(describe(f"cond.{name}", value.shape[0], allowed))
+    if not bool(torch.isfinite(x).all()):
+        raise DataError("x: the initial state has NaN or infinite values")
