@@ -57,6 +57,36 @@ def test_composed_runs_are_sampled_like_others(
     assert not (runs / "sum" / "samples" / "particles.json").exists()
 
 
+def test_a_report_says_what_is_composed_and_who_had_weight(
+    runs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = str(runs / "product")
+    words = ["compose", str(runs / "low"), str(runs / "high"), "--particles", "3", "--out", out]
+    assert run(words) == 0
+    capsys.readouterr()
+    assert run(["report", out, "-q"]) == 0
+    said = capsys.readouterr().out
+    assert "2 experts composed, mode product" in said and "no router made a choice" not in said
+    found = json.loads((runs / "product" / "report" / "report.json").read_text())
+    made = found["composition"]
+    assert (made["particles"], made["systems"], len(made["steps"])) == (3, 22, 3)  # 64 shown
+    assert len(made["log_normaliser"]) == 22 and found["num_samples"] == 64
+    page = (runs / "product" / "report" / "index.html").read_text()
+    assert 'id="composition"' in page and 'id="particles"' in page
+
+
+def test_a_tilt_towards_a_registered_reward(runs: Path) -> None:
+    low, out = str(runs / "low"), str(runs / "bright")
+    words = ["compose", low, "--mode", "tilt", "--tilt", "2000", "--reward", "brightness"]
+    assert run([*words, "--particles", "4", "--out", out]) == 0
+    bright = load_run(out)
+    assert bright.model.config.reward.kind == "brightness" and bright.model.zeta == 1.0
+    assert run(["sample", out, "--num", "6", "-q"]) == 0  # the rest of a system is left away
+    assert len(json.loads((runs / "bright" / "samples" / "samples.json").read_text())) == 6
+    tilted, plain = generate(bright, 8).x, generate(load_run(low), 8).x
+    assert tilted.mean() > plain.mean() + 0.1
+
+
 def test_a_model_directory_is_an_expert_too(runs: Path) -> None:
     out = str(runs / "mixed")
     words = ["compose", str(runs / "low" / "model"), str(runs / "high"), "--out", out]
@@ -76,6 +106,11 @@ def test_a_model_directory_is_an_expert_too(runs: Path) -> None:
         (["low", "high", "--betas", "1;2"], "no list of numbers"),
         (["low", "high", "--labels", "given,cat"], "neither given, nor null"),
         (["low", "high", "--process", "fast"], "kind: 'fast'"),
+        (["low", "--mode", "tilt", "--tilt", "2"], "--reward: None"),
+        (["low", "--mode", "tilt", "--reward", "symmetry"], "--tilt: None"),
+        (["low", "--mode", "tilt", "--tilt", "2", "--reward", "loud"], "kind: 'loud'"),
+        (["low", "--mode", "tilt", "--tilt", "2", "--reward", "{"], "not valid JSON"),
+        (["low", "--reward", "symmetry"], 'mode "product"'),
     ],
 )
 def test_what_cannot_be_composed_is_one_line(

@@ -11,7 +11,7 @@ from coterie.process import (
     PROCESSES,
     ExactDenoiser,
     Mixture,
-    Remembered,
+    OneCall,
     Transported,
     as_view,
     convert,
@@ -232,7 +232,7 @@ def test_transport_from_pure_noise_reaches_processes_that_never_get_there():
 
 def test_remembered_coefficients_are_those_of_the_process_at_the_times_asked() -> None:
     process = PROCESSES.parse("cosine").build()
-    once, counted = Remembered(process), []
+    once, counted = OneCall(process), []
     times, others = torch.rand(5, dtype=torch.float64), torch.rand(5, dtype=torch.float64)
     for t in (times, others, times):
         for name in ("alpha", "sigma", "dalpha", "dsigma", "lam", "dlam"):

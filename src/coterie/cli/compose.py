@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import click
 
 from coterie.cli.output import say, say_json
+from coterie.core.errors import ConfigError, describe
 
 
 class Numbers(click.ParamType[tuple[float, ...]]):
@@ -39,15 +42,36 @@ class Told(click.ParamType[tuple[Any, ...]]):
         return tuple(int(piece) if piece.isdigit() else piece for piece in pieces)
 
 
+class Reward(click.ParamType[dict[str, Any]]):
+    """A kind of reward, or a JSON object with ``kind``."""
+
+    name = "reward"
+
+    def convert(self, value: Any, param: Any, ctx: click.Context | None) -> dict[str, Any]:
+        if isinstance(value, dict):
+            return value
+        if not str(value).lstrip().startswith("{"):
+            return {"kind": str(value)}
+        try:
+            found: dict[str, Any] = json.loads(value)
+        except ValueError as error:
+            self.fail(f"not valid JSON ({error})")
+        return found
+
+
 @click.command("compose")
 @click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="RUN...")
 @click.option("--betas", type=Numbers(), help="Power of each density. [1 each; average: 1 / M]")
 @click.option(
     "--mode",
-    type=click.Choice(["product", "average", "anneal"]),
+    type=click.Choice(["product", "average", "anneal", "tilt"]),
     default="product",
     show_default=True,
-    help="Product of densities, geometric average, or one to a power.",
+    help="Product of densities, geometric average, one to a power, or a density times a reward.",
+)
+@click.option("--tilt", type=float, help="Mode tilt: how many times the reward.")
+@click.option(
+    "--reward", type=Reward(), help="Mode tilt: brightness, symmetry, or JSON of a reward."
 )
 @click.option("--labels", type=Told(), help="Per RUN: given, null or a class. [given]")
 @click.option("--process", help="Process to sample in, where the runs have different ones.")
@@ -75,6 +99,8 @@ def command(
     runs: tuple[Path, ...],
     betas: tuple[float, ...] | None,
     mode: str,
+    tilt: float | None,
+    reward: dict[str, Any] | None,
     labels: tuple[Any, ...] | None,
     process: str | None,
     corrector: str,
@@ -92,6 +118,7 @@ def command(
       coterie compose runs/low runs/high --mode average --out runs/both
       coterie compose runs/dit runs/dit --labels null,given --betas -2,3 --out runs/guided
       coterie compose runs/low --mode anneal --betas 2 --particles 32 --out runs/sharp
+      coterie compose runs/low --mode tilt --tilt 40 --reward brightness --out runs/bright
       coterie sample runs/both
     """
     from coterie.ensembles.product import CompositionConfig
@@ -100,8 +127,18 @@ def command(
     from coterie.train.run import start
 
     composition = CompositionConfig.from_dict(
-        {"mode": mode, "betas": betas, "labels": labels, "process": process, "corrector": corrector}
+        {
+            "mode": mode,
+            "betas": betas,
+            "tilt": tilt or 0.0,
+            "reward": reward,
+            "labels": labels,
+            "process": process,
+            "corrector": corrector,
+        }
     )
+    if mode == "tilt":
+        check_tilt(tilt, reward)
     settings = {"particles": particles, "scheme": scheme, "ess": ess, "clamp": clamp}
     solver = FeynmanKacConfig.from_dict(settings) if corrector == "fkc" else None
     config = composed_run(runs, composition, solver)
@@ -115,3 +152,13 @@ def command(
     say(f"run     {run}")
     say(f"next    coterie sample {run}")
     say(f"        coterie report {run}")
+
+
+def check_tilt(tilt: float | None, reward: Mapping[str, Any] | None) -> None:
+    """ConfigError unless a tilt says what to, and how much."""
+    from coterie.ensembles.rewards import REWARDS
+
+    if not reward:
+        raise ConfigError(describe("--reward", None, f"one of {', '.join(REWARDS.kinds())}"))
+    if not tilt:
+        raise ConfigError(describe("--tilt", tilt, "a number that is not 0"))

@@ -26,6 +26,7 @@ REGISTRIES = {
     "models": "coterie.ensembles.model:MODELS",
     "ensembles": "coterie.ensembles:ENSEMBLES",
     "choices": "coterie.ensembles:CHOICES",
+    "rewards": "coterie.ensembles:REWARDS",
     "solvers": "coterie.solvers:SOLVERS",
     "grids": "coterie.solvers:GRIDS",
     "objectives": "coterie.train.objectives:OBJECTIVES",

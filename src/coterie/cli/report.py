@@ -95,8 +95,10 @@ def _say_report(page: Path, as_json: bool) -> None:
     if as_json:
         say_json(found)
         return
-    for sentence in found.get("routing", {}).get("summary", ()):
-        say(sentence)
+    composed, routing = found.get("composition") or {}, found.get("routing", {})
+    for part in (composed, routing if routing.get("routers") or not composed else {}):
+        for sentence in part.get("summary", ()):
+            say(sentence)
     say(f"report   {page}")
     say(f"numbers  {numbers}")
 

@@ -14,11 +14,13 @@ from coterie.ensembles.model import EnsembleModelConfig, MemberConfig, model_of
 from coterie.ensembles.noise_ranges import NoiseRanges, NoiseRangesConfig
 from coterie.ensembles.product import Composition, CompositionConfig, compose
 from coterie.ensembles.residency import LoadedMembers, Loader
+from coterie.ensembles.rewards import REWARDS
 from coterie.ensembles.router import ClusterRouter, ClusterRouterConfig
 
 __all__ = [
     "CHOICES",
     "ENSEMBLES",
+    "REWARDS",
     "Aggregate",
     "AggregateConfig",
     "AggregatorConfig",

@@ -25,14 +25,15 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field, SerializeAsAny, model_validator
 from torch import Generator, Tensor
 
 from coterie.core.errors import ConfigError, describe
 from coterie.core.prediction import Condition, DenoiserLike, Prediction, check_times
+from coterie.core.registry import Part
 from coterie.core.rng import SampleNoise
 from coterie.ensembles.base import ENSEMBLES, Ensemble, EnsembleConfig, as_members, shared_view
 from coterie.ensembles.members import Members
@@ -47,7 +48,8 @@ from coterie.ensembles.product_rates import (
     signal_share,
     signal_slope,
 )
-from coterie.process import Process, Remembered, as_view, convert, expand, view_slope
+from coterie.ensembles.rewards import REWARDS
+from coterie.process import OneCall, Process, as_view, convert, expand, view_slope
 
 Mode = Literal["product", "average", "anneal", "tilt"]
 MODES: tuple[Mode, ...] = ("product", "average", "anneal", "tilt")
@@ -61,10 +63,11 @@ class CompositionConfig(EnsembleConfig):
 
     ``mode`` product: any ``betas`` (default: 1 each). average: they add up to 1 (default: 1 / M);
     of an unconditional and a conditional expert, (1 - w, w) is what classifier-free guidance of
-    weight w aims at. anneal: one expert's density to the power beta. tilt: experts, and a reward
-    times ``tilt``. ``noisy_betas``: the betas in pure noise, if they change on the way;
-    then every expert must know its density (``log_prob``). ``labels``: what each expert is told,
-    the sample's own condition, none, or one class. ``zeta``: noise of the solver, for rewards.
+    weight w aims at. anneal: one expert's density to the power beta. tilt: experts, and ``reward``
+    (or a function given to ``build``) times ``tilt``. ``noisy_betas``: the betas in pure noise, if
+    they change on the way; then every expert must know its density (``log_prob``). ``labels``: what
+    each expert is told, the sample's own condition, none, or one class. ``zeta``: noise of the
+    solver, for rewards.
 
     ``process`` must be named where experts were trained in different ones: they are then asked at
     the same lam. Where alpha is 0 at its noisy end and the normaliser changes with noise, sampling
@@ -77,13 +80,16 @@ class CompositionConfig(EnsembleConfig):
     noisy_betas: tuple[float, ...] | None = None
     labels: tuple[Label, ...] | None = None
     tilt: float = 0.0
+    reward: Annotated[SerializeAsAny[Part], REWARDS.validator] | None = None
     zeta: float = Field(1.0, gt=0)
     corrector: Literal["none", "fkc"] = "fkc"
 
     @model_validator(mode="after")
     def _check(self) -> CompositionConfig:
-        if self.tilt and self.mode != "tilt":
-            raise ConfigError(describe("tilt", self.tilt, f'0 in mode "{self.mode}"'))
+        for name, none in (("tilt", 0.0), ("reward", None)):
+            given = getattr(self, name)
+            if given != none and self.mode != "tilt":
+                raise ConfigError(describe(name, given, f'{none} in mode "{self.mode}"'))
         for name in ("betas", "noisy_betas"):
             given = getattr(self, name)
             if given is not None:
@@ -107,11 +113,14 @@ class CompositionConfig(EnsembleConfig):
         router: Any = None,
         reward: Reward | None = None,
     ) -> Composition:
-        """ConfigError where the target is not defined by these experts. There is no router."""
+        """``reward``: a function in place of the one configured. ConfigError where the target is
+        not defined by these experts. There is no router."""
         if router is not None:
             raise ConfigError(describe("router", router, "none: every expert is asked"))
         if not isinstance(members, Members):
             _check_processes(members)
+        if reward is None and self.reward is not None:
+            reward = self.reward.build()
         return Composition(self, as_members(members), reward)
 
 
@@ -234,7 +243,7 @@ class Composition(Ensemble):
     def _summed(self, x: Tensor, t: Tensor, values: list[Tensor]) -> tuple[Tensor, Tensor]:
         """The weighted sum in the composition's view, and its rate f64 [B]: change of log weight
         per unit of lam, without densities and reward (zeros without a corrector)."""
-        process, betas = Remembered(self.process), self._betas_at(t)
+        process, betas = OneCall(self.process), self._betas_at(t)
         found = Differences.of(values, betas, self._corrected)
         value, total = values[0], sum(betas)
         if not self.normalised:
@@ -263,7 +272,7 @@ class Composition(Ensemble):
         """eps with the reward's gradient, and what the reward adds to the rate, f64 [B]."""
         assert self.reward is not None
         reward, gradient = reward_and_gradient(self.reward, x, t, cond)
-        process = Remembered(self.process)
+        process = OneCall(self.process)
         share, sigma = signal_share(process, t), process.sigma(t)
         zeta2 = self.config.zeta**2
         part = zeta2 / (1.0 + zeta2) if self._corrected else 1.0

@@ -11,6 +11,7 @@ import numpy as np
 from coterie.core.cost import Parameters
 from coterie.core.errors import DataError, describe
 from coterie.inspect.anomalies import Answers
+from coterie.inspect.composed import Composed
 from coterie.inspect.routers import FACETS
 from coterie.inspect.tables import Place
 from coterie.inspect.trace import Trace
@@ -42,6 +43,8 @@ class ReportData:
     config: Mapping[str, Any] = field(default_factory=dict)
     facets: Sequence[str] = FACETS  # what a row of this model can have; others are not missed
     notes: Sequence[str] = ()  # what a reader must know to read the numbers rightly
+    composed: Composed | None = None  # where the model is a composition of trained ones
+    particles: Sequence[Mapping[str, Any]] = ()  # ParticleRecord.as_json() of each batch
     citation: str = ""
     hardware: str = ""
     commit: str = ""

@@ -16,6 +16,7 @@ import numpy as np
 from coterie.inspect.amounts import analyse_amounts
 from coterie.inspect.anomalies import Anomalies, analyse_anomalies, anomaly_numbers
 from coterie.inspect.anomaly_verdicts import verdicts
+from coterie.inspect.composed import composed_numbers, plot_particles
 from coterie.inspect.content import ReportData, check
 from coterie.inspect.numbers import (
     SCHEMA_VERSION,
@@ -111,6 +112,7 @@ def _plots(
         plot_prototypes(routers, names),
         *anomaly_plots(anomalies),
         *_relation_plots(data, trace, by_place),
+        plot_particles(data),
         plot_steps(trace, by_place),
         plot_consistency(trace, by_place),
         plot_affinity(routers),
@@ -167,5 +169,6 @@ def _numbers(
         "routing": routing_numbers(trace, items, data.class_names),
         "anomalies": anomaly_numbers(anomalies)
         | {"verdicts": [vars(verdict) for verdict in verdicts(anomalies)]},
+        "composition": composed_numbers(data),
         "expert_similarity": similarity_numbers(data.similarity),
     }

@@ -15,6 +15,7 @@ from coterie.inspect.anomalies import Anomalies
 from coterie.inspect.anomaly_section import anomaly_section
 from coterie.inspect.anomaly_verdicts import summary as meters
 from coterie.inspect.anomaly_verdicts import verdicts
+from coterie.inspect.composed import composed_findings, composed_section, composed_sentences
 from coterie.inspect.findings import Finding, experts, findings, sentences, worst_first
 from coterie.inspect.numbers import plain
 from coterie.inspect.page import Cell, Section
@@ -44,6 +45,8 @@ def header(data: ReportData, items: Sequence[RouterStats]) -> str:
 
     over = listing(["layers", *(SPREAD[facet] for facet in FACETS if _told(items, facet))])
     lead = f"Who does what in this model: experts over {over}."
+    if data.composed is not None and not items:
+        lead = "Trained models composed: what they aim at, and who had weight on the way."
     facts = [("Recipe", data.recipe), ("Training step", _integer(data.step))]
     if data.parameters is not None:
         facts.append(("Parameters", _millions(data.parameters.total)))
@@ -87,6 +90,8 @@ def build_sections(
             out.append(Section("amounts", "How many experts a row uses", table + several))
         if relations := _relations(trace, pictures):
             out.append(Section("relations", "Who follows whom", relations))
+    if composed := composed_section(data, pictures):
+        out.append(Section("composition", "What is composed", composed))
     along = _show(pictures, "expert_by_step", "step_consistency", "task_affinity")
     if along:
         out.append(Section("sampling", "Along the noise", along))
@@ -106,13 +111,16 @@ def _show(pictures: Pictures, *names: str) -> str:
 def _summary(
     data: ReportData, trace: Trace, items: Sequence[RouterStats], anomalies: Anomalies
 ) -> str:
-    lines = sentences(trace, items, data.class_names)
+    lines = [] if data.composed and not items else sentences(trace, items, data.class_names)
+    if data.composed is not None:
+        lines = [*composed_sentences(data), *lines]
     for name, entry in _metrics(data.metrics):
         if "floor" in entry and "/" not in name.replace(" / ", ""):  # classes are in the table
             text = f"By {name} the samples score {_short(entry['value'])}, {_floor_of(entry)} "
             lines.append(f"{text}{_short(entry['floor'])} in their place.")
     notes = [Finding("note", text) for text in data.notes]
-    found = worst_first([*findings(items), *meters(verdicts(anomalies))])
+    particles = composed_findings(data)
+    found = worst_first([*findings(items), *meters(verdicts(anomalies)), *particles])
     return html.finding_list([*notes, *found]) + html.card(html.says(lines))
 
 

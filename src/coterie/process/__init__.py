@@ -1,10 +1,11 @@
 """Floor 1: noising processes, views of a prediction, loss weights, times, preconditioning."""
 
 from coterie.process import discrete, learned_weightings, schedules
-from coterie.process.base import PROCESSES, Process, Remembered, expand
+from coterie.process.base import PROCESSES, Process, expand
 from coterie.process.closed_form import ExactDenoiser, Mixture
 from coterie.process.contrast import ContrastConfig, contrast, with_and_without
 from coterie.process.preconditioning import PRECONDITIONS, Precondition
+from coterie.process.remembered import OneCall
 from coterie.process.times import TIMES, Times, cluster_of
 from coterie.process.times_within import WithinTimes, share_within
 from coterie.process.transport import Transported, transport
@@ -33,9 +34,9 @@ __all__ = [
     "ContrastConfig",
     "ExactDenoiser",
     "Mixture",
+    "OneCall",
     "Precondition",
     "Process",
-    "Remembered",
     "Times",
     "Transition",
     "Transported",

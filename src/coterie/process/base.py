@@ -117,34 +117,3 @@ class Process(ABC):
     def diffuse(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
         """x_t = alpha x0 + sigma eps; x0 and eps [B, ...], t [B] or 0-dimensional."""
         return expand(self.alpha(t), x0) * x0 + expand(self.sigma(t), x0) * eps
-
-
-class Remembered(Process):
-    """A process that knows its coefficients at the times it was asked about last: what one call of
-    a denoiser converts and weighs at one and the same tensor of times asks for them once."""
-
-    def __init__(self, process: Process) -> None:
-        self.process = process
-        self.num_steps, self.t_min, self.t_max = process.num_steps, process.t_min, process.t_max
-        self._known: dict[str, tuple[Tensor, Tensor]] = {}
-
-    def _ask(self, name: str, t: Tensor) -> Tensor:
-        known = self._known.get(name)
-        if known is None or known[0] is not t:
-            known = self._known[name] = t, getattr(self.process, name)(t)
-        return known[1]
-
-    def alpha(self, t: Tensor) -> Tensor:
-        return self._ask("alpha", t)
-
-    def sigma(self, t: Tensor) -> Tensor:
-        return self._ask("sigma", t)
-
-    def dalpha(self, t: Tensor) -> Tensor:
-        return self._ask("dalpha", t)
-
-    def dsigma(self, t: Tensor) -> Tensor:
-        return self._ask("dsigma", t)
-
-    def time_of_lam(self, lam: Tensor) -> Tensor:
-        return self.process.time_of_lam(lam)

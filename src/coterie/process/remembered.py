@@ -89,6 +89,37 @@ class Remembered(Process):
         return self.inner.time_input(t)
 
 
+class OneCall(Process):
+    """A process during one call of a denoiser: what is converted and weighed at one and the same
+    tensor of times [B] works its coefficients out once."""
+
+    def __init__(self, process: Process) -> None:
+        self.process = process
+        self.num_steps, self.t_min, self.t_max = process.num_steps, process.t_min, process.t_max
+        self._known: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def _ask(self, name: str, t: Tensor) -> Tensor:
+        known = self._known.get(name)
+        if known is None or known[0] is not t:
+            known = self._known[name] = t, getattr(self.process, name)(t)
+        return known[1]
+
+    def alpha(self, t: Tensor) -> Tensor:
+        return self._ask("alpha", t)
+
+    def sigma(self, t: Tensor) -> Tensor:
+        return self._ask("sigma", t)
+
+    def dalpha(self, t: Tensor) -> Tensor:
+        return self._ask("dalpha", t)
+
+    def dsigma(self, t: Tensor) -> Tensor:
+        return self._ask("dsigma", t)
+
+    def time_of_lam(self, lam: Tensor) -> Tensor:
+        return self.process.time_of_lam(lam)
+
+
 @lru_cache(maxsize=32)
 def _shared(process: Process) -> Remembered:
     return Remembered(process)

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
 from coterie.core.errors import ConfigError, describe
 from coterie.ensembles.model import EnsembleModelConfig, MemberConfig
-from coterie.ensembles.product import CompositionConfig
+from coterie.ensembles.product import Composition, CompositionConfig
 from coterie.hub import load_manifest
+from coterie.inspect.composed import Composed
 from coterie.solvers import FeynmanKacConfig, GuidanceConfig
 from coterie.train.initial import KINDS
 from coterie.train.pretrained import PretrainedConfig
-from coterie.train.run import RunConfig
+from coterie.train.run import LoadedRun, RunConfig
 
 
 def composed_run(
@@ -73,3 +75,26 @@ def _space(path: Path) -> str:
 
 def _config(path: str | Path) -> Path:
     return Path(path) / "config.json"
+
+
+def composed_of(run: LoadedRun) -> Composed | None:
+    """What a report says of a composition; None for any other model."""
+    model = run.model
+    if not isinstance(model, Composition):
+        return None
+    names, config = model.members.names, model.config
+    factors = [f"{name}^{beta:g}" for name, beta in zip(names, model.betas, strict=True)]
+    if config.mode == "tilt":
+        reward = config.reward.kind if config.reward is not None else "reward"
+        factors.append(f"exp({config.tilt:g} {reward})")
+    dims = math.prod(run.source.shape)
+    return Composed(
+        mode=config.mode,
+        target=" ".join(factors),
+        experts=[
+            (name, beta, str(told))
+            for name, beta, told in zip(names, model.betas, model.labels, strict=True)
+        ],
+        corrected=config.corrector == "fkc",
+        log_prior=model.log_prior(dims),
+    )

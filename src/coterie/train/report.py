@@ -10,6 +10,7 @@ from typing import Any
 from coterie.core.cost import Parameters, count_parameters
 from coterie.core.machine import commit, hardware_line
 from coterie.inspect import ReportData, noise_name, write_report
+from coterie.train.composed import composed_of
 from coterie.train.evaluate import StepRecorder, held_out, measured_active
 from coterie.train.expert_answers import watched_answers
 from coterie.train.judges import HeldOut, Judge, judge_of
@@ -60,6 +61,8 @@ def report_run(
             metrics=metrics,
             parameters=_parameters(run, found),
             config=run.config.model_dump(mode="json"),
+            composed=composed_of(run),
+            particles=[one.as_json() for one in shown.particles] if shown else (),
             citation=citation,
             hardware=hardware_line(),
             commit=commit(),

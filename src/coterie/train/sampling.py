@@ -65,18 +65,21 @@ def generate(
     """Draw ``num`` samples. Sample i depends on (seed, i), its label and the model only."""
     if num < 1:
         raise ConfigError(describe("num", num, "1 or more"))
-    wanted = balanced_labels(run, num) if labels is None else chosen_labels(run, labels, num)
-    seeds = [derive(seed, "sample", index) for index in range(num)]
+    together = systems_of(run)
+    drawn = -(-num // together) * together  # whole systems: what is over is left away
+    wanted = balanced_labels(run, drawn) if labels is None else chosen_labels(run, labels, drawn)
+    seeds = [derive(seed, "sample", index) for index in range(drawn)]
     parts, records = [], []
-    for first in range(0, num, run.config.sample.batch):
+    for first in range(0, drawn, run.config.sample.batch):
         rows = slice(first, first + run.config.sample.batch)
         solver = run.config.sample.solver.build()
         parts.append(_batch(run, wanted[rows], seeds[rows], steps, guidance, solver, callback))
         if isinstance(solver, FeynmanKac):
             records.append(solver.record)
         if progress is not None:
-            progress(len(parts[-1]))
-    return Samples(torch.cat(parts), wanted, seeds, particles=tuple(records))
+            progress(min(len(parts[-1]), num - first))
+    made = torch.cat(parts)[:num]
+    return Samples(made, wanted[:num], seeds[:num], particles=tuple(records))
 
 
 def chosen_labels(run: LoadedRun, labels: Sequence[int], num: int) -> Tensor:
@@ -94,8 +97,12 @@ def chosen_labels(run: LoadedRun, labels: Sequence[int], num: int) -> Tensor:
 
 def _turns(run: LoadedRun, num: int) -> Tensor:
     """i64 [num]: whose turn it is; particles of one system have theirs together."""
-    together = getattr(run.config.sample.solver, "particles", None) or 1
-    return torch.arange(num) // together
+    return torch.arange(num) // systems_of(run)
+
+
+def systems_of(run: LoadedRun) -> int:
+    """How many samples are drawn together: the particles of a system, else 1."""
+    return getattr(run.config.sample.solver, "particles", None) or 1
 
 
 def _batch(
