@@ -27,6 +27,8 @@ INITIAL_METRICS = {"initial_loss", "initial_load_cv"}
 ANSWER_METRICS = {"answer_loss", "answer_accuracy"}
 ACTION_METRICS = {"success", "mode_coverage"}
 CACHE_METRICS = {"cached_flops_per_call", "all_experts_flops_per_call", "cache_difference"}
+GUIDE_METRICS = {"guide_parameters", "guide_loss", "gradient_cosine", "guide_accuracy"}
+TARGET_METRICS = {"target_error", "target_accuracy"}
 ADAPTER_METRICS = {"update_overlap", "crosstalk", "adapter_drift"}
 CLASS_METRICS = {"in_classes", "class_distance"}
 TASK_METRICS = {"gauc", "auc"}
@@ -66,6 +68,7 @@ def test_all_recipes_are_there() -> None:
         "mofme",
         "noise-ranges",
         "orthogonal-adaptation",
+        "ppap",
         "promoe",
         "rexmoe",
         "rmoe",
@@ -123,6 +126,8 @@ def can_be_measured(metric: str, config: RunConfig) -> bool:
         return hasattr(source, "answer_mask")
     if name in CLASS_METRICS:
         return hasattr(config.data.build("held_out"), "classes")
+    if name in GUIDE_METRICS | TARGET_METRICS:
+        return config.model.kind == "guided"
     if name in ADAPTER_METRICS:
         return config.init is not None and len(config.init.adapters) > 1
     if name in CLOUD_METRICS:

@@ -221,7 +221,7 @@ def merge(model: nn.Module) -> None:
         for name in sorted(additions.parts, key=lambda n: (not _is_copy(additions, n), n)):
             part, gain = additions.parts[name], additions.gains[name]
             assert isinstance(part, Part) and not isinstance(gain, Tensor)
-            if copied and isinstance(part, Copy):
+            if copied and isinstance(part, Copy) and gain != 0:
                 unmerge(model)
                 refuse_two_copies(name, gain)
             copied = copied or (isinstance(part, Copy) and gain != 0)

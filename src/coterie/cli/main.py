@@ -16,6 +16,7 @@ VERBS = {
     "upcycle": "Make experts of a dense model, and keep what it computes.",
     "island": "Train experts apart, each on its part of the data, and make them one system.",
     "adapter": "Add up adapters that were trained apart; check that they go together; export.",
+    "guide": "Make a network that reads clean pictures a guide of samples.",
     "compose": "Trained models as one whose law is known: product, average, power.",
     "ranges": "Denoisers of ranges of noise levels as one run.",
     "sample": "Draw samples from a run.",

@@ -39,13 +39,24 @@ class Labels(click.ParamType[list[int]]):
 @click.option("--steps", type=click.IntRange(1), help="Solver steps. [the run's]")
 @click.option("--guidance", type=float, help="Guidance weight. [the run's]")
 @click.option(
+    "--guide",
+    type=click.Path(exists=True, path_type=Path),
+    help="Run of a guide (coterie guide train) whose gradient samples follow.",
+)
+@click.option("--scale", type=float, default=1.0, show_default=True, help="Of the guide.")
+@click.option(
+    "--target",
+    type=click.Path(exists=True, path_type=Path),
+    help="Picture whose map or pixels a guide of such follows. [held-out ones]",
+)
+@click.option(
     "--cached",
     "use_cache",
     is_flag=True,
     help="Choose and fuse the experts of each step beforehand: the same samples, fewer FLOPs.",
 )
 @click.option("--weights", type=click.Choice(["ema", "model"]), default="ema", show_default=True)
-@click.option("--out", type=click.Path(path_type=Path), help="Folder. [RUN/samples]")
+@click.option("--out", type=click.Path(path_type=Path), help="Folder. [RUN/samples, RUN/guided]")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.option("-q", "--quiet", is_flag=True, help="No progress bar.")
 def command(
@@ -55,6 +66,9 @@ def command(
     seed: int,
     steps: int | None,
     guidance: float | None,
+    guide: Path | None,
+    scale: float,
+    target: Path | None,
     use_cache: bool,
     weights: str,
     out: Path | None,
@@ -66,11 +80,20 @@ def command(
     \b
       coterie sample runs/dit-moe --num 100 --labels 0-9 --guidance 2
       coterie sample runs/switch-dit --cached
+      coterie sample runs/denoiser --guide runs/guide --labels 3 --scale 4
     """
     from coterie.train.run import load_run
     from coterie.train.samples import sample_run
 
     loaded = load_run(run, which=weights)
+    folder = run / "samples"
+    if guide is not None:
+        from coterie.train.guided import with_guide
+
+        loaded = with_guide(loaded, guide, scale, target)
+        folder = run / "guided"
+    elif target is not None or scale != 1.0:
+        raise click.UsageError("--scale and --target are those of a --guide")
     saved: dict[str, float] = {}
     if use_cache:
         from coterie.train.cached import cached
@@ -85,7 +108,7 @@ def command(
             seed=seed,
             steps=steps,
             guidance=guidance,
-            out=out or run / "samples",
+            out=out or folder,
             progress=advance,
         )
     if as_json:

@@ -77,6 +77,11 @@ class GuideConfig(Part):
         return self.adapt == "none"
 
     @property
+    def absent(self) -> str:
+        """Why there is no network to build on; "" if there is."""
+        return str(getattr(self.network, "absent", ""))
+
+    @property
     def backbone(self) -> Any:
         return getattr(self.network, "backbone", None)
 

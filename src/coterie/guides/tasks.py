@@ -88,9 +88,9 @@ def checked(
 
 
 def height_map(x0: Tensor) -> Tensor:
-    """A map of little pictures that stands for depth: ink, blurred over 3 x 3 pixels, in [0, 1];
-    f32 [B, C, H, W] in [-1, 1] -> [B, 1, H, W]."""
-    ink = (x0.float().mean(1, keepdim=True) + 1.0) / 2.0
+    """A map of little pictures that stands for depth: the share of inked pixels in the 3 x 3 around
+    each, in [0, 1]; f32 [B, C, H, W] in [-1, 1] -> [B, 1, H, W]."""
+    ink = (x0.float().mean(1, keepdim=True) > 0).float()
     return F.avg_pool2d(F.pad(ink, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
 
 

@@ -88,7 +88,8 @@ def measured(guide: Guide, data: Any) -> GuideMeasures:
 
 def guide_measures(guide: Guide, batch: Batch) -> GuideMeasures:
     """On clean pictures; labels are used for accuracy where there are some. Gradients are those of
-    log p(what the network sees in the clean picture)."""
+    log p(what the network sees in the clean picture), of maps in another one: towards their own
+    there is no way to go."""
     ranges = len(guide.names)
     trained = _in_experts(guide)
     base = sum(v.numel() for v in guide.network.parameters()) - trained
@@ -132,7 +133,7 @@ def _in_experts(guide: Guide) -> int:
 def _targets(guide: Guide, teacher: Tensor) -> Condition:
     if guide.task == "classes":
         return Condition(label=teacher.argmax(1))
-    return Condition(channels=target_of(guide.task, teacher))
+    return Condition(channels=target_of(guide.task, teacher.roll(1, 0)))
 
 
 def _gradient(guide: Guide, x: Tensor, t: Tensor | None, seen: Condition) -> Tensor:

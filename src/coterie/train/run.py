@@ -319,9 +319,13 @@ def load_run(path: str | Path, which: str = "ema") -> LoadedRun:
 
 def plan(config: RunConfig, measure: bool = True) -> dict[str, Any]:
     """Sizes and cost before any work: parameters, multiply-adds, projected minutes; of a run that
-    trains nothing only that."""
+    trains nothing only that, of one whose parts are not there what it needs."""
     if not config.train.steps:
         return {"recipe": config.recipe, "preset": config.preset, "steps": 0}
+    missing = getattr(config.model, "absent", "")
+    if missing:
+        known = {"steps": config.train.steps, "batch": config.train.batch}
+        return {"recipe": config.recipe, "preset": config.preset, **known, "needs": missing}
     with torch.device("meta"):  # shapes are enough, and published sizes fit few machines
         counted = count_parameters(build_model(config))
     backbone = getattr(config.model, "backbone", None)

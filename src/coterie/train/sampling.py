@@ -24,6 +24,7 @@ from coterie.solvers import (
     sample,
 )
 from coterie.solvers.text import generate_text
+from coterie.train import guided
 from coterie.train.run import LoadedRun
 
 
@@ -68,12 +69,16 @@ def generate(
     together = systems_of(run)
     drawn = -(-num // together) * together  # whole systems: what is over is left away
     wanted = balanced_labels(run, drawn) if labels is None else chosen_labels(run, labels, drawn)
+    maps = guided.wanted(run, drawn)
     seeds = [derive(seed, "sample", index) for index in range(drawn)]
     parts, records = [], []
     for first in range(0, drawn, run.config.sample.batch):
         rows = slice(first, first + run.config.sample.batch)
         solver = run.config.sample.solver.build()
-        parts.append(_batch(run, wanted[rows], seeds[rows], steps, guidance, solver, callback))
+        likeness = None if maps is None else maps[rows]
+        parts.append(
+            _batch(run, wanted[rows], seeds[rows], steps, guidance, solver, callback, likeness)
+        )
         if isinstance(solver, FeynmanKac):
             records.append(solver.record)
         if progress is not None:
@@ -113,6 +118,7 @@ def _batch(
     guidance: float | None,
     solver: Solver,
     callback: Callable[..., None] | None,
+    maps: Tensor | None = None,
 ) -> Tensor:
     settings = run.config.sample
     steps = steps or settings.steps
@@ -133,6 +139,8 @@ def _batch(
     if conditional(run):
         cond = Condition(label=labels)
         denoiser = guide(run.model, settings.guidance.replace(weight=weight))
+    if maps is not None:
+        cond = cond.replace(channels=maps)
     if settings.threshold is not None:
         denoiser = Thresholded(denoiser, settings.threshold)
     # A composition's initial law is narrower or wider than an expert's.

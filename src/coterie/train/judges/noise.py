@@ -18,6 +18,7 @@ from coterie.guides import Guide
 from coterie.metrics import NoiseBins, evaluate_images
 from coterie.train.features import feature_network, read_labels, reference_rows
 from coterie.train.guide_measures import measured
+from coterie.train.guided import followed
 from coterie.train.judges.base import (
     LEVELS,
     HeldOut,
@@ -143,7 +144,7 @@ class ImageJudge(NoiseJudge):
         )
         made = self.draw(num)
         scores = evaluate_images(feature_network(run.config.data.whole), made.x, real, fresh)
-        scores |= covered(run.source, made.x) | class_shares(run, made.x)
+        scores |= covered(run.source, made.x) | class_shares(run, made.x) | followed(run, made.x)
         return scores | self._as_asked(made)
 
     def _as_asked(self, made: Samples) -> dict[str, Any]:
