@@ -10,7 +10,7 @@ from coterie.bench import experts as benchmark
 from coterie.core.errors import ConfigError
 from coterie.core.routing import Routing
 from coterie.experts import ExpertPool, plan
-from coterie.experts.dispatch import choose
+from coterie.experts.dispatch import choose, native
 from coterie.experts.kinds import Affine, ChannelWindow, SwiGLU
 
 TINY = benchmark.Case("tiny", 12, 16, 8, 4, 2)
@@ -84,7 +84,8 @@ def choice(rows: int, num_experts: int, k: int, pool: ExpertPool, tokens: int | 
     return choose(torch.zeros(shape), plan(routing), pool)
 
 
-def test_auto_follows_rows_per_expert_and_size() -> None:
+def test_auto_follows_rows_per_expert_and_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "serves", lambda *call: False)  # as without a compiler
     wide, narrow = (ExpertPool(SwiGLU(hidden=h), 8, h) for h in (128, 16))
     assert choice(64, 8, 2, wide) == "grouped"
     assert choice(2048, 8, 2, wide) == "sorted"

@@ -13,7 +13,7 @@ from coterie.experts.dispatch import BACKENDS, available, choose
 from coterie.experts.dispatch.backends import SortedExperts
 from coterie.experts.kinds import Affine, SwiGLU
 
-BACKENDS_OF_A_CONFIG = ("dense", "sorted", "grouped", "auto")
+BACKENDS_OF_A_CONFIG = ("dense", "sorted", "grouped", "native", "auto")
 
 
 def check_equal(name: str, tokens: int, dtype: torch.dtype, tolerance: float, mask=None) -> None:
@@ -77,7 +77,7 @@ def reference(x: torch.Tensor, routing: Routing, pool: ExpertPool) -> torch.Tens
     return torch.stack(rows) if rows else torch.zeros_like(x)
 
 
-@pytest.mark.parametrize("backend", ["loop", "dense", "sorted", "grouped"])
+@pytest.mark.parametrize("backend", ["loop", "dense", "sorted", "grouped", "native"])
 @pytest.mark.parametrize("num_experts, k", [(1, 1), (4, 1), (4, 2), (4, 4), (16, 3)])
 @pytest.mark.parametrize("rows", [0, 1, 7, 64])
 def test_backend_equals_a_double_loop_over_plain_modules(backend, num_experts, k, rows) -> None:
@@ -88,7 +88,7 @@ def test_backend_equals_a_double_loop_over_plain_modules(backend, num_experts, k
     torch.testing.assert_close(y, reference(x, routing, pool), atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("backend", ["loop", "dense", "sorted", "grouped"])
+@pytest.mark.parametrize("backend", ["loop", "dense", "sorted", "grouped", "native"])
 def test_one_expert_takes_all_and_others_get_zero_gradient(backend: str) -> None:
     pool = ExpertPool(SwiGLU(hidden=8), 4, WIDTH)
     x = torch.randn(9, WIDTH)
@@ -102,7 +102,7 @@ def test_one_expert_takes_all_and_others_get_zero_gradient(backend: str) -> None
         assert grad[[0, 1, 3]].abs().max() == 0
 
 
-@pytest.mark.parametrize("backend", ["loop", "dense", "sorted", "grouped"])
+@pytest.mark.parametrize("backend", ["loop", "dense", "sorted", "grouped", "native"])
 def test_rows_of_nobody_are_never_read(backend: str) -> None:
     pool = ExpertPool(SwiGLU(hidden=8), 3, WIDTH)
     x = torch.randn(4, WIDTH)

@@ -97,7 +97,7 @@ class ExpertLayerConfig(Config):
     inner_norm: bool = False
     answer: Literal["delta", "output"] = "delta"
     balance: tuple[Annotated[SerializeAsAny[Part], BALANCES.validator], ...] = ()
-    dispatch: Literal["auto", "loop", "dense", "sorted", "grouped", "triton"] = "auto"
+    dispatch: Literal["auto", "loop", "dense", "sorted", "grouped", "triton", "native"] = "auto"
     accumulate_float32: bool = False
 
     @model_validator(mode="after")

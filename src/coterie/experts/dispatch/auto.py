@@ -8,6 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from coterie.experts.dispatch import native
 from coterie.experts.dispatch.backends import BACKENDS, OneExpert, available, run_fold, run_once
 from coterie.experts.dispatch.plan import DispatchPlan
 from coterie.experts.dispatch.triton import serves
@@ -23,17 +24,19 @@ _SEGMENT_WORK = 10_000_000  # multiply-adds per expert below which calls, not pr
 def choose(x: Tensor, plan: DispatchPlan, pool: ExpertPool) -> str:
     """The backend expected to be fastest for these rows, sizes, dtype and device.
 
-    Measured on an AVX2 machine in float32, forward and training: the grouped product leads while
-    experts have few rows (its call overhead is per layer, not per expert, and its backward makes
-    weight gradients without a copy); plain products on long segments are as fast or faster.
+    Measured on an AVX2 machine in float32, forward and training: the native operator leads wherever
+    it can serve. Without it the grouped product leads while experts have few rows (its call
+    overhead is per layer, not per expert, and its backward makes weight gradients without a copy);
+    plain products on long segments are as fast or faster.
     """
+    kernels = _kernels(x, plan, pool, "auto")
+    if kernels is not None:
+        return kernels
     usable = available(x, plan, pool)
     if "table" in usable:
         return "table"
     if "fold" in usable and _folding_pays(x, pool):
         return "fold"
-    if _free_of_counts(x, plan, pool, "auto"):
-        return "triton"
     per_row = positions(x)
     rows = sum(plan.counts) * per_row / plan.num_experts
     if plan.num_experts == 1 or (min(plan.counts) == plan.num_rows and rows >= 64):
@@ -49,15 +52,17 @@ def choose(x: Tensor, plan: DispatchPlan, pool: ExpertPool) -> str:
     return "sorted" if long else "grouped"
 
 
-def _free_of_counts(x: Tensor, plan: DispatchPlan, pool: ExpertPool, backend: str) -> bool:
-    """Whether kernels serve this call that need not know the loads: counting waits for a GPU.
+def _kernels(x: Tensor, plan: DispatchPlan, pool: ExpertPool, backend: str) -> str | None:
+    """The backend with kernels of its own that serves this call, if any. They need not know the
+    loads: counting makes the host wait for a GPU, and a compiled graph break.
 
-    Where a row has a slot for every expert, buffers for all slots would be larger than what most
-    routings fill. Which is faster where both can serve is still to be measured on a GPU.
+    Where a row has a slot for every expert, triton's buffers for all slots would be larger than
+    what most routings fill. Which is faster where both can serve is still to be measured on a GPU.
     """
-    if backend == "triton":
-        return serves(x, pool)
-    return backend == "auto" and x.is_cuda and plan.sparse and serves(x, pool)
+    if backend in ("auto", "native") and native.serves(x, plan, pool):
+        return "native"
+    wanted = backend == "triton" or (backend == "auto" and x.is_cuda and plan.sparse)
+    return "triton" if wanted and serves(x, pool) else None
 
 
 def positions(x: Tensor) -> int:
@@ -104,8 +109,8 @@ def _run(
     float32: bool,
     always: Mapping[str, Tensor] | None,
 ) -> Tensor:
-    free = _free_of_counts(x, plan, pool, backend)
-    if x.numel() == 0 or (not free and sum(plan.counts) == 0):
+    kernels = _kernels(x, plan, pool, backend)
+    if x.numel() == 0 or (kernels is None and sum(plan.counts) == 0):
         rows = x.shape if plan.unit == "sample" else (plan.num_rows, *x.shape[1:])
         y = attach(x.new_zeros(pool.kind.output_shape(rows)), plan, pool)
     elif plan.unit == "token" and plan.num_rows > len(x):
@@ -113,6 +118,8 @@ def _run(
             return run_once(x, plan, pool, float32)
         x = x.repeat_interleave(plan.num_rows // len(x), dim=0)
         return _run(x, plan, pool, backend, float32, always)
+    elif kernels is not None:
+        y = BACKENDS[kernels](x, plan, pool, float32)
     else:
         name = choose(x, plan, pool) if backend == "auto" else backend
         name = name if name in available(x, plan, pool) else "sorted"

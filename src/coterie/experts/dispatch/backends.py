@@ -3,7 +3,8 @@
 ``loop`` is the oracle. ``sorted`` runs each expert once on its contiguous rows. ``grouped`` hands
 all segments to torch's grouped product. ``dense`` runs every expert on every row (right for k = E).
 ``fold`` mixes the weights of linear experts per sample, ``table`` serves experts that ignore x,
-``once`` serves several routings of one row; ``triton`` has kernels of its own for CUDA.
+``once`` serves several routings of one row; ``triton`` has kernels of its own for CUDA, ``native``
+for float32 on a CPU.
 Parameters are split by ``unbind``: indexing a stack per expert makes its backward grow as E^2.
 
 ``float32``: sum the experts' answers in float32 at least; the caller casts back.
@@ -13,17 +14,18 @@ x is [R, D] for unit "token" and [B, N, D] or, for experts that read grids, [B, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from coterie.experts.dispatch import native
 from coterie.experts.dispatch.normalise import Statistics, normalise, normalise_segments
 from coterie.experts.dispatch.plan import DispatchPlan, one_hot_rows, scale_rows
 from coterie.experts.dispatch.triton import run_triton, serves
-from coterie.experts.kinds.base import Geometry
+from coterie.experts.kinds.base import ExpertKind, Geometry
 from coterie.experts.kinds.pool import ExpertPool
 
 
@@ -112,7 +114,7 @@ def experts_of(pool: ExpertPool) -> list[OneExpert]:
 
 def run_loop(x: Tensor, plan: DispatchPlan, pool: ExpertPool, float32: bool) -> Tensor:
     """Plain loop over experts and masks: the definition."""
-    y = _zeros(x, pool, float32)
+    y = _zeros(x, pool.kind, float32)
     for e, weights in enumerate(experts_of(pool)):
         rows, slots = (plan.ids == e).nonzero(as_tuple=True)
         out = pool.kind.forward(x.index_select(0, rows), weights)
@@ -124,7 +126,7 @@ def run_dense(x: Tensor, plan: DispatchPlan, pool: ExpertPool, float32: bool) ->
     """Every expert on every row; rows that chose nobody are zeroed so that they cannot leak."""
     used = one_hot_rows(plan.ids, plan.num_experts).any(dim=1)
     x = torch.where(used.reshape(-1, *[1] * (x.dim() - 1)), x, torch.zeros_like(x))
-    y = _zeros(x, pool, float32)
+    y = _zeros(x, pool.kind, float32)
     for gate, weights in zip(plan.dense_gates().unbind(1), experts_of(pool)):
         y = y + scale_rows(pool.kind.forward(x, weights), gate, float32)
     return y
@@ -132,19 +134,26 @@ def run_dense(x: Tensor, plan: DispatchPlan, pool: ExpertPool, float32: bool) ->
 
 def run_sorted(x: Tensor, plan: DispatchPlan, pool: ExpertPool, float32: bool) -> Tensor:
     """Gather rows by expert, one call per expert that has any, scatter-add."""
+    return sorted_rows(x, plan, pool.kind, experts_of(pool), float32)
+
+
+def sorted_rows(
+    x: Tensor, plan: DispatchPlan, kind: ExpertKind, experts: Sequence[OneExpert], float32: bool
+) -> Tensor:
+    """``run_sorted`` by experts that need not stand in a pool."""
     segments = x.index_select(0, plan.rows).split(plan.counts)
     outs = [
-        pool.kind.forward(segment, weights)
-        for segment, weights in zip(segments, experts_of(pool))
+        kind.forward(segment, weights)
+        for segment, weights in zip(segments, experts)
         if segment.shape[0]
     ]
     values = scale_rows(torch.cat(outs), plan.sorted_gates, float32)
-    return _zeros(x, pool, float32).index_add(0, plan.rows, values)
+    return _zeros(x, kind, float32).index_add(0, plan.rows, values)
 
 
-def _zeros(x: Tensor, pool: ExpertPool, float32: bool) -> Tensor:
+def _zeros(x: Tensor, kind: ExpertKind, float32: bool) -> Tensor:
     dtype = torch.promote_types(x.dtype, torch.float32) if float32 else x.dtype
-    return x.new_zeros(pool.kind.output_shape(x.shape), dtype=dtype)
+    return x.new_zeros(kind.output_shape(x.shape), dtype=dtype)
 
 
 class _Contiguous(torch.autograd.Function):
@@ -198,7 +207,7 @@ def run_grouped(x: Tensor, plan: DispatchPlan, pool: ExpertPool, float32: bool) 
     out = pool.kind.forward(flat, SortedExperts(pool, plan, repeat))
     out = out.view(*taken.shape[:-1], out.shape[-1])
     values = scale_rows(out, plan.sorted_gates, float32)
-    return _zeros(x, pool, float32).index_add(0, plan.rows, values)
+    return _zeros(x, pool.kind, float32).index_add(0, plan.rows, values)
 
 
 def run_fold(
@@ -260,6 +269,7 @@ BACKENDS: dict[str, Callable[[Tensor, DispatchPlan, ExpertPool, bool], Tensor]] 
     "sorted": run_sorted,
     "grouped": run_grouped,
     "triton": run_triton,
+    "native": native.run_native,
     "fold": run_fold,
     "table": run_table,
 }
@@ -290,6 +300,8 @@ def available(x: Tensor, plan: DispatchPlan, pool: ExpertPool) -> list[str]:
         names.append("grouped")
     if serves(x, pool):
         names.append("triton")
+    if native.serves(x, plan, pool):
+        names.append("native")
     if pool.kind.foldable and plan.unit == "sample":
         names.append("fold")
     if pool.kind.input_free:

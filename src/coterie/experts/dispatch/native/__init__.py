@@ -1,0 +1,57 @@
+"""Feed-forward experts on a CPU by an operator of our own, forward and backward, in float32.
+
+Rows are gathered into panels, weights are read where they lie (a forward pass copies none), the
+activation is computed while its arguments are in the cache, and threads take whole blocks of rows
+or whole experts instead of splitting every small product. Compiled by the machine's C compiler on
+first use (:mod:`.build`); where that is impossible the other backends serve, with the same numbers.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from coterie.experts.dispatch.native.build import library
+from coterie.experts.dispatch.plan import DispatchPlan
+from coterie.experts.kinds.pool import ExpertPool
+
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
+def serves(x: Tensor, plan: DispatchPlan, pool: ExpertPool) -> bool:
+    """A feed-forward kind in float32 on a CPU, contiguous weights, a compiler, and no transform
+    that wants to see inside (``torch.func``, forward-mode gradients)."""
+    if x.device.type != "cpu" or x.dtype != torch.float32 or pool.kind.feed_forward() is None:
+        return False
+    if plan.gates.dtype != torch.float32:
+        return False
+    for stack in pool.stacks().values():
+        if stack.dtype != torch.float32 or not stack.is_contiguous() or type(stack) not in _PLAIN:
+            return False
+    return _ready() if torch.compiler.is_compiling() else _ready() and not _transformed()
+
+
+@torch.compiler.assume_constant_result
+def _ready() -> bool:
+    built = library()
+    return built.ready and (built.parallel or torch.get_num_threads() == 1)
+
+
+def _transformed() -> bool:
+    """Whether gradients are being taken by other means than the backward pass."""
+    inside: bool = torch._C._functorch.peek_interpreter_stack() is not None
+    return inside or torch.autograd.forward_ad._current_level >= 0
+
+
+def run_native(x: Tensor, plan: DispatchPlan, pool: ExpertPool, float32: bool) -> Tensor:
+    """x [R, D], or [B, N, D] with one routing per sample."""
+    from coterie.experts.dispatch.native.op import experts
+
+    made = pool.kind.feed_forward()
+    assert made is not None
+    if x.dim() == 3:
+        plan = plan.per_token(x.shape[1])
+    return experts(x.reshape(-1, x.shape[-1]), plan, pool, made).view(x.shape)
+
+
+__all__ = ["library", "run_native", "serves"]

@@ -1,0 +1,140 @@
+"""From C to a loaded library: compiled once per machine, kept in the user's cache.
+
+The file's name holds a hash of the sources, the compiler, its flags and the processor's
+instructions, so a cache shared by machines, or an update of any of them, never meets a library made
+for another. ``COTERIE_NATIVE=0`` switches the operator off.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+from coterie.core.errors import DataError
+from coterie.data.cache import cache_root, locked
+
+HERE = Path(__file__).parent
+FLAGS = ("-O3", "-march=native", "-std=gnu11", "-fPIC", "-shared", "-w")
+_SECONDS = 120  # a compiler that takes longer hangs
+
+
+@dataclass(frozen=True)
+class Library:
+    """The operator, or why there is none."""
+
+    handle: ctypes.CDLL | None
+    reason: str
+    openmp: int | None = None
+    """Address of ``GOMP_parallel`` in the OpenMP library that torch has loaded: one pool of
+    threads for both."""
+
+    @property
+    def ready(self) -> bool:
+        return self.handle is not None
+
+    @property
+    def parallel(self) -> bool:
+        return self.openmp is not None
+
+    @property
+    def vector(self) -> int:
+        """float32 values in one register of the processor it was compiled for."""
+        assert self.handle is not None
+        return int(self.handle.coterie_experts_vector())
+
+
+@cache
+def library() -> Library:
+    """Compile if needed (some seconds, once) and load."""
+    if os.environ.get("COTERIE_NATIVE") == "0":
+        return Library(None, "off: COTERIE_NATIVE=0")
+    compiler = find_compiler()
+    if compiler is None:
+        return Library(None, "off: no C compiler found (cc, gcc or clang; CC names another)")
+    try:
+        handle = _load(compiler)
+    except (OSError, DataError, subprocess.SubprocessError) as error:
+        lines = str(getattr(error, "stderr", None) or error).strip().splitlines()
+        return Library(None, f"off: {compiler} failed ({lines[0] if lines else 'no message'})")
+    handle.coterie_experts_forward.argtypes = [ctypes.c_void_p]
+    handle.coterie_experts_backward.argtypes = [ctypes.c_void_p]
+    return Library(handle, f"compiled by {compiler}", _openmp())
+
+
+def find_compiler() -> str | None:
+    """``$CC``, else the first of cc, gcc, clang."""
+    chosen = os.environ.get("CC")
+    names = (chosen,) if chosen else ("cc", "gcc", "clang")
+    return next((path for name in names if (path := shutil.which(name))), None)
+
+
+def sources() -> list[Path]:
+    return sorted(path for path in HERE.iterdir() if path.suffix in (".c", ".h"))
+
+
+def key(compiler: str) -> str:
+    """What a compiled file depends on, as a hash."""
+    found = hashlib.sha256()
+    for path in sources():
+        found.update(path.read_bytes())
+    stat = Path(compiler).resolve().stat()
+    told = (compiler, stat.st_size, stat.st_mtime_ns, FLAGS, platform.machine(), instructions())
+    found.update(repr(told).encode())
+    return found.hexdigest()[:24]
+
+
+def instructions() -> str:
+    """What the processor can do, as the system tells it."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith(("flags", "Features")):
+                return line.split(":", 1)[1]
+    except OSError:
+        pass
+    return platform.processor()
+
+
+def _load(compiler: str) -> ctypes.CDLL:
+    target = cache_root() / "native" / f"experts-{key(compiler)}.so"
+    if target.exists():
+        try:
+            return ctypes.CDLL(str(target))
+        except OSError:
+            pass  # damaged: made again
+    with locked(target.with_suffix(".lock")):
+        try:  # another process may have made it meanwhile
+            return ctypes.CDLL(str(target))
+        except OSError:
+            compile_to(target, compiler)
+    return ctypes.CDLL(str(target))
+
+
+def compile_to(target: Path, compiler: str, flags: tuple[str, ...] = FLAGS) -> None:
+    """Appears whole or not at all."""
+    files = [str(path) for path in sources() if path.suffix == ".c"]
+    handle, work = tempfile.mkstemp(suffix=".so", dir=target.parent)
+    os.close(handle)
+    try:
+        command = [compiler, *flags, *files, "-o", work]
+        subprocess.run(command, check=True, capture_output=True, text=True, timeout=_SECONDS)
+        os.replace(work, target)
+    finally:
+        Path(work).unlink(missing_ok=True)
+
+
+def _openmp() -> int | None:
+    import torch
+
+    try:
+        torch_cpu = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
+        return ctypes.cast(torch_cpu.GOMP_parallel, ctypes.c_void_p).value
+    except (OSError, AttributeError):
+        return None

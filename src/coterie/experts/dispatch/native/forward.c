@@ -1,0 +1,118 @@
+/* Forward pass of routed experts: see routing.h. */
+#include "routing.h"
+
+static void gather_panels(const Work *w, const Block *b, const float *base, float *panels) {
+    const i64 D = w->call->width;
+    EACH_PANEL(b) {
+        const float *rows[PW];
+        row_pointers(w, b->first + p * PW, n, base, w->call->slots, rows);
+        to_panel(rows, n, pw, D, panels + p * PW * D);
+    }
+}
+
+typedef void hidden_fn(const Call *c, i64 n, i64 pw, const float *gate, const float *up, float *out);
+
+INLINE void hidden_of(const enum activation kind, i64 count, const float *gate, const float *up, float *out) {
+    for (i64 i = 0; i < count; i += VW) {
+        vf a = activate(kind, LOAD(gate + i), 0);
+        STORE(out + i, up ? a * LOAD(up + i) : a);
+    }
+}
+
+NOINLINE void hidden(const Call *c, i64 count, const float *gate, const float *up, float *out) {
+    if (c->activation == SILU) hidden_of(SILU, count, gate, up, out);
+    else if (c->activation == GELU) hidden_of(GELU, count, gate, up, out);
+    else if (c->activation == GELU_TANH) hidden_of(GELU_TANH, count, gate, up, out);
+    else hidden_of(RELU, count, gate, up, out);
+}
+
+/* Hidden units [f0, f0 + n) of one panel: act[n][pw]; their values before act go to `saved`. */
+static void first_layer(const Call *c, i64 e, i64 f0, i64 n, const float *x, i64 pw, float *act, float *saved) {
+    const i64 D = c->width, F = c->hidden, H = inner(c);
+    const float *w = c->w1 + (e * H + f0) * D, *b = c->b1 ? c->b1 + e * H + f0 : 0;
+    const enum start start = b ? BIAS : ZERO;
+    float gate[12 * PW] __attribute__((aligned(64))), up[12 * PW] __attribute__((aligned(64)));
+    const i64 step = pw == PW ? TR : 12;
+    for (i64 i = 0; i < n; i += step) {
+        const i64 r = MIN(step, n - i);
+        float *g = saved ? saved + (f0 + i) * pw : gate;
+        float *u = !c->gated ? 0 : saved ? saved + (F + f0 + i) * pw : up;
+        product(r, D, w + i * D, D, x, pw, g, start, b ? b + i : 0);
+        if (u) product(r, D, w + (F + i) * D, D, x, pw, u, start, b ? b + F + i : 0);
+        hidden(c, r * pw, g, u, act + i * pw);
+    }
+}
+
+static i64 hidden_chunk(i64 F) {
+    const i64 parts = (F + 383) / 384;
+    return MIN(F, ((F + parts - 1) / parts + 11) / 12 * 12);
+}
+
+#define WEIGHT_ROWS 48 /* rows of a weight that stay in the cache while panels pass */
+
+static void forward_block(const Work *w, const Block *b, float *scratch) {
+    const Call *c = w->call;
+    const i64 D = c->width, F = c->hidden, e = b->expert, chunk = hidden_chunk(F), P = PANELS(b);
+    float *x = scratch, *act = x + P * PW * D, *out = act + P * PW * chunk;
+    const float *bias = c->b2 ? c->b2 + e * D : 0;
+    gather_panels(w, b, c->x, x);
+    for (i64 f0 = 0; f0 < F; f0 += chunk) {
+        const i64 fc = MIN(chunk, F - f0);
+        for (i64 f = 0; f < fc; f += WEIGHT_ROWS / 2)
+            EACH_PANEL(b) {
+                float *saved = c->saved ? c->saved + b->saved + p * PW * inner(c) : 0;
+                first_layer(c, e, f0 + f, MIN(WEIGHT_ROWS / 2, fc - f), x + p * PW * D, pw,
+                            act + p * PW * chunk + f * pw, saved);
+            }
+        const enum start start = f0 ? ADD : bias ? BIAS : ZERO;
+        for (i64 d = 0; d < D; d += WEIGHT_ROWS)
+            EACH_PANEL(b)
+                product(MIN(WEIGHT_ROWS, D - d), fc, c->w2 + (e * D + d) * F + f0, F, act + p * PW * chunk,
+                        pw, out + p * PW * D + d * pw, start, bias ? bias + d : 0);
+    }
+    EACH_PANEL(b) {
+        float *rows[PW], scale[PW];
+        for (i64 i = 0; i < n; i++) {
+            const i64 q = w->order[b->first + p * PW + i];
+            rows[i] = w->parts + q * D;
+            scale[i] = c->gates[q];
+        }
+        from_panel(out + p * PW * D, n, pw, D, scale, rows);
+    }
+}
+
+static i64 longest(const Work *w) { return w->num_blocks ? w->blocks[0].rows + PW : 0; }
+
+static void forward_body(void *data) {
+    Work *w = data;
+    const Call *c = w->call;
+    float *scratch = take(longest(w) * (2 * c->width + hidden_chunk(c->hidden)));
+    if (!scratch) {
+        w->failed = 1;
+        return;
+    }
+    for (i64 i; (i = next_of(w)) < w->num_blocks;) forward_block(w, w->blocks + i, scratch);
+    free(scratch);
+}
+
+static void sum_forward(void *data) {
+    Work *w = data;
+    const i64 R = w->call->rows;
+    for (i64 i; (i = next_of(w)) * SUM_ROWS < R;) sum_rows(w, i * SUM_ROWS, MIN(R, (i + 1) * SUM_ROWS), w->call->y);
+}
+
+/* 0, or 1 where memory ran out. */
+int coterie_experts_forward(const Call *c) {
+    Work w = {.call = c};
+    int failed = sort_rows(&w) || make_blocks(&w, block_limit(&w, 256));
+    if (!failed) failed = !(w.parts = take(c->rows * c->slots * c->width));
+    if (!failed) {
+        in_parallel(&w, forward_body, w.num_blocks);
+        in_parallel(&w, sum_forward, (c->rows + SUM_ROWS - 1) / SUM_ROWS);
+    }
+    release(&w);
+    return failed || w.failed;
+}
+
+/* Floats in one vector register: what the compiler chose. */
+int coterie_experts_vector(void) { return VW; }
