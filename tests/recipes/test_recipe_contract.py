@@ -54,6 +54,7 @@ ROUTING_METRICS = {
 
 def test_all_recipes_are_there() -> None:
     assert RECIPES == (
+        "afa",
         "chain-of-experts",
         "ddm",
         "deepseekmoe",
@@ -156,6 +157,10 @@ def test_arms_of_a_claim_share_their_training(name: str) -> None:
             ours, theirs = arms[claim.ours], arms[claim.baseline]
             if any(getattr(arm.model, "is_trained", False) for arm in (ours, theirs)):
                 assert ours.data.whole == theirs.data.whole, claim.claim
+                if claim.equal == "calls":
+                    steps = ours.sample.steps * len(ours.model.members)
+                    assert theirs.sample.steps == steps, claim.claim
+                    theirs = theirs.replace(sample=theirs.sample.replace(steps=ours.sample.steps))
                 assert (ours.sample, ours.seed) == (theirs.sample, theirs.seed), claim.claim
                 continue  # made of arms that train: the recipe's own test adds up their budgets
             if claim.equal == "seconds":

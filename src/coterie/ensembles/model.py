@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
+import torch
 from pydantic import BeforeValidator, Field, SerializeAsAny, model_validator
 
 from coterie.core.config import Config
 from coterie.core.errors import CheckpointError, ConfigError, describe
+from coterie.core.prediction import Condition
 from coterie.core.registry import Part
 from coterie.core.tensors import borrow
 from coterie.denoiser import MODELS
@@ -88,6 +90,18 @@ class EnsembleModelConfig(Part):
             if not member.absent and member.model is not None:
                 return member.model.backbone
         raise ConfigError(describe("members", [m.name for m in self.members], "one that is there"))
+
+    def multiply_adds(self) -> int:
+        """Of one sample's forward pass, through every member that is asked and what joins them."""
+        from torch.utils.flop_counter import FlopCounterMode
+
+        model = self.build()
+        x = torch.zeros(1, *self.backbone.sample_shape)
+        t = model.process.time_of_unit(torch.full((1,), 0.5))
+        label = torch.zeros(1, dtype=torch.long)
+        with torch.no_grad(), FlopCounterMode(display=False) as counted:
+            model(x, t, Condition(label=label))
+        return int(counted.get_total_flops() // 2)
 
     def build(self) -> Ensemble:
         reasons = {member.name: member.absent for member in self.members if member.absent}

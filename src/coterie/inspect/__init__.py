@@ -9,6 +9,7 @@ from coterie.inspect.anomaly_verdicts import Verdict, verdicts
 from coterie.inspect.content import ReportData
 from coterie.inspect.findings import Finding, findings, sentences
 from coterie.inspect.pairs import PairStats, analyse_pairs
+from coterie.inspect.plots.gates import GateMaps
 from coterie.inspect.pools import PoolStats, analyse_pools
 from coterie.inspect.report import write_report
 from coterie.inspect.routers import RouterStats, analyse
@@ -23,6 +24,7 @@ __all__ = [
     "Anomalies",
     "Answers",
     "Finding",
+    "GateMaps",
     "PairStats",
     "Place",
     "PoolStats",

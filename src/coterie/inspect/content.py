@@ -12,6 +12,7 @@ from coterie.core.cost import Parameters
 from coterie.core.errors import DataError, describe
 from coterie.inspect.anomalies import Answers
 from coterie.inspect.composed import Composed
+from coterie.inspect.plots.gates import GateMaps
 from coterie.inspect.routers import FACETS
 from coterie.inspect.tables import Place
 from coterie.inspect.trace import Trace
@@ -38,6 +39,7 @@ class ReportData:
     similarity: Mapping[Place, np.ndarray] = field(
         default_factory=dict
     )  # cosines [E, E] of experts
+    gate_maps: GateMaps | None = None  # of single pictures
     metrics: Mapping[str, Any] = field(default_factory=dict)  # numbers, or {value, floor, ...}
     parameters: Parameters | None = None
     config: Mapping[str, Any] = field(default_factory=dict)

@@ -43,6 +43,7 @@ from coterie.inspect.plots.balance import (
     plot_prototypes,
 )
 from coterie.inspect.plots.clouds import plot_clouds
+from coterie.inspect.plots.gates import plot_gate_maps
 from coterie.inspect.plots.positions import plot_positions
 from coterie.inspect.plots.relations import (
     plot_adjacent,
@@ -105,6 +106,7 @@ def _plots(
         plot_noise(routers, names) if routers else None,
         plot_classes(routers, names, data.class_names),
         plot_positions(routers, names, trace.grid),
+        plot_gate_maps(data.gate_maps),
         plot_load(items, routers),
         plot_noise_curves(routers, names),
         plot_choices(routers, names),

@@ -141,7 +141,8 @@ def _specialisation(data: ReportData, items: Sequence[RouterStats], pictures: Pi
     if "information" in pictures:
         table = html.details("The numbers", _information_table(items))
         bits = html.picture(pictures["information"], table)
-    maps = _show(pictures, "expert_by_noise", "expert_by_class", "expert_by_position")
+    along = ("expert_by_noise", "expert_by_class", "expert_by_position", "gate_maps")
+    maps = _show(pictures, *along)
     return bits + maps + html.omitted(reasons)
 
 

@@ -159,6 +159,7 @@ class RouterTrace:
         self.label = routing.name
         self.pool_layers = routing.pool_layers
         self.unit = routing.unit
+        self.grid = routing.grid
         self.num_experts = experts
         self.top_k = routing.top_k
         self.noise_bins = noise_bins
@@ -188,6 +189,16 @@ class RouterTrace:
     def main(self) -> int:
         """The half that statistics describe: conditional rows unless there are none."""
         return 0 if self.total.rows[0].any() or not self.total.rows[1].any() else 1
+
+    @property
+    def soft(self) -> bool:
+        """Whether every row asks every expert: only the weights tell one from another."""
+        every = self.num_experts * float(self.rows.sum())
+        return self.num_experts > 1 and every > 0 and float(self.counts.sum()) == every
+
+    def shares(self, table: Joint) -> Array:
+        """What pictures show of one of its tables [2, C, E]: choices, or weights if it is soft."""
+        return table.gates if self.soft else table.counts
 
     @property
     def counts(self) -> Array:

@@ -52,7 +52,8 @@ class Claim:
     ``factor`` scales the baseline first: ``ours < 0.5 * baseline`` is ``factor=0.5``. A claim
     about one arm alone compares with the number ``target``, or with another metric of this arm,
     ``against``. ``equal``: what the arms share; with ``seconds`` their steps are in inverse
-    proportion to the measured time of a step.
+    proportion to the measured time of a step; with ``calls`` a sample takes as many calls of
+    networks: solver steps in inverse proportion to how many are asked at each.
     """
 
     claim: str
@@ -64,7 +65,7 @@ class Claim:
     better: Literal["lower", "higher"] = "lower"
     factor: float = 1.0
     tolerance: float = 0.0  # how far behind still counts, relative ("no worse than")
-    equal: Literal["steps", "seconds"] = "steps"
+    equal: Literal["steps", "seconds", "calls"] = "steps"
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from coterie.inspect import ReportData, noise_name, write_report
 from coterie.train.composed import composed_of
 from coterie.train.evaluate import StepRecorder, held_out, measured_active
 from coterie.train.expert_answers import watched_answers
+from coterie.train.gate_maps import gate_maps
 from coterie.train.judges import HeldOut, Judge, judge_of
 from coterie.train.judges.base import make_trace
 from coterie.train.judges.text import ANSWERS
@@ -56,6 +57,7 @@ def report_run(
             class_names=run.source.class_names,
             task_names=getattr(run.source, "task_names", ()),
             similarity=expert_cosines(run),
+            gate_maps=gate_maps(run),
             answers=answers.answers(),
             losses={"class": found.class_losses, "noise": _by_noise(found.bins)},
             metrics=metrics,

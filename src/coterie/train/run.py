@@ -330,7 +330,9 @@ def plan(config: RunConfig, measure: bool = True) -> dict[str, Any]:
         counted = count_parameters(build_model(config))
     backbone = getattr(config.model, "backbone", None)
     tokens = int(getattr(backbone, "tokens", 1))
-    own = getattr(backbone, "multiply_adds", None)  # where a parameter serves many places
+    # Where a parameter serves many places, or several networks answer.
+    whole = getattr(config.model, "multiply_adds", None)
+    own = whole or getattr(backbone, "multiply_adds", None)
     work = counted.active * tokens if own is None else own()
     out: dict[str, Any] = {
         "recipe": config.recipe,

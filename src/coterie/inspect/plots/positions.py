@@ -34,9 +34,11 @@ def plot_positions(
     have = [i for i, r in enumerate(routers) if r.positions.rows[r.main].any()]
     if not have:
         return None
-    if grid is not None and all(routers[i].positions.columns == math.prod(grid) for i in have):
-        return _maps([routers[i] for i in have], [names[i] for i in have], grid)
-    counts = [_pool(routers[i].positions.counts[routers[i].main]) for i in have]
+    grids = [routers[i].grid or grid for i in have]
+    known = [one for one in grids if one is not None]
+    if all(one and routers[i].positions.columns == math.prod(one) for i, one in zip(have, grids)):
+        return _maps([routers[i] for i in have], [names[i] for i in have], known)
+    counts = [_pool(routers[i].shares(routers[i].positions)[routers[i].main]) for i in have]
     panels = share_panels(counts, [c.sum(1) for c in counts], [names[i] for i in have])
     longest = max(routers[i].positions.columns for i in have)
     size = counts[0].shape[0]
@@ -70,17 +72,23 @@ def scene(grid: tuple[int, ...]) -> tuple[str, str]:
     return ("image", "") if flat else ("volume", " (seen from the front, mean over its depth)")
 
 
-def _maps(routers: Sequence[RouterTrace], names: Sequence[str], grid: tuple[int, ...]) -> Plot:
+def _maps(
+    routers: Sequence[RouterTrace], names: Sequence[str], grids: Sequence[tuple[int, ...]]
+) -> Plot:
     shown = pick(len(routers))
+    grid = max(grids, key=math.prod)
     tall, wide = grid if len(grid) == 2 else (grid[1], grid[0])
     what, view = scene(grid)
+    soft = all(router.soft for router in routers)
 
     def draw() -> Any:
-        rates = [_rates(routers[i], grid) for i in shown]
+        rates = [_rates(routers[i], grids[i]) for i in shown]
         tiles = max(len(ids) for ids, _ in rates)
         inch = min(0.82, (FULL_WIDTH - 1.4) / tiles)
         height = inch * tall / wide + 0.36
-        fig = figure(min(FULL_WIDTH, 1.9 + inch * tiles), max(1.3, height * len(shown) + 0.3))
+        longest = max(len(names[i]) for i in shown)
+        side = 1.6 + max(0.3, 0.08 * longest)  # of names and bar
+        fig = figure(min(FULL_WIDTH, side + inch * tiles), max(1.3, height * len(shown) + 0.3))
         axes = fig.subplots(len(shown), 1, squeeze=False)[:, 0]
         top = max(float(np.nanmax(values)) for _, values in rates) or 1.0
         image = None
@@ -88,7 +96,7 @@ def _maps(routers: Sequence[RouterTrace], names: Sequence[str], grid: tuple[int,
             image = _mosaic(ax, ids, values, tiles, top)
             ax.set_ylabel(f"layer {names[index]}", rotation=0, ha="right", va="center")
         bar = fig.colorbar(image, ax=axes, aspect=22, pad=0.015, shrink=min(1.0, 2.4 / len(shown)))
-        bar.set_label("rate of choice", color=LIGHT.muted)
+        bar.set_label("mean weight" if soft else "rate of choice", color=LIGHT.muted)
         bar.outline.set_visible(False)
         return fig
 
@@ -96,6 +104,11 @@ def _maps(routers: Sequence[RouterTrace], names: Sequence[str], grid: tuple[int,
         f"For every expert (numbered below its map) how often the token at each place of the {what}"
         f"{view} chooses it. A map of one colour: the expert works everywhere alike."
     )
+    if soft:
+        caption = (
+            "For every expert (numbered below its map) its mean weight at each place of the "
+            f"{what}{view}. A map of one colour: the expert counts everywhere alike."
+        )
     if max(r.num_experts for r in routers) > MAX_TILES:
         caption += f" The {MAX_TILES} busiest experts of a layer are drawn."
     return Plot(
@@ -109,7 +122,8 @@ def _maps(routers: Sequence[RouterTrace], names: Sequence[str], grid: tuple[int,
 
 def _rates(router: RouterTrace, grid: tuple[int, ...]) -> tuple[list[int], Array]:
     """Experts shown, in their own order, and their rates [tiles, h, w]."""
-    counts, rows = router.positions.counts[router.main], router.positions.rows[router.main]
+    counts = router.shares(router.positions)[router.main]
+    rows = router.positions.rows[router.main]
     busiest = np.argsort(-counts.sum(0), kind="stable")[:MAX_TILES]
     ids = sorted(int(i) for i in busiest)
     return ids, face(stats.usage_rate(counts, rows)[:, ids].T, grid)

@@ -95,7 +95,7 @@ def _information_bar(ax: Any, at: float, width: float, info: Any, color: str) ->
 
 def plot_noise(routers: Sequence[RouterTrace], names: Sequence[str]) -> Plot | None:
     several = [r.noise.rows[r.main] * r.noise.varies for r in routers]
-    panels = share_panels([r.noise.counts[r.main] for r in routers], several, names)
+    panels = share_panels([r.shares(r.noise)[r.main] for r in routers], several, names)
     if not panels:
         return None
     bins = routers[0].noise_bins
@@ -126,8 +126,8 @@ def plot_classes(
     for i in have:
         router = routers[i]
         counts = np.zeros((columns + 1, router.num_experts))
-        counts[: router.classes.columns] = router.classes.counts[0]
-        counts[columns] = router.classes.counts[1].sum(0)
+        counts[: router.classes.columns] = router.shares(router.classes)[0]
+        counts[columns] = router.shares(router.classes)[1].sum(0)
         shown_columns = [*kept, columns] if null else kept
         panels.append(_share_panel(names[i], counts[shown_columns]))
     labels = [class_names[c] if c < len(class_names) else str(c) for c in kept]
@@ -177,7 +177,7 @@ def _telling_classes(routers: Sequence[RouterTrace], columns: int) -> list[int]:
     """Classes that were seen; if too many, those whose load is farthest from the mean load."""
     far, seen = np.zeros(columns), np.zeros(columns)
     for router in routers:
-        counts = router.classes.counts[0]
+        counts = router.shares(router.classes)[0]
         seen[: len(counts)] += router.classes.rows[0]
         distance = np.abs(stats.load_share(counts) - stats.load_share(counts.sum(0))).sum(1)
         far[: len(counts)] += distance

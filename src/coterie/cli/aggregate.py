@@ -1,0 +1,121 @@
+"""``coterie aggregate``: networks of one topology, fused feature by feature."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from coterie.cli.output import facts, say, say_json, table
+from coterie.cli.overrides import ANY_FLAG, split, takes_paths
+
+if TYPE_CHECKING:
+    from coterie.ensembles.headroom import Headroom
+
+
+@click.command("aggregate", context_settings=ANY_FLAG)
+@takes_paths("RUN RUN... [--PATH=VALUE]...")
+@click.option("--headroom", is_flag=True, help="Only say what a choice among RUNs could be worth.")
+@click.option(
+    "--gate",
+    type=click.Choice(["spatial", "step", "uniform"]),
+    default="spatial",
+    show_default=True,
+    help="Weights per pixel, per noise level, or the mean.",
+)
+@click.option("--points", default="*", show_default=True, help="Where: mid,up.*; answer: answers.")
+@click.option("--width", type=click.IntRange(1), help="Channels of an aggregator. [128]")
+@click.option("--layers", type=click.IntRange(0), help="Layers of its transformer. [2]")
+@click.option("--heads", type=click.IntRange(1), help="Heads of its attention. [8]")
+@click.option("--groups", type=click.IntRange(1), help="Groups of its norms. [32]")
+@click.option("--samples", type=click.IntRange(1), default=256, show_default=True, help="Probed.")
+@click.option("--out", type=click.Path(path_type=Path), help="Run to write.")
+@click.option("-n", "--dry-run", is_flag=True, help="Sizes, FLOPs and projected minutes only.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@click.option("-q", "--quiet", is_flag=True, help="No progress bar.")
+def command(
+    arguments: tuple[str, ...],
+    headroom: bool,
+    gate: str,
+    points: str,
+    samples: int,
+    out: Path | None,
+    dry_run: bool,
+    as_json: bool,
+    quiet: bool,
+    **sizes: int | None,
+) -> None:
+    """Train aggregators that weigh the features of RUNs, layer by layer; the RUNs stay as they are.
+
+    First ask whether there is anything to gain; then train. The same command again resumes.
+
+    \b
+      coterie aggregate runs/a runs/b --headroom
+      coterie aggregate runs/a runs/b --out runs/both --train.steps=500
+      coterie aggregate runs/a runs/b --out runs/answers --points answer --width 16
+      coterie report runs/both
+    """
+    runs, paths = split(arguments)
+    if not runs:
+        raise click.UsageError("missing RUN")
+    if headroom:
+        _say_headroom(runs, paths, samples, as_json)
+        return
+    if out is None and not dry_run:
+        raise click.UsageError("missing --out, the run to write")
+    from coterie.ensembles import AggregateConfig
+    from coterie.train.aggregated import aggregated_run
+    from coterie.train.run import start
+
+    given = {name: value for name, value in sizes.items() if value is not None}
+    patterns = [] if points == "answer" else points.split(",")
+    aggregate = AggregateConfig.from_dict({"gate": gate, "points": patterns, "aggregator": given})
+    config = aggregated_run(runs, aggregate, paths)
+    if dry_run:
+        from coterie.cli.size import projection
+
+        planned = projection(config)
+        say_json(planned) if as_json else say(facts(planned))
+        return
+    assert out is not None
+    run = start(config, out, progress=not quiet)
+    if as_json:
+        say_json({"run": run, "experts": runs})
+        return
+    say(f"run     {run}")
+    say(f"next    coterie sample {run}")
+    say(f"        coterie report {run}")
+
+
+def _say_headroom(runs: list[str], paths: dict[str, str], samples: int, as_json: bool) -> None:
+    from coterie.ensembles.headroom import GO
+    from coterie.train.aggregated import probe_headroom
+
+    found = probe_headroom(runs, paths, samples)
+    gains = {name: found.gain(name) for name in ("oracle", "predictable", "per_sample")}
+    if as_json:
+        say_json({"gains": gains, "threshold": GO, "go": found.go, "found": found})
+        return
+    say(table(_rows(found)))
+    say()
+    say(f"best alone    {found.best}, mean squared error of eps {min(found.alone):.4g}")
+    say(f"oracle        {gains['oracle']:+.2%} per pixel, luck included")
+    told = f"{gains['predictable']:+.2%} per pixel, {gains['per_sample']:+.2%} per sample"
+    say(f"predictable   {told}")
+    verdict = "train aggregators" if found.go else "little to learn: keep the best, or average"
+    say(f"verdict       {'go' if found.go else 'no go'} (from {GO:.0%}): {verdict}")
+
+
+def _rows(found: Headroom) -> list[dict[str, Any]]:
+    return [
+        {
+            "noise": level.noise,
+            **dict(zip(found.names, level.alone, strict=True)),
+            "oracle": level.oracle,
+            "predictable": level.predictable,
+            "same winner": level.agreement,
+            "by chance": level.chance,
+        }
+        for level in found.levels
+    ]
