@@ -107,6 +107,7 @@ class Trainer:
             bar = Progress(shown, self.state.step, self.config.steps)
             stack.callback(bar.close)
             signals = stack.enter_context(StopSignals(patient=self.placement.count > 1))
+            self.placement.watch(signals)
             while self.state.step < self.config.steps:
                 record = self.train_step()
                 bar.update(record)
@@ -211,7 +212,7 @@ class Trainer:
         if self.state.skipped_in_a_row >= self.config.nonfinite_limit:
             self.save()
             raise TrainingError(_why_stopped(self.state, record["skipped"]))
-        received = self.placement.stopped_by(signals.received)
+        received = self.placement.stopped_by(signals)
         if received is not None:
             path = self.save()
             saved = f"saved {path}; the same command resumes" if path else "nothing was saved"

@@ -19,6 +19,7 @@ from coterie.core.batch import Losses
 from coterie.train import checkpoint
 from coterie.train.checkpoint import Checkpoint
 from coterie.train.optim import gradient_norm
+from coterie.train.signals import StopSignals
 
 Groups = dict[str, dict[str, Tensor]]
 
@@ -42,6 +43,9 @@ class Placement:
         """What this process holds of the parameters, by name; the optimiser steps these."""
         return parameters
 
+    def watch(self, signals: StopSignals) -> None:
+        """From here on signals are asked for, step by step."""
+
     def sharing(self) -> AbstractContextManager[None]:
         """Around everything that reads a batch."""
         return nullcontext()
@@ -60,21 +64,17 @@ class Placement:
         """Total norm of all gradients, wherever they are."""
         return gradient_norm(parameters.values())
 
-    def mean(self, value: Tensor) -> Tensor:
-        """A scalar's mean over the parts of the batch."""
-        return value
-
-    def joined(self, losses: list[Losses]) -> list[Losses]:
-        """Detached losses of the whole batch."""
-        return losses
+    def joined(self, total: Tensor, losses: list[Losses]) -> tuple[Tensor, list[Losses]]:
+        """The loss, and its detached parts, of the whole batch."""
+        return total, losses
 
     def any_of(self, names: Iterable[str | None]) -> list[str | None]:
         """Each name, or what another process found where this one found none."""
         return list(names)
 
-    def stopped_by(self, signal: int | None) -> int | None:
-        """The signal that any process received."""
-        return signal
+    def stopped_by(self, signals: StopSignals) -> int | None:
+        """The signal that any process had received in the last step; the same in all."""
+        return signals.received
 
     def on_first(self, work: Callable[[], Any]) -> Any:
         """What ``work`` answers (JSON), done by one process for all."""

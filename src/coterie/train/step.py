@@ -87,7 +87,7 @@ class GradientStep:
             losses.append(_detached(result))
         self.placement.collect(self.parameters)
         norm = self.placement.norm(self.parameters)
-        total, losses = self.placement.mean(total), self.placement.joined(losses)
+        total, losses = self.placement.joined(total, losses)
         loss, grad_norm = torch.stack([total, norm.float()]).tolist()
         tokens *= self.placement.count
         outcome = StepResult(loss, grad_norm, losses, tuple(routings), tokens)

@@ -7,7 +7,7 @@ Legend: R rows, E scored experts, K choices.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -52,14 +52,17 @@ def by_sequence(routing: Routing, values: Tensor, apart: bool) -> Tensor:
     return values.unflatten(0, (groups, values.shape[0] // groups))
 
 
-def mean_rows(routing: Routing, values: Tensor) -> Tensor:
-    """Mean over the batch's rows that count of values [R, ...]; 0 where none does."""
-    keep = routing.rows_mask().to(values.dtype)
-    shaped = keep.reshape(-1, *[1] * (values.dim() - 1))
-    zeros = torch.zeros_like(values)
-    kept = torch.where(shaped > 0, values, zeros)  # NaN in a masked row must not spread
-    total, count = summed(kept.sum(dim=0), keep.sum())
-    return total / count.clamp_min(1.0)
+def mean_rows(routings: Sequence[Routing], values: Iterable[Tensor]) -> list[Tensor]:
+    """Mean over the batch's rows that count of the values [R] of each routing; 0 where none
+    does."""
+    sums: list[Tensor] = []
+    for routing, each in zip(routings, values):
+        keep = routing.rows_mask().to(each.dtype)
+        # NaN in a masked row must not spread.
+        kept = torch.where(keep > 0, each, torch.zeros_like(each))
+        sums += [kept.sum(), keep.sum()]
+    totals = summed(*sums) if sums else ()
+    return [t / count.clamp_min(1.0) for t, count in zip(totals[::2], totals[1::2])]
 
 
 def stack(routings: Sequence[Routing]) -> Routing:

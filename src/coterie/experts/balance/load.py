@@ -53,34 +53,47 @@ class SwitchBalance(BalancePart):
     pooled: bool = False
 
     def losses(self, routings: Sequence[Routing], rng: Generator | None = None) -> tuple[Aux, ...]:
-        if not self.pooled:
-            return tuple(term("switch", r, self.value(r), self.weight) for r in routings)
         if not routings:
             return ()
-        return (term("switch_pooled", routings[0], self.value(stack(routings)), self.weight),)
+        read, name = ([stack(routings)], "switch_pooled") if self.pooled else (routings, "switch")
+        values = self.values(read)
+        return tuple(term(name, r, value, self.weight) for r, value in zip(routings, values))
 
     def value(self, routing: Routing) -> Tensor:
         """Scalar, float32."""
+        return self.values([routing])[0]
+
+    def values(self, routings: Sequence[Routing]) -> list[Tensor]:
+        """That of each; processes that share the batch add up once for all."""
+        if self.statistics == "sequence" and routings[0].unit == "token":
+            parts = [part for r in routings for part in self._of(*self._sums(r, True))]
+            totals = summed(*parts)
+            return [t / groups.clamp_min(1) for t, groups in zip(totals[::2], totals[1::2])]
+        flat = summed(*(part for r in routings for part in self._sums(r, False)))
+        each = [self._of(*flat[i : i + 3]) for i in range(0, len(flat), 3)]
+        return [total / groups.clamp_min(1) for total, groups in each]
+
+    def _sums(self, routing: Routing, apart: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """Over the rows of each sequence, or of all: choices [S, E], shares [S, E], rows [S]."""
         chosen = scored_columns(routing, routing.one_hot())
         share = scored_columns(routing, self._importance(routing))
         keep = routing.rows_mask().float()
         share = torch.where(keep[:, None] > 0, share, torch.zeros_like(share))
-        apart = self.statistics == "sequence" and routing.unit == "token"
-        counts_SE = by_sequence(routing, chosen, apart).sum(dim=1)
-        sums_SE = by_sequence(routing, share, apart).sum(dim=1)
-        rows_S = by_sequence(routing, keep, apart).sum(dim=1)
-        if not apart:
-            counts_SE, sums_SE, rows_S = summed(counts_SE, sums_SE, rows_S)
+        return (
+            by_sequence(routing, chosen, apart).sum(dim=1),
+            by_sequence(routing, share, apart).sum(dim=1),
+            by_sequence(routing, keep, apart).sum(dim=1),
+        )
+
+    def _of(self, counts_SE: Tensor, sums_SE: Tensor, rows_S: Tensor) -> tuple[Tensor, Tensor]:
+        """Scalars: the sum over sequences, and how many have rows."""
         choices_S = counts_SE.sum(dim=1) if self.per_choice else rows_S
-        f = counts_SE / choices_S.clamp_min(1.0)[:, None] * chosen.shape[1]
+        f = counts_SE / choices_S.clamp_min(1.0)[:, None] * counts_SE.shape[1]
         p = sums_SE / rows_S.clamp_min(1.0)[:, None]
         if self.groups is not None:
             f = f.unflatten(1, (self.groups, -1)).mean(dim=2)
             p = p.unflatten(1, (self.groups, -1)).sum(dim=2)
-        total, groups = (f * p).sum(), (rows_S > 0).float().sum()
-        if apart:
-            total, groups = summed(total, groups)
-        return total / groups.clamp_min(1)
+        return (f * p).sum(dim=1).sum(), (rows_S > 0).float().sum()
 
     def _importance(self, routing: Routing) -> Tensor:
         if self.importance == "probs":
@@ -109,11 +122,14 @@ class ZLoss(BalancePart):
     weight: NonNegativeFloat = 1e-3
 
     def losses(self, routings: Sequence[Routing], rng: Generator | None = None) -> tuple[Aux, ...]:
-        return tuple(term("z_loss", r, self.value(r), self.weight) for r in routings)
+        values = mean_rows(routings, map(self._of, routings))
+        return tuple(term("z_loss", r, v, self.weight) for r, v in zip(routings, values))
 
     def value(self, routing: Routing) -> Tensor:
-        logits = scored_columns(routing, routing.logits)
-        return mean_rows(routing, logits.logsumexp(dim=1).square())
+        return mean_rows([routing], [self._of(routing)])[0]
+
+    def _of(self, routing: Routing) -> Tensor:
+        return scored_columns(routing, routing.logits).logsumexp(dim=1).square()
 
 
 @BALANCES.register
@@ -127,12 +143,16 @@ class EntropyLoss(BalancePart):
     weight: float = 1e-4
 
     def losses(self, routings: Sequence[Routing], rng: Generator | None = None) -> tuple[Aux, ...]:
-        return tuple(term("entropy", r, self.value(r), self.weight) for r in routings)
+        values = mean_rows(routings, map(self._of, routings))
+        return tuple(term("entropy", r, v, self.weight) for r, v in zip(routings, values))
 
     def value(self, routing: Routing) -> Tensor:
+        return mean_rows([routing], [self._of(routing)])[0]
+
+    def _of(self, routing: Routing) -> Tensor:
         p = scored_columns(routing, routing.probs)
         # log of 0 has no gradient to give; a closed candidate contributes 0.
-        return mean_rows(routing, -(p * p.clamp_min(1e-30).log()).sum(dim=1))
+        return -(p * p.clamp_min(1e-30).log()).sum(dim=1)
 
     def check(self, router: RouterConfig, num_experts: int | None) -> None:
         if router.probability != "softmax":
@@ -159,17 +179,17 @@ class SelectionBiasUpdate(BalancePart):
             return
         if len(places) != len(routers):
             raise ValueError(f"{len(routers)} routers for {len(places)} (layer, round) pairs")
-        counts: dict[int, Tensor] = {}
+        loads: dict[int, Tensor] = {}
         owners: dict[int, Router] = {}
-        for router, place in zip(routers, places):
-            same = [r for r in routings if (r.layer, r.round) == place]
-            (load,) = summed(torch.stack([r.counts()[: r.num_scored] for r in same]).sum(dim=0))
+        same = [[r for r in routings if (r.layer, r.round) == place] for place in places]
+        stacks = [torch.stack([r.counts()[: r.num_scored] for r in these]) for these in same]
+        for router, load in zip(routers, summed(*(counts.sum(dim=0) for counts in stacks))):
             owners[id(router)] = router
-            counts[id(router)] = counts.get(id(router), torch.zeros_like(load)) + load
+            loads[id(router)] = loads.get(id(router), torch.zeros_like(load)) + load
         for key, router in owners.items():
             if router.selection_bias is None:
                 raise ValueError("a router without selection_bias cannot be updated")
-            load = counts[key]
+            load = loads[key]
             with torch.no_grad():
                 step = self.rate * torch.sign(load.mean() - load)
                 router.selection_bias += step.to(router.selection_bias)

@@ -19,37 +19,37 @@ def average(parameters: Mapping[str, nn.Parameter], layout: Layout, processes: P
     """Average gradients over the processes that have the same parameter.
 
     Shards have been averaged by their own exchange. An expert has the gradients of rows from all
-    of its group, added up, where the mean over as many processes is wanted.
+    of its group, added up, where the mean over as many processes is wanted. Where some process has
+    no gradient its part of the mean is 0; where none has one, there is none after it.
     """
-    _fill(parameters, layout, processes)
     config = processes.config
-    kinds: dict[Cut, list[Tensor]] = {}
+    kinds: dict[Cut, list[nn.Parameter]] = {}
     for name, parameter in parameters.items():
-        if parameter.grad is not None:
-            kinds.setdefault(layout.of(name), []).append(parameter.grad)
+        kinds.setdefault(layout.of(name), []).append(parameter)
     for cut in sorted(kinds):
         axes = [("data", True), ("shard", not cut.shard), ("expert", not cut.expert)]
         group = tuple(axis for axis, averaged in axes if averaged)
         parts = config.data * config.expert * (1 if cut.shard else config.shard)
-        for bucket in buckets(kinds[cut]):
-            if group not in processes.groups:
-                torch._foreach_div_(bucket, parts)
-                continue
-            flat = torch.cat([value.flatten() for value in bucket])
-            processes.reduce(flat, "sum", group).div_(parts)
-            means = flat.split([value.numel() for value in bucket])
-            torch._foreach_copy_(bucket, [m.view(v.shape) for m, v in zip(means, bucket)])
+        if group in processes.groups:
+            for bucket in buckets(kinds[cut]):
+                _average(bucket, group, parts, processes)
+        elif parts > 1:
+            torch._foreach_div_([p.grad for p in kinds[cut] if p.grad is not None], parts)
 
 
-def _fill(parameters: Mapping[str, nn.Parameter], layout: Layout, processes: Processes) -> None:
-    """Zeros where another process has a gradient and this one has none."""
-    same = [parameter for name, parameter in parameters.items() if not layout.of(name).expert]
-    if not same:
-        return
-    has = torch.tensor([float(parameter.grad is not None) for parameter in same])
-    for parameter, known in zip(same, processes.reduce(has, "max").tolist()):
-        if known and parameter.grad is None:
-            parameter.grad = torch.zeros_like(parameter)
+def _average(
+    bucket: list[nn.Parameter], group: tuple[str, ...], parts: int, processes: Processes
+) -> None:
+    """One message: every gradient, and which of them there are."""
+    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in bucket]
+    has = gradients[0].new_tensor([float(p.grad is not None) for p in bucket])
+    flat = torch.cat([*(value.flatten() for value in gradients), has])
+    processes.reduce(flat, "sum", group)
+    *sums, known = flat.split([*(value.numel() for value in gradients), len(bucket)])
+    torch._foreach_div_(sums, parts)
+    torch._foreach_copy_(gradients, [s.view(v.shape) for s, v in zip(sums, gradients)])
+    for parameter, gradient, some in zip(bucket, gradients, known.tolist()):
+        parameter.grad = gradient if some else None
 
 
 def total_norm(
@@ -70,18 +70,18 @@ def total_norm(
     return total.sqrt()
 
 
-def buckets(gradients: Iterable[Tensor]) -> Iterator[list[Tensor]]:
-    """Gradients of one type and device, together up to a size."""
-    kinds: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
-    for value in gradients:
-        kinds.setdefault((value.dtype, value.device), []).append(value)
-    for values in kinds.values():
-        bucket: list[Tensor] = []
+def buckets(parameters: Iterable[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
+    """Parameters of one type and device, together up to a size; the same in every process."""
+    kinds: dict[tuple[torch.dtype, torch.device], list[nn.Parameter]] = {}
+    for parameter in parameters:
+        kinds.setdefault((parameter.dtype, parameter.device), []).append(parameter)
+    for members in kinds.values():
+        bucket: list[nn.Parameter] = []
         size = 0
-        for value in values:
-            if bucket and size + value.numel() > BUCKET:
+        for parameter in members:
+            if bucket and size + parameter.numel() > BUCKET:
                 yield bucket
                 bucket, size = [], 0
-            bucket.append(value)
-            size += value.numel()
+            bucket.append(parameter)
+            size += parameter.numel()
         yield bucket

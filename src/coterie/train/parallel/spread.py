@@ -8,7 +8,7 @@ hold whole tensors, as those of one process do.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from coterie.train.parallel.layout import Layout
 from coterie.train.parallel.processes import Processes
 from coterie.train.parallel.sharding import blocks_of, is_sharded, shard_model, sync_gradients
 from coterie.train.placement import Groups, Placement
+from coterie.train.signals import StopSignals
 
 
 class Spread(Placement):
@@ -44,6 +45,8 @@ class Spread(Placement):
         self.stream = (processes.rank,)
         self._sharded: list[tuple[nn.Parameter, nn.Parameter]] = []  # the model's, what we hold
         self._model: nn.Module | None = None
+        self._signals: StopSignals | None = None
+        self._received: int | None = None
 
     def place(self, model: nn.Module) -> None:
         config = self.processes.config
@@ -66,6 +69,9 @@ class Spread(Placement):
         for group in optimizer.param_groups:
             group["params"] = [replaced[id(value)] for value in group["params"]]
         return held
+
+    def watch(self, signals: StopSignals) -> None:
+        self._signals = signals
 
     def sharing(self) -> AbstractContextManager[None]:
         return sharing(self.processes.share)
@@ -90,33 +96,33 @@ class Spread(Placement):
     def norm(self, parameters: Mapping[str, nn.Parameter]) -> Tensor:
         return total_norm(parameters, self.layout, self.processes)
 
-    def mean(self, value: Tensor) -> Tensor:
-        return self.processes.reduce(value.detach().clone()) / self.count
+    def joined(self, total: Tensor, losses: list[Losses]) -> tuple[Tensor, list[Losses]]:
+        """One message says all of it, and which signal came."""
+        received = (self._signals and self._signals.received) or 0
+        said = [total.new_tensor([received]), total[None]]
+        for one in losses:
+            said += [value[None] for value in one.main.values()]
+            said += [value for value in (one.per_sample, one.noise) if value is not None]
+        mine = torch.cat([value.float() for value in said])
+        everyone = self.processes.joined(mine[None])
+        parts = iter(everyone.split([len(value) for value in said], dim=1))
+        self._received = int(next(parts).max()) or None
+        return next(parts).mean(), [self._read(one, parts) for one in losses]
 
-    def joined(self, losses: list[Losses]) -> list[Losses]:
-        return [self._joined(item) for item in losses]
-
-    def _joined(self, losses: Losses) -> Losses:
-        values = torch.stack([value.float() for value in losses.main.values()])
-        means = self.mean(values).unbind()
-
-        def rows(value: Tensor | None) -> Tensor | None:
-            return None if value is None else self.processes.joined(value)
-
+    def _read(self, losses: Losses, parts: Iterator[Tensor]) -> Losses:
         return Losses(
-            main=dict(zip(losses.main, means)),
+            main={name: next(parts).mean() for name in losses.main},
             aux=losses.aux,  # the same in every process
-            per_sample=rows(losses.per_sample),
-            noise=rows(losses.noise),
+            per_sample=None if losses.per_sample is None else next(parts).flatten(),
+            noise=None if losses.noise is None else next(parts).flatten(),
         )
 
     def any_of(self, names: Iterable[str | None]) -> list[str | None]:
         found = self.processes.told(list(names))
         return [next((name for name in each if name is not None), None) for each in zip(*found)]
 
-    def stopped_by(self, signal: int | None) -> int | None:
-        number = int(self.processes.reduce(torch.tensor([signal or 0]), "max"))
-        return number or None
+    def stopped_by(self, signals: StopSignals) -> int | None:
+        return self._received
 
     def on_first(self, work: Callable[[], Any]) -> Any:
         return self.processes.on_first(work)
