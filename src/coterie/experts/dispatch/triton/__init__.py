@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from functools import cache
 
 import torch
 from torch import Tensor
@@ -20,12 +19,7 @@ from coterie.experts.dispatch.plan import DispatchPlan, by_expert
 from coterie.experts.kinds.pool import ExpertPool
 
 _TYPES = (torch.bfloat16, torch.float16, torch.float32)
-
-
-@cache
-def installed() -> bool:
-    """Whether triton can be imported."""
-    return importlib.util.find_spec("triton") is not None
+_INSTALLED = importlib.util.find_spec("triton") is not None
 
 
 def interpreting() -> bool:
@@ -36,7 +30,15 @@ def interpreting() -> bool:
 def serves(x: Tensor, pool: ExpertPool) -> bool:
     """A feed-forward kind in a type the kernels know, on a device they run on."""
     on = x.is_cuda or (x.device.type == "cpu" and interpreting())
-    return on and x.dtype in _TYPES and pool.kind.feed_forward() is not None and installed()
+    if not on or x.dtype not in _TYPES or pool.kind.feed_forward() is None or not _INSTALLED:
+        return False
+    return torch.compiler.is_compiling() or not _transformed()
+
+
+def _transformed() -> bool:
+    """Whether gradients are being taken by other means than the backward pass."""
+    inside: bool = torch._C._functorch.peek_interpreter_stack() is not None
+    return inside or torch.autograd.forward_ad._current_level >= 0
 
 
 def run_triton(x: Tensor, plan: DispatchPlan, pool: ExpertPool, float32: bool) -> Tensor:
@@ -52,16 +54,7 @@ def run_triton(x: Tensor, plan: DispatchPlan, pool: ExpertPool, float32: bool) -
     biases = [None if name is None else stacks[name] for name in (made.up_bias, made.down_bias)]
     leaves = (x, plan.gates, *stacks.values())
     keep = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in leaves)
-    y, _ = experts(
-        x.reshape(-1, x.shape[-1]).contiguous(),
-        plan.gates.float().contiguous(),
-        plan.ids.contiguous(),
-        *by_expert(plan.ids, plan.num_experts),
-        *weights,
-        *biases,
-        made.activation,
-        made.gated,
-        float32,
-        keep,
-    )
-    return y.view(x.shape)
+    rows = x.reshape(-1, x.shape[-1]).contiguous()
+    gates, ids = plan.gates.float().contiguous(), plan.ids.contiguous()
+    tensors = (rows, gates, ids, *by_expert(ids, plan.num_experts), *weights, *biases)
+    return experts(tensors, made.activation, made.gated, float32, keep).view(x.shape)
