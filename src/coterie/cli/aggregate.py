@@ -46,9 +46,10 @@ def command(
     quiet: bool,
     **sizes: int | None,
 ) -> None:
-    """Train aggregators that weigh the features of RUNs, layer by layer; the RUNs stay as they are.
+    """Fuse networks of one topology, feature by feature, by trained weights.
 
-    First ask whether there is anything to gain; then train. The same command again resumes.
+    Aggregators weigh the features of RUNs per pixel and layer; the RUNs stay as they are. First ask
+    whether there is anything to gain; then train. The same command again resumes.
 
     \b
       coterie aggregate runs/a runs/b --headroom

@@ -18,7 +18,7 @@ VERBS = {
     "adapter": "Add up adapters that were trained apart; check that they go together; export.",
     "guide": "Make a network that reads clean pictures a guide of samples.",
     "compose": "Trained models as one whose law is known: product, average, power.",
-    "aggregate": "Networks of one topology, fused feature by feature, and what that could be worth.",
+    "aggregate": "Fuse networks of one topology, feature by feature, by trained weights.",
     "ranges": "Denoisers of ranges of noise levels as one run.",
     "sample": "Draw samples from a run.",
     "restore": "Restore the pictures of a folder with a run.",
