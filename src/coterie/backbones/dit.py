@@ -18,6 +18,7 @@ from coterie.backbones.base import (
     BackbonePart,
 )
 from coterie.backbones.conditioning import embed_condition, label_tokens
+from coterie.backbones.references import ReferenceConfig, ReferenceStem
 from coterie.backbones.taps import Layers, Point, Tap, Topology
 from coterie.backbones.trunk import Trunk, TrunkConfig, modulate
 from coterie.core.context import Context
@@ -27,11 +28,13 @@ from coterie.core.routing import Routing
 from coterie.experts.routers.config import within
 from coterie.nn.embed import LabelEmbedding, TimeEmbedding, sincos_grid
 from coterie.nn.init import zero_linear
+from coterie.nn.patches import patchify
 
 
 @BACKBONES.register
 class DiTConfig(BackbonePart):
-    """``learned_variance`` doubles the output channels (DDPM recipes)."""
+    """``learned_variance`` doubles the output channels (DDPM recipes). ``references``: the image
+    attends to other images, see :mod:`.references`."""
 
     kind: Literal["dit"] = "dit"
     told: ClassVar[frozenset[str]] = TOLD_BY_DENOISERS
@@ -40,6 +43,7 @@ class DiTConfig(BackbonePart):
     patch: int = Field(7, ge=1)
     num_classes: int = Field(10, ge=0)
     learned_variance: bool = False
+    references: ReferenceConfig | None = None
     trunk: TrunkConfig = TrunkConfig()
 
     @model_validator(mode="after")
@@ -49,7 +53,22 @@ class DiTConfig(BackbonePart):
             raise ConfigError(describe("patch", self.patch, allowed))
         within("trunk", lambda: self.trunk.check_grid(self.grid))
         self.check_told(self.told)
+        if self.references is not None:
+            self._check_references()
         return self
+
+    def _check_references(self) -> None:
+        assert self.references is not None
+        self.references.sized(self.image_size, self.channels, self.patch)
+        trunk = self.trunk
+        for field, value in (("causal", trunk.causal), ("rotary", trunk.rotary)):
+            if value:
+                hint = "references lie on no line with the image's tokens"
+                raise ConfigError(describe(f"trunk.{field}", value, "false", hint))
+        if trunk.window is not None:
+            hint = "every token attends to the references"
+            raise ConfigError(describe("trunk.window", trunk.window, "null", hint))
+        self.check_told({"task"}, "a reference")
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -79,6 +98,10 @@ class PatchEncoder(nn.Module):
         self.time = TimeEmbedding(width)
         self.label = LabelEmbedding(config.num_classes, width) if config.num_classes else None
         self.trunk = Trunk(config.trunk, config.tokens, config.grid)
+        self.references = None
+        if config.references is not None:
+            sized = config.references.sized(config.image_size, config.channels, config.patch)
+            self.references = ReferenceStem(sized, config.patch, width)
         self.head_norm = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
         self.head_modulation = AdaptiveLinear(width, width, HEAD)
         self.register_buffer("positions", sincos_grid(config.grid, width), persistent=False)
@@ -91,7 +114,26 @@ class PatchEncoder(nn.Module):
         self.time.reset_parameters()
         if self.label is not None:
             self.label.reset_parameters()
+        if self.references is not None:
+            self.references.reset_parameters()
         zero_linear(self.head_modulation)
+
+    @property
+    def has_references(self) -> bool:
+        return self.references is not None
+
+    def prepare(self, cond: Condition) -> Condition:
+        """``cond`` with its references worked out: ``keys_values`` in their place."""
+        if self.references is None or cond.references is None:
+            return cond
+        z_MLD, ctx = self.references(cond)
+        made = self.trunk.keys_values(z_MLD, ctx)
+        batch, count = cond.references.shape[:2]
+        keys_values = made.unflatten(0, (batch, count)).movedim(1, 3).flatten(3, 4)
+        mask = self.references.mask(cond)
+        return cond.replace(
+            references=None, reference_kinds=None, keys_values=keys_values, keys_mask=mask
+        )
 
     def encode(
         self, x: Tensor, ctx: Context, cond: Condition
@@ -114,16 +156,17 @@ class PatchEncoder(nn.Module):
 
     def embed(self, ctx: Context, cond: Condition) -> Context:
         """The context of the blocks, whatever x is."""
-        return embed_condition(ctx, cond, self.time, self.label, self.config.tokens)
+        ctx = embed_condition(ctx, cond, self.time, self.label, self.config.tokens)
+        if self.references is None:
+            return ctx
+        cond = self.prepare(cond)
+        return ctx.replace(keys_values=cond.keys_values, keys_mask=cond.keys_mask)
 
     def _normalised(self, z_BND: Tensor, ctx: Context) -> Tensor:
         return modulate(self.head_norm(z_BND), *adaptive(self.head_modulation, ctx, HEAD))
 
     def _patchify(self, x: Tensor) -> Tensor:
-        B, C = x.shape[:2]
-        P, (rows, columns) = self.config.patch, self.config.grid
-        x = x.reshape(B, C, rows, P, columns, P).permute(0, 2, 4, 1, 3, 5)
-        return x.reshape(B, rows * columns, C * P * P)
+        return patchify(x, self.config.patch)
 
 
 class DiT(PatchEncoder):

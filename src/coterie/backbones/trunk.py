@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
+import torch
 from pydantic import Field, PositiveInt, model_validator
 from torch import Tensor, nn
 
@@ -28,7 +29,7 @@ from coterie.core.context import Context
 from coterie.core.errors import ConfigError, describe
 from coterie.core.routing import Routing
 from coterie.experts import ExpertLayer, ExpertOutput
-from coterie.nn.attention import SelfAttention
+from coterie.nn.attention import Memory, SelfAttention
 from coterie.nn.init import normal_linear, xavier_linear, zero_linear
 from coterie.nn.mlp import FEED_FORWARD
 from coterie.nn.windows import Windows
@@ -171,19 +172,9 @@ class Block(nn.Module):
         """``states``: router state by slot, from the layer before; updated for the one after."""
         states = {} if states is None else states
         routings: list[Routing] = []
-        u_BND = z_BND
-        if self.pre_block is not None:
-            answer = _ask(
-                self.pre_block, z_BND, ctx.replace(slot="pre_block", stream=z_BND), states
-            )
-            routings.extend(answer.routings)
-            u_BND = (1 + answer.y) * z_BND
         shift1, factor1, gate1, shift2, factor2, gate2 = self._modulation(ctx)
-        h_BND = self._modulate(self.norm1(u_BND), shift1, factor1)
-        if self.added:
-            assert ctx.embedding is not None
-            h_BND = h_BND + ctx.embedding[:, None]
-        attended_BND = self._gate(self.attention(h_BND, ctx.token_mask), gate1)
+        u_BND, h_BND = self._read(z_BND, ctx, states, routings, shift1, factor1)
+        attended_BND = self._gate(self.attention(h_BND, ctx.token_mask, self._memory(ctx)), gate1)
         h_BND = self._modulate(self.norm2(u_BND + attended_BND), shift2, factor2)
         if isinstance(self.ffn, ExpertLayer):
             stream_BND = u_BND + attended_BND
@@ -196,6 +187,40 @@ class Block(nn.Module):
             return y_BND, routings
         stream_BND = h_BND if self.replaced else z_BND + attended_BND
         return stream_BND + self._gate(y_BND, gate2), routings
+
+    def keys_values(self, z_BND: Tensor, ctx: Context) -> Tensor:
+        """[B, 2, N, G*d]: what others attend to of the tokens that come in here."""
+        shift, factor, *_ = self._modulation(ctx)
+        _, h_BND = self._read(z_BND, ctx, {}, [], shift, factor)
+        return self.attention.keys_values(h_BND)
+
+    def _read(
+        self,
+        z_BND: Tensor,
+        ctx: Context,
+        states: dict[str, Tensor],
+        routings: list[Routing],
+        shift_B1D: Tensor | None,
+        factor_B1D: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        """The stream as the block reads it, and as its attention does."""
+        u_BND = z_BND
+        if self.pre_block is not None:
+            own = ctx.replace(slot="pre_block", stream=z_BND)
+            answer = _ask(self.pre_block, z_BND, own, states)
+            routings.extend(answer.routings)
+            u_BND = (1 + answer.y) * z_BND
+        h_BND = self._modulate(self.norm1(u_BND), shift_B1D, factor_B1D)
+        if self.added:
+            assert ctx.embedding is not None
+            h_BND = h_BND + ctx.embedding[:, None]
+        return u_BND, h_BND
+
+    @staticmethod
+    def _memory(ctx: Context) -> Memory | None:
+        if ctx.keys_values is None:
+            return None
+        return Memory(ctx.keys_values[:, :, ctx.layer], ctx.keys_mask)
 
     def _modulation(self, ctx: Context) -> Sequence[Tensor | None]:
         if self.modulation is None:
@@ -270,3 +295,16 @@ class Trunk(ExpertHost):
             z_BND, made = block(z_BND, ctx.replace(layer=layer), states)
             routings.extend(made)
         return z_BND, tuple(routings)
+
+    def keys_values(self, z_BND: Tensor, ctx: Context) -> Tensor:
+        """[B, 2, layers, N, G*d]: keys and values of tokens that see each other and nothing else,
+        for :class:`Context` ``keys_values``. Routings made on the way are not kept."""
+        states: dict[str, Tensor] = {}
+        made = []
+        for layer, block in enumerate(self.blocks):
+            assert isinstance(block, Block)
+            own = ctx.replace(layer=layer)
+            made.append(block.keys_values(z_BND, own))
+            if layer + 1 < len(self.blocks):
+                z_BND, _ = block(z_BND, own, states)
+        return torch.stack(made, dim=2)

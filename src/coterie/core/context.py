@@ -48,6 +48,8 @@ class Context:
     rng: Generator | None = None  # for jitter and sampling routers; None = no noise
     stream: Tensor | None = None  # [B, N, D], the residual stream before its norm
     state: Tensor | None = None  # router state carried from the layer before
+    keys_values: Tensor | None = None  # [B, 2, layers, M, D], of tokens that all may attend to
+    keys_mask: Tensor | None = None  # bool [B, M]
     known: Mapping[str, Any] | None = None  # what a cache knows of this noise level and label
 
     def replace(self, **changes: Any) -> Self:

@@ -1,9 +1,11 @@
-"""Multi-head self attention over one set of tokens.
+"""Multi-head self attention over one set of tokens, and over a second set that was kept.
 
-Shapes: B batch, N tokens, D width, H heads, G key and value heads, d head width.
+Shapes: B batch, N tokens, M kept tokens, D width, H heads, G key and value heads, d head width.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +13,14 @@ from torch.nn import functional as F
 
 from coterie.nn.embed import rotary_table, rotate
 from coterie.nn.windows import Windows
+
+
+class Memory(NamedTuple):
+    """Keys and values, as :meth:`SelfAttention.keys_values` makes them, of tokens that others
+    attend to and that attend to nobody."""
+
+    keys_values: Tensor  # [B, 2, M, G*d]
+    mask: Tensor | None = None  # bool [B, M], False = nobody attends to it
 
 
 class SelfAttention(nn.Module):
@@ -50,15 +60,30 @@ class SelfAttention(nn.Module):
             self.register_buffer("rotary_cos", cos, persistent=False)
             self.register_buffer("rotary_sin", sin, persistent=False)
 
-    def forward(self, x_BND: Tensor, token_mask_BN: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x_BND: Tensor,
+        token_mask_BN: Tensor | None = None,
+        memory: Memory | None = None,
+    ) -> Tensor:
+        """``memory``: more tokens to attend to, before those of x; only without windows, causal
+        masks and rotary positions."""
         if self.windows is None:
-            return self._attend(x_BND, token_mask_BN)
+            return self._attend(x_BND, token_mask_BN, memory)
         mask = token_mask_BN
         if mask is not None:
             mask = self.windows.split(mask[:, :, None])[:, :, 0]
         return self.windows.join(self._attend(self.windows.split(x_BND), mask))
 
-    def _attend(self, x_BND: Tensor, token_mask_BN: Tensor | None) -> Tensor:
+    def keys_values(self, x_BND: Tensor) -> Tensor:
+        """[B, 2, N, G*d]: what a :class:`Memory` of these tokens holds."""
+        D = x_BND.shape[-1]
+        k, v = self.qkv(x_BND)[..., D:].unflatten(2, (-1, D // self.heads)).chunk(2, dim=2)
+        return torch.stack([self.key_norm(k).flatten(2), v.flatten(2)], dim=1)
+
+    def _attend(
+        self, x_BND: Tensor, token_mask_BN: Tensor | None, memory: Memory | None = None
+    ) -> Tensor:
         B, N, D = x_BND.shape
         qkv = self.qkv(x_BND).unflatten(2, (-1, D // self.heads)).transpose(1, 2)
         q, k, v = qkv.split((self.heads, self.kv_heads, self.kv_heads), dim=1)
@@ -67,12 +92,29 @@ class SelfAttention(nn.Module):
             cos, sin = self.get_buffer("rotary_cos")[:N], self.get_buffer("rotary_sin")[:N]
             q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         mask = None if token_mask_BN is None else self._key_mask(token_mask_BN)
+        if memory is not None:
+            kept = memory.keys_values.unflatten(3, (self.kv_heads, -1)).transpose(2, 3)
+            k, v = torch.cat([kept[:, 0], k], dim=2), torch.cat([kept[:, 1], v], dim=2)
+            mask = self._with_memory(mask, memory, N)
         causal = self.causal and mask is None
         grouped = self.kv_heads < self.heads
         y = F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=grouped
         )
         return self.out(y.transpose(1, 2).reshape(B, N, D))
+
+    @staticmethod
+    def _with_memory(mask: Tensor | None, memory: Memory, N: int) -> Tensor | None:
+        """bool [B, 1, N, M + N]; None where everybody sees everything."""
+        if mask is None and memory.mask is None:
+            return None
+        B, _, M, _ = memory.keys_values.shape
+        seen = memory.mask
+        if seen is None:
+            seen = torch.ones(B, M, dtype=torch.bool, device=memory.keys_values.device)
+        if mask is None:
+            mask = torch.ones(B, 1, N, N, dtype=torch.bool, device=seen.device)
+        return torch.cat([seen[:, None, None].expand(-1, -1, N, -1), mask], dim=3)
 
     def _key_mask(self, token_mask_BN: Tensor) -> Tensor:
         """bool [B, 1, N, N]; a token always sees itself, so that padding rows stay finite."""
