@@ -24,8 +24,8 @@ FLOORS: tuple[tuple[str, ...], ...] = (
 FLOOR = {area: floor for floor, areas in enumerate(FLOORS) for area in areas}
 
 # Neighbours that may be named, one way only: a denoiser is a backbone with its process, and a
-# finished run leaves a model directory.
-NEIGHBOURS = {("denoiser", "backbones"), ("train", "hub")}
+# finished run leaves a model directory, and may be made of networks of other libraries.
+NEIGHBOURS = {("denoiser", "backbones"), ("train", "hub"), ("train", "interop")}
 
 # What anyone may take from the package itself; everything there is only a shorter name.
 ROOT_NAMES = {"__version__"}

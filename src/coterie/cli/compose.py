@@ -42,10 +42,10 @@ class Told(click.ParamType[tuple[Any, ...]]):
         return tuple(int(piece) if piece.isdigit() else piece for piece in pieces)
 
 
-class Reward(click.ParamType[dict[str, Any]]):
-    """A kind of reward, or a JSON object with ``kind``."""
+class Kind(click.ParamType[dict[str, Any]]):
+    """A kind of part, or a JSON object with ``kind``."""
 
-    name = "reward"
+    name = "kind"
 
     def convert(self, value: Any, param: Any, ctx: click.Context | None) -> dict[str, Any]:
         if isinstance(value, dict):
@@ -70,11 +70,15 @@ class Reward(click.ParamType[dict[str, Any]]):
     help="Product of densities, geometric average, one to a power, or a density times a reward.",
 )
 @click.option("--tilt", type=float, help="Mode tilt: how many times the reward.")
-@click.option(
-    "--reward", type=Reward(), help="Mode tilt: brightness, symmetry, or JSON of a reward."
-)
+@click.option("--reward", type=Kind(), help="Mode tilt: brightness, symmetry, or JSON of a reward.")
 @click.option("--labels", type=Told(), help="Per RUN: given, null or a class. [given]")
 @click.option("--process", help="Process to sample in, where the runs have different ones.")
+@click.option("--data", type=Kind(), help="Without any run: the data, a kind or JSON.")
+@click.option(
+    "--view",
+    type=click.Choice(["eps", "x0", "v", "flow"]),
+    help="What networks of diffusers without a scheduler answer. [eps]",
+)
 @click.option(
     "--corrector",
     type=click.Choice(["fkc", "none"]),
@@ -103,6 +107,8 @@ def command(
     reward: dict[str, Any] | None,
     labels: tuple[Any, ...] | None,
     process: str | None,
+    data: dict[str, Any] | None,
+    view: str | None,
     corrector: str,
     particles: int,
     scheme: str,
@@ -114,6 +120,8 @@ def command(
 ) -> None:
     """Compose trained models: a run that trains nothing and is sampled like any other.
 
+    RUN: a run or model directory, a pipeline of diffusers, or one network of it.
+
     \b
       coterie compose runs/low runs/high --mode average --out runs/both
       coterie compose runs/dit runs/dit --labels null,given --betas -2,3 --out runs/guided
@@ -121,6 +129,7 @@ def command(
       coterie compose runs/low --mode tilt --tilt 40 --reward brightness --out runs/bright
       coterie sample runs/both
     """
+    from coterie.data import SOURCES
     from coterie.ensembles.product import CompositionConfig
     from coterie.solvers import FeynmanKacConfig
     from coterie.train.composed import composed_run
@@ -141,7 +150,8 @@ def command(
         check_tilt(tilt, reward)
     settings = {"particles": particles, "scheme": scheme, "ess": ess, "clamp": clamp}
     solver = FeynmanKacConfig.from_dict(settings) if corrector == "fkc" else None
-    config = composed_run(runs, composition, solver)
+    source = None if data is None else SOURCES.parse(data)
+    config = composed_run(runs, composition, solver, source, view)
     if dry_run:
         say(config.to_json())
         return

@@ -7,11 +7,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from coterie.core.errors import ConfigError, describe
+from coterie.core.registry import Part
 from coterie.ensembles.model import EnsembleModelConfig, MemberConfig
 from coterie.ensembles.product import Composition, CompositionConfig
 from coterie.hub import load_manifest
 from coterie.inspect.composed import Composed
+from coterie.interop.diffusers.expert import DiffusersConfig, is_diffusers
+from coterie.interop.diffusers.pipeline import INDEX
 from coterie.solvers import FeynmanKacConfig, GuidanceConfig
+from coterie.train.config import TrainConfig
 from coterie.train.initial import KINDS
 from coterie.train.pretrained import PretrainedConfig
 from coterie.train.run import LoadedRun, RunConfig
@@ -21,29 +25,40 @@ def composed_run(
     paths: Sequence[str | Path],
     composition: CompositionConfig,
     particles: FeynmanKacConfig | None = None,
+    data: Part | None = None,
+    view: str | None = None,
 ) -> RunConfig:
-    """The configuration of a run whose model is the composition of those at ``paths``: run or
-    model directories, at least one of them a run: data and grid are those of the first.
+    """The configuration of a run whose model is the composition of those at ``paths``: runs, model
+    directories, pipelines or networks of diffusers. Data and grid are those of the first run; where
+    there is none, ``data`` says what samples are compared with.
 
-    ``particles`` is for corrector "fkc". Guidance is off: it is a composition itself.
-    ConfigError where nothing lies at a path, or the models are of different data.
+    ``particles`` is for corrector "fkc". Guidance is off: it is a composition itself. A network of
+    diffusers without a scheduler answers ``view`` in the composition's process. ConfigError where
+    nothing lies at a path, or the models are of different data.
     """
-    base = next((RunConfig.load(file) for file in map(_config, paths) if file.is_file()), None)
-    if base is None:
-        hint = "a model directory does not say how to sample"
-        raise ConfigError(describe("RUN", [str(path) for path in paths], "a run directory", hint))
+    base = next((RunConfig.load(_config(path)) for path in paths if _is_run(path)), None)
+    if base is not None and data is not None:
+        raise ConfigError(describe("data", data.kind, "none: a run says what its data are"))
     corrected = composition.corrector == "fkc"
     if corrected != (particles is not None):
         allowed = "settings of the particles" if corrected else "none without a corrector"
         raise ConfigError(describe("particles", particles, allowed))
-    members = tuple(member_of(Path(path), paths) for path in paths)
+    members = tuple(member_of(Path(path), paths, composition.process, view) for path in paths)
+    composition = _pinned(composition)
+    model = EnsembleModelConfig(ensemble=composition, members=members)
+    if base is None:
+        if data is None:
+            given = [str(path) for path in paths]
+            hint = "a model alone does not say what its data are: name them (--data)"
+            raise ConfigError(describe("RUN", given, "a run directory", hint))
+        base = RunConfig(data=data, model=model, train=TrainConfig(steps=0))
     solver = particles or base.sample.solver
     count = (particles.particles if particles else None) or 1
     return base.replace(
         recipe="",
         preset="",
         init=None,
-        model=EnsembleModelConfig(ensemble=composition, members=members),
+        model=model,
         train=base.train.replace(steps=0),
         sample=base.sample.replace(
             solver=solver,
@@ -53,9 +68,27 @@ def composed_run(
     )
 
 
-def member_of(path: Path, all_paths: Sequence[str | Path]) -> MemberConfig:
-    model = PretrainedConfig(path=str(path))
-    if model.absent:
+def _pinned(composition: CompositionConfig) -> CompositionConfig:
+    """With the weights that its reward reads now."""
+    reward = composition.reward
+    network = getattr(reward, "network", None)
+    if reward is None or not isinstance(network, PretrainedConfig | DiffusersConfig):
+        return composition
+    return composition.replace(reward=reward.replace(network=network.pinned()))
+
+
+def member_of(
+    path: Path,
+    all_paths: Sequence[str | Path],
+    process: Part | None = None,
+    view: str | None = None,
+) -> MemberConfig:
+    model: PretrainedConfig | DiffusersConfig = PretrainedConfig(path=str(path))
+    if is_diffusers(path):
+        alone = not (path / INDEX).is_file()
+        told = {"process": process, "view": view or "eps"} if alone else {}
+        model = DiffusersConfig.from_dict({"path": str(path), **told})
+    elif model.absent:
         raise ConfigError(describe("RUN", str(path), KINDS, model.absent))
     names = [Path(other).name for other in all_paths]
     name = path.name if names.count(path.name) == 1 else str(path)
@@ -64,13 +97,19 @@ def member_of(path: Path, all_paths: Sequence[str | Path]) -> MemberConfig:
 
 def _space(path: Path) -> str:
     """What the numbers of a sample are: pixels and latents of one shape are not the same."""
-    if _config(path).is_file():
+    if is_diffusers(path):
+        return "latents" if (path / "vae").is_dir() else ""
+    if _is_run(path):
         kind = RunConfig.load(_config(path)).data.whole.kind
     else:
         kind = str(load_manifest(path).extra.get("data", ""))
     if not kind:
         return ""
     return "latents" if kind == "latents" else "data"
+
+
+def _is_run(path: str | Path) -> bool:
+    return _config(path).is_file() and not is_diffusers(path)
 
 
 def _config(path: str | Path) -> Path:

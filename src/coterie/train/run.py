@@ -14,6 +14,7 @@ from typing import Annotated, Any
 import torch
 from pydantic import Field, SerializeAsAny, model_validator
 
+import coterie.interop.diffusers.expert
 import coterie.solvers.guided
 import coterie.train.generated
 import coterie.train.islands

@@ -4,6 +4,15 @@ Importing this loads nothing of diffusers: places are found by structure.
 """
 
 from coterie.interop.diffusers.attach import DiffusersHost, attach
+from coterie.interop.diffusers.expert import DiffusersConfig, DiffusersExpert, is_diffusers
 from coterie.interop.diffusers.pipeline import DiffusersDenoiser, load_noise_ranges
 
-__all__ = ["DiffusersDenoiser", "DiffusersHost", "attach", "load_noise_ranges"]
+__all__ = [
+    "DiffusersConfig",
+    "DiffusersDenoiser",
+    "DiffusersExpert",
+    "DiffusersHost",
+    "attach",
+    "is_diffusers",
+    "load_noise_ranges",
+]

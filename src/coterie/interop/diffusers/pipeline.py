@@ -23,6 +23,7 @@ from coterie.backbones import unet_layers
 from coterie.backbones.taps import Layers, Topology
 from coterie.core.errors import CheckpointError, ConfigError, describe, unknown
 from coterie.core.prediction import Condition, Prediction, View, check_times
+from coterie.core.registry import Part
 from coterie.core.tensors import copy_tensors
 from coterie.ensembles import LoadedMembers, Loader, MemberFacts, NoiseRanges, NoiseRangesConfig
 from coterie.ensembles.blueprint import Blueprint
@@ -119,9 +120,10 @@ def load_noise_ranges(
     stored. Raises ConfigError for pipelines of another make, CheckpointError for missing files.
     """
     folder = Path(path)
-    index = _read(folder / INDEX)
+    index = read_json(folder / INDEX)
     names = _networks(folder, index)
-    process, view = _process(folder, index)
+    part, view = scheduler_process(folder)
+    process = part.build()
     ratio = index.get("boundary_ratio")
     if (ratio is None) != (len(names) == 1):
         allowed = "a number where there are two networks, null where there is one"
@@ -142,7 +144,7 @@ def load_noise_ranges(
     return config.build(LoadedMembers(loaders, resident, prefetch, device))
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise CheckpointError(f"{path}: missing; {path.parent} is not a pipeline of diffusers")
     try:
@@ -168,10 +170,33 @@ def _networks(folder: Path, index: Mapping[str, Any]) -> list[str]:
     )
 
 
-def _process(folder: Path, index: Mapping[str, Any]) -> tuple[Process, View]:
-    """Process and view, from the scheduler's configuration."""
+def component(path: str | Path) -> tuple[Path, str, str]:
+    """(folder, name, class) of the one network at ``path``: a pipeline with one, or itself.
+
+    ConfigError where there are several, or the network is of other code.
+    """
+    folder = Path(path)
+    if not (folder / INDEX).is_file():
+        return folder.parent, folder.name, str(read_json(folder / "config.json")["_class_name"])
+    index = read_json(folder / INDEX)
+    names = _networks(folder, index)
+    if len(names) > 1:
+        hint = "load_noise_ranges reads two as one ensemble"
+        raise ConfigError(describe(f"{folder / INDEX}: components", names, "one network", hint))
+    return folder, names[0], _own(folder, names[0], index[names[0]])
+
+
+def read_network(folder: Path, name: str, kind: str) -> nn.Module:
+    """A network of diffusers with its weights, as stored, in eval mode."""
+    blueprint, files = _blueprint(folder, name, kind), network_files(folder / name)
+    values = {key: value for file in files for key, value in copy_tensors(file).items()}
+    return blueprint.make(values, str(files[0]))
+
+
+def scheduler_process(folder: Path) -> tuple[Part, View]:
+    """Configuration of the process, and the view, from the scheduler's."""
     path = folder / "scheduler" / "scheduler_config.json"
-    facts = _read(path)
+    facts = read_json(path)
     kind = str(facts.get("_class_name", ""))
     told = "flow_prediction" if kind.startswith(FLOW) else facts.get("prediction_type", "epsilon")
     if told not in VIEWS_THERE:
@@ -180,7 +205,7 @@ def _process(folder: Path, index: Mapping[str, Any]) -> tuple[Process, View]:
     steps = int(facts.get("num_train_timesteps", 1000))
     if view == "flow":
         # The scheduler's shift moves its steps; what the network sees is 1000 sigma either way.
-        return PROCESSES.parse({"kind": "rectified_flow", "num_steps": steps}).build(), view
+        return PROCESSES.parse({"kind": "rectified_flow", "num_steps": steps}), view
     schedule = str(facts.get("beta_schedule", "linear"))
     known = {"linear": "linear", "scaled_linear": "scaled_linear", "squaredcos_cap_v2": "cosine"}
     if schedule not in known:
@@ -188,30 +213,40 @@ def _process(folder: Path, index: Mapping[str, Any]) -> tuple[Process, View]:
     fields: dict[str, Any] = {"schedule": known[schedule], "num_steps": steps}
     if known[schedule] != "cosine":
         fields |= {"beta_start": facts.get("beta_start"), "beta_end": facts.get("beta_end")}
-    return discrete.DDPMConfig.from_dict(fields).build(), view
+    return discrete.DDPMConfig.from_dict(fields), view
 
 
 def _loader(
     folder: Path,
     name: str,
-    component: Any,
+    stored: Any,
     process: Process,
     view: View,
     dtype: torch.dtype | None,
 ) -> Loader:
-    library, kind = component
+    kind = _own(folder, name, stored)
+    config = read_json(folder / name / "config.json")
+    shared = ("in_channels", "out_channels", "sample_size", "text_dim", "num_embeds_ada_norm")
+    traits = {key: config[key] for key in shared if config.get(key) is not None}
+    files = network_files(folder / name)
+    read = partial(_load, _blueprint(folder, name, kind), files, process, view, dtype)
+    size = sum(file.stat().st_size for file in files)
+    return Loader(MemberFacts(name, process, view, traits), read, size)
+
+
+def _own(folder: Path, name: str, stored: Any) -> str:
+    """The class of a component; ConfigError unless it is one of diffusers itself."""
+    library, kind = stored
     if library != "diffusers":
         hint = "networks of other code are not run"
         raise ConfigError(describe(f"{folder / INDEX}: {name}", library, "diffusers", hint))
-    config = _read(folder / name / "config.json")
-    shared = ("in_channels", "out_channels", "sample_size", "text_dim", "num_embeds_ada_norm")
-    traits = {key: config[key] for key in shared if config.get(key) is not None}
-    files = _files(folder / name)
+    return str(kind)
+
+
+def _blueprint(folder: Path, name: str, kind: str) -> Blueprint:
+    config = read_json(folder / name / "config.json")
     with torch.random.fork_rng(devices=[]):
-        network = _class(folder, name, str(kind)).from_config(config)
-    read = partial(_load, Blueprint.of(network), files, process, view, dtype)
-    size = sum(file.stat().st_size for file in files)
-    return Loader(MemberFacts(name, process, view, traits), read, size)
+        return Blueprint.of(_class(folder, name, kind).from_config(config))
 
 
 def _class(folder: Path, name: str, kind: str) -> Any:
@@ -225,12 +260,12 @@ def _class(folder: Path, name: str, kind: str) -> Any:
     return found
 
 
-def _files(folder: Path) -> list[Path]:
+def network_files(folder: Path) -> list[Path]:
     """The files of one network; CheckpointError names the first that is not there."""
     shards = folder / f"{WEIGHTS}.index.json"
     names = {WEIGHTS}
     if shards.is_file():
-        names = {str(name) for name in dict(_read(shards).get("weight_map", {})).values()}
+        names = {str(name) for name in dict(read_json(shards).get("weight_map", {})).values()}
     for name in sorted(names):
         if Path(name).name != name or not (folder / name).is_file():
             raise CheckpointError(f"{folder / name}: missing; other formats are not read")

@@ -1,0 +1,207 @@
+"""A network of diffusers as a model: a member of ensembles and compositions, by where it lies.
+
+Two directories are read: a pipeline (``model_index.json``; its scheduler names the process and what
+the network answers) and what ``save_pretrained`` of one network writes, of which both must be said.
+UNet2DModel, UNet2DConditionModel, DiTTransformer2DModel and others of their signature will do.
+Shapes: B batch, M tokens of a prompt, C their width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal
+
+import torch
+from pydantic import Field, SerializeAsAny
+from torch import Generator, Tensor, nn
+
+from coterie.core.context import NULL_LABEL
+from coterie.core.errors import CheckpointError, ConfigError, DataError, describe
+from coterie.core.folder import file_digest
+from coterie.core.prediction import Condition, Prediction, View
+from coterie.core.registry import Part
+from coterie.core.tensors import read_tensors
+from coterie.denoiser import MODELS
+from coterie.interop.diffusers.facts import takes
+from coterie.interop.diffusers.pipeline import (
+    INDEX,
+    DiffusersDenoiser,
+    component,
+    network_files,
+    read_json,
+    read_network,
+    scheduler_process,
+)
+from coterie.process import PROCESSES, Process
+
+TOKENS = "tokens"
+
+
+def is_diffusers(path: str | Path) -> bool:
+    """Whether ``path`` is a pipeline, or one network, of diffusers."""
+    folder = Path(path)
+    if (folder / INDEX).is_file():
+        return True
+    config = folder / "config.json"
+    return config.is_file() and "_class_name" in read_json(config)
+
+
+@dataclass(frozen=True)
+class NetworkFacts:
+    """What the data of a network must be: [C, H, W], and how many classes it was told."""
+
+    sample_shape: tuple[int, ...] | None
+    num_classes: int
+    kind: str
+
+
+@dataclass(frozen=True)
+class _Resolved:
+    """What is known of the network before its weights are read."""
+
+    process: Part
+    view: View
+    backbone: NetworkFacts
+
+
+@MODELS.register
+class DiffusersConfig(Part):
+    """The network of diffusers at ``path``, with its weights, in eval mode and frozen.
+
+    ``process`` and ``view`` are for networks without a scheduler beside them. ``null_label``: the
+    class number that stands for no condition (None: one more than the classes of a DiT).
+    ``tokens``: a safetensors file whose ``tokens`` [M, C] are told to every sample that brings none
+    of its own: the embedding of one prompt. ``digest``: refuse other weights than these.
+    """
+
+    kind: Literal["diffusers"] = "diffusers"
+    path: str = Field("pipeline", min_length=1)
+    process: Annotated[SerializeAsAny[Part], PROCESSES.validator] | None = None
+    view: Literal["x0", "eps", "flow", "v"] | None = None
+    null_label: int | None = Field(None, ge=0)
+    tokens: str | None = None
+    digest: str = ""
+    is_trained: ClassVar[bool] = True
+
+    @property
+    def absent(self) -> str:
+        """Why there is nothing at ``path`` to load; "" if there is."""
+        if not is_diffusers(self.path):
+            return f"nothing of diffusers at {self.path}"
+        return ""
+
+    @property
+    def model(self) -> _Resolved:
+        """ConfigError where process or view are not known, or said twice."""
+        folder, name, _ = component(self.path)
+        config = read_json(folder / name / "config.json")
+        process, view = self.process, self.view
+        if (Path(self.path) / INDEX).is_file():
+            known, told = scheduler_process(folder)
+            for field, value in (("process", process), ("view", view)):
+                if value is not None:
+                    hint = "its scheduler says so"
+                    raise ConfigError(describe(field, value, f"none for {self.path}", hint))
+            process, view = known, told  # type: ignore[assignment]
+        for field, value in (("process", process), ("view", view)):
+            if value is None:
+                hint = f"{self.path} has no scheduler beside it"
+                raise ConfigError(describe(field, None, f"the {field} it was trained in", hint))
+        assert process is not None and view is not None
+        return _Resolved(process, view, _facts(config))
+
+    @property
+    def backbone(self) -> NetworkFacts:
+        folder, name, _ = component(self.path)
+        return _facts(read_json(folder / name / "config.json"))
+
+    def pinned(self) -> DiffusersConfig:
+        """With the digest of the weights that lie there now."""
+        return self.replace(digest=self._found_digest())
+
+    def _found_digest(self) -> str:
+        folder, name, _ = component(self.path)
+        return "+".join(file_digest(file) for file in network_files(folder / name))
+
+    def build(self) -> DiffusersExpert:
+        """CheckpointError if the weights are damaged, or others than those of ``digest``."""
+        known = self.model
+        if self.digest and self.digest != self._found_digest():
+            raise CheckpointError(f"{self.path}: holds other weights than when it was composed")
+        folder, name, kind = component(self.path)
+        network = read_network(folder, name, kind)
+        tokens = None if self.tokens is None else _tokens(self.tokens)
+        made = DiffusersExpert(network, known.process.build(), known.view, self, tokens)
+        return made.eval().requires_grad_(False)
+
+
+def _facts(config: dict[str, Any]) -> NetworkFacts:
+    size, channels = config.get("sample_size"), config.get("in_channels")
+    sides = (size, size) if isinstance(size, int) else tuple(size or ())
+    shape = (int(channels), *map(int, sides)) if channels and sides else None
+    classes = config.get("num_class_embeds") or config.get("num_embeds_ada_norm") or 0
+    return NetworkFacts(shape, int(classes), str(config.get("_class_name", "")))
+
+
+def _tokens(path: str) -> Tensor:
+    found = read_tensors(Path(path)).get(TOKENS) if Path(path).is_file() else None
+    if found is None or found.dim() != 2:
+        allowed = f"a safetensors file with {TOKENS!r} [M, C]"
+        raise CheckpointError(describe("tokens", path, allowed))
+    return found
+
+
+class DiffusersExpert(DiffusersDenoiser):
+    """See :class:`DiffusersDenoiser`; our NULL_LABEL becomes the network's class of no condition,
+    and ``tokens`` [M, C] stand in where the condition has none. x is [B, C, H, W]."""
+
+    def __init__(
+        self,
+        network: nn.Module,
+        process: Process,
+        view: View,
+        config: DiffusersConfig,
+        tokens: Tensor | None = None,
+    ) -> None:
+        super().__init__(network, process, view)
+        self.config = config
+        self.register_buffer(TOKENS, tokens, persistent=False)
+        facts = config.backbone
+        self.null_label = config.null_label
+        if self.null_label is None and hasattr(network, "transformer_blocks"):
+            self.null_label = facts.num_classes or None  # a DiT's table has one more row
+
+    def forward(
+        self,
+        x: Tensor,
+        t: Tensor,
+        cond: Condition,
+        sample_ids: Tensor | None = None,
+        rng: Generator | None = None,
+        progress: float = 1.0,
+    ) -> Prediction:
+        """ConfigError where the network must be told what the condition does not say."""
+        shape = self.config.backbone.sample_shape
+        if shape is not None and tuple(x.shape[1:]) != shape:
+            raise DataError(describe("x", tuple(x.shape), f"[B, {', '.join(map(str, shape))}]"))
+        return super().forward(x, t, self._told(cond, len(x), x.device))
+
+    def _told(self, cond: Condition, batch: int, device: torch.device) -> Condition:
+        tokens, label = cond.tokens, cond.label
+        if takes(self.network, "encoder_hidden_states") and tokens is None:
+            own = self.get_buffer(TOKENS) if self.tokens is not None else None
+            if own is None:
+                hint = "it reads a prompt; name a file in the expert's tokens"
+                raise ConfigError(describe("cond.tokens", None, "embeddings [B, M, C]", hint))
+            tokens = own.to(device).expand(batch, -1, -1)
+        if not self.config.backbone.num_classes:
+            label = None
+        elif label is None:
+            label = torch.full((batch,), NULL_LABEL, device=device)
+        if label is not None and bool((label == NULL_LABEL).any()):
+            if self.null_label is None:
+                hint = "say null_label, the network's class number for no condition"
+                raise ConfigError(describe("cond.label", NULL_LABEL, "a class", hint))
+            label = torch.where(label == NULL_LABEL, self.null_label, label)
+        return cond.replace(tokens=tokens, label=label)
