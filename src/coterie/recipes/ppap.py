@@ -102,7 +102,9 @@ def arms() -> dict[str, RunConfig]:
         "labelled-experts-guide": guide(clean, "full", RANGES),
         "map-guide": guide("arm:map-reader", "lora", RANGES, data, half),
     }
-    by = {n.removesuffix("-guide"): PretrainedConfig(path=f"arm:{n}") for n in parts}
+    by: dict[str, Part] = {
+        n.removesuffix("-guide"): PretrainedConfig(path=f"arm:{n}") for n in parts
+    }
     for prefix in ("", "map-"):
         network = PretrainedConfig(path=f"arm:{prefix}reader")
         none = GuideConfig(network=network, process=DDPM, ranges=1, adapt="none")

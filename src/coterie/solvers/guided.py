@@ -57,8 +57,9 @@ class GuidedDenoiser(nn.Module):
 
     ``guide`` has ``log_prob(x, t, cond) -> [B]``, a process, and ``routings(t, cond, ids)``. One of
     another process is asked at the same signal-to-noise ratio. ``target`` [1, ...]: what every
-    sample is guided to where the condition has no ``channels``. ConfigError where the two are not
-    of the same data.
+    sample is guided to where the condition has no ``channels``. Where nothing is asked for, neither
+    a label nor channels, the answer is the denoiser's. ConfigError where the two are not of the
+    same data.
     """
 
     def __init__(
@@ -107,7 +108,8 @@ class GuidedDenoiser(nn.Module):
         target = self.get_buffer("target") if self.target is not None else None
         if target is not None and cond.channels is None:
             cond = cond.replace(channels=target.expand(len(x), *target.shape[1:]).to(x))
-        made = self._step(x, t, cond)
+        asked_for = cond.label is not None or cond.channels is not None
+        made = self._step(x, t, cond) if asked_for else self._step.denoiser(x, t, cond)
         if self.scale == 0.0 or not hasattr(self.guide, "routings"):
             return made
         inner = transport(self.process, self.guide.process, x, t)[1]

@@ -80,7 +80,7 @@ def _of(denoiser: str | Path) -> tuple[RunConfig, tuple[int, ...]]:
     """A run that makes pictures, and their shape."""
     run = RunDir(denoiser).read_config(RunConfig)
     shape = getattr(getattr(run.model, "backbone", None), "sample_shape", None)
-    if shape is None or len(shape) != 3 or not hasattr(run.model, "process"):
+    if shape is None or len(shape) != 3 or getattr(run.model, "view", None) is None:
         hint = "a guide reads the pictures of a denoiser"
         allowed = "a run of a denoiser of pictures"
         raise ConfigError(describe("DENOISER", str(denoiser), allowed, hint))

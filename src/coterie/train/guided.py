@@ -33,7 +33,7 @@ def with_guide(
     held-out picture."""
     part = PretrainedConfig(path=str(guide)).pinned()
     denoiser = PretrainedConfig(path=str(run.path))
-    model = GuidedConfig(denoiser=denoiser, guide=part, scale=scale)
+    model = GuidedConfig.from_dict({"denoiser": denoiser, "guide": part, "scale": scale})
     found = part.build()
     made = GuidedDenoiser(run.model, found, scale, model, reads_label(run.config.model))
     if target is not None:

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from coterie.core.batch import Batch
+from coterie.core.prediction import Condition
 from coterie.core.rng import generator
 from coterie.core.routing import Routing
 from coterie.data import Subset
@@ -53,7 +54,9 @@ class NoiseJudge(Judge):
         t = process.time_of_unit(torch.full((len(batch.ids),), unit))
         eps = torch.randn(batch.x.shape, generator=seed)
         x_t = process.diffuse(batch.x, eps, t)
-        prediction = self.run.model(x_t, t, batch.cond, sample_ids=batch.ids)
+        # A guide is there for samples: the loss is that of the denoiser.
+        cond = batch.cond if self.guide is None else Condition()
+        prediction = self.run.model(x_t, t, cond, sample_ids=batch.ids)
         return self.objective.error(prediction, batch.x, eps, t), prediction
 
     def probe(self, batch: Batch) -> tuple[float, tuple[Routing, ...]]:
