@@ -29,9 +29,9 @@ from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field, SerializeAsAny, model_validator
-from torch import Generator, Tensor
+from torch import Generator, Tensor, nn
 
-from coterie.core.errors import ConfigError, describe
+from coterie.core.errors import CheckpointError, ConfigError, describe
 from coterie.core.prediction import Condition, DenoiserLike, Prediction, check_times
 from coterie.core.registry import Part
 from coterie.core.rng import SampleNoise
@@ -48,6 +48,7 @@ from coterie.ensembles.product_rates import (
     signal_share,
     signal_slope,
 )
+from coterie.ensembles.residency import LoadedMembers
 from coterie.ensembles.rewards import REWARDS
 from coterie.process import OneCall, Process, as_view, convert, expand, view_slope
 
@@ -313,12 +314,23 @@ def _check_members(config: CompositionConfig, members: Members) -> None:
         if facts.missing:
             allowed = "every expert: without one the target is another"
             raise ConfigError(describe(f"experts.{facts.name}", facts.reason, allowed))
+    if not isinstance(members, LoadedMembers):
+        _check_finite(members)
     kinds = [facts.process for facts in members.facts]
     if config.process is None and any(kind != kinds[0] for kind in kinds):
         names = ", ".join(sorted({type(kind).__name__ for kind in kinds}))
         hint = "name the one to sample in; experts are then asked at the same lam"
         allowed = "the same process for all experts"
         raise ConfigError(describe("process", f"experts of {names}", allowed, hint))
+
+
+def _check_finite(members: Members) -> None:
+    """CheckpointError if an expert in memory has weights that no answer can come from."""
+    for index, name in enumerate(members.names):
+        expert = members.get(index)
+        for weight, value in expert.state_dict().items() if isinstance(expert, nn.Module) else ():
+            if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+                raise CheckpointError(f"experts.{name}: {weight} holds NaN or infinity")
 
 
 def _check_densities(members: Members, process: Process) -> None:
