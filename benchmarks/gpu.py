@@ -2,10 +2,11 @@
 
 Parts: do the dispatch backends agree with float64 on this device (``correctness``); how fast and
 how large are they beside the expert layers of others, a part for each size (``speed-...``); how
-fast does ``dit-moe --preset gpu`` train (``training``) and sample (``sampling``). Each part writes
-``<out>/<part>.json`` as soon as it is done, the same command again goes on with those that are
-left, and ``summary.md`` and ``summary.json`` hold what there is. A part that fails is named, the
-others still run. ``--device cpu --quick`` rehearses everything in seconds.
+fast does ``dit-moe --preset gpu`` train (``training``) and sample (``sampling``); and, only where
+asked for, which tiles are fastest (``tune-...``). Each part writes ``<out>/<part>.json`` as soon
+as it is done, the same command again goes on with those that are left, and ``summary.md`` and
+``summary.json`` hold what there is. A part that fails is named, the others still run.
+``--device cpu --quick`` rehearses everything in seconds.
 """
 
 from __future__ import annotations
@@ -25,10 +26,12 @@ from coterie.bench.gpu_clock import Clock
 from coterie.bench.gpu_parts import correctness, sampling, training
 from coterie.bench.gpu_speed import QUICK, SIZES, speed
 from coterie.bench.gpu_summary import markdown, verdict
+from coterie.bench.gpu_tune import tune
 from coterie.bench.timing import versions
 from coterie.core.folder import write_text
 from coterie.core.machine import commit, hardware
 
+TUNING = "tune-"  # only where it is asked for: it takes minutes, and changes no result
 PACKAGES = ("torch", "triton", "transformers", "liger-kernel", "sonic-moe", "scattermoe")
 
 
@@ -42,6 +45,8 @@ def parts(device: str, quick: bool) -> dict[str, Callable[[], Any]]:
         made[f"speed-{name}"] = partial(speed, case, device, dtype, clock)
     made["training"] = partial(training, device, quick)
     made["sampling"] = partial(sampling, device, quick)
+    for name, case in sizes.items():
+        made[f"{TUNING}{name}"] = partial(tune, case, device, dtype, clock)
     return made
 
 
@@ -64,7 +69,9 @@ def main() -> None:
     if args.device != "cpu" and not torch.cuda.is_available():
         raise SystemExit("error: no CUDA device here; --device cpu --quick rehearses")
     known = parts(args.device, args.quick)
-    wanted = [n for n in known if not args.parts or n.startswith(tuple(args.parts))]
+    wanted = [n for n in known if not n.startswith(TUNING)]
+    if args.parts:
+        wanted = [n for n in known if n.startswith(tuple(args.parts))]
     if not wanted:
         raise SystemExit(f"error: parts: {args.parts} begins none of {', '.join(known)}")
     args.out.mkdir(parents=True, exist_ok=True)
@@ -89,7 +96,7 @@ def main() -> None:
             continue
         write_text(target, json.dumps({"part": name, **stamp, "result": result}, indent=1) + "\n")
         print(f"{name}: {time.perf_counter() - start:.0f} s, {target}", flush=True)
-    summarise(args.out, list(known), stamp)
+    summarise(args.out, [name for name in known if not name.startswith(TUNING)], stamp)
     if failed:
         raise SystemExit(f"error: failed: {', '.join(failed)}")
 

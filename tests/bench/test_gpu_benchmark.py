@@ -33,6 +33,10 @@ def test_all_parts_are_rehearsed_resumed_and_summed_up(tmp_path: Path, monkeypat
     )
     for _ in range(2):
         gpu.main()
+    monkeypatch.setattr(sys, "argv", [*sys.argv, "tune"])
+    gpu.main()
+    tuned = json.loads((tmp_path / "tune-quick.json").read_text())["result"]
+    assert "triton" in tuned["missing"] and not tuned["rows"]
     names = ("correctness", "speed-quick", "training", "sampling")
     said = capsys.readouterr().out
     assert all(f"{name}: done at this commit" in said for name in names)

@@ -19,8 +19,10 @@ from coterie.experts.dispatch.triton.tiles import (
     GROUP,
     Blocks,
     TileMap,
+    cdiv,
     divisor,
     make_map,
+    power_of_two,
     row_block,
     row_blocks,
     weight_blocks,
@@ -56,7 +58,7 @@ class Call:
 
     @property
     def num_experts(self) -> int:
-        return len(self.up)
+        return self.up.shape[0]
 
     @property
     def width(self) -> int:
@@ -114,8 +116,10 @@ def forward(call: Call, keep: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor]
         inner = call.x.new_empty(call.assignments, call.size)
         kept = (call.assignments, call.halves * call.size) if keep else (0,)
         hidden = call.x.new_empty(kept)
-        blocks = row_blocks(call.rows(), call.size, call.width, call.x.itemsize, halves=call.halves)
-        kernels.hidden_kernel[(tiles.number * triton.cdiv(call.size, blocks.columns),)](
+        blocks = row_blocks(
+            "hidden", call.rows(), call.size, call.width, call.x.itemsize, call.halves
+        )
+        kernels.hidden_kernel[(tiles.number * cdiv(call.size, blocks.columns),)](
             call.x, call.up, call.up_bias, *call.sorted(tiles), hidden, inner,
             tiles.number, call.width, call.size, call.x.stride(0),
             E=call.num_experts, K=call.slots, ACTIVATION=call.activation, GATED=call.gated,
@@ -139,8 +143,9 @@ def _answers(
     """[A, D] by position: rows [A, read] by place, times each expert's weight (and the gates)."""
     read = rows.shape[1]
     out = rows.new_empty(call.assignments, call.width)
-    blocks = row_blocks(call.rows(), call.width, read, rows.itemsize)
-    kernels.answer_kernel[(tiles.number * triton.cdiv(call.width, blocks.columns),)](
+    role = "answer" if gated else "row_grad"
+    blocks = row_blocks(role, call.rows(), call.width, read, rows.itemsize)
+    kernels.answer_kernel[(tiles.number * cdiv(call.width, blocks.columns),)](
         rows, weight, bias, call.gates, *call.sorted(tiles), out,
         tiles.number, read, call.width, *strides,
         E=call.num_experts, GATES=gated, BIAS=bias is not None,
@@ -150,11 +155,11 @@ def _answers(
 
 
 def _sum(call: Call, answers: Tensor, dtype: torch.dtype) -> Tensor:
-    rows, width = len(call.ids), call.width
+    rows, width = call.ids.shape[0], call.width
     out = answers.new_empty(rows, width, dtype=dtype)
-    columns = min(256, triton.next_power_of_2(width))
+    columns = min(256, power_of_two(width))
     height = max(1, 2048 // columns)
-    kernels.sum_kernel[(triton.cdiv(rows, height), triton.cdiv(width, columns))](
+    kernels.sum_kernel[(cdiv(rows, height), cdiv(width, columns))](
         answers, call.ids, out, rows, width, E=call.num_experts, K=call.slots, BM=height, BN=columns
     )
     return out
@@ -202,8 +207,8 @@ def _hidden_grad(
     count, slots = call.assignments, call.slots
     d_hidden = torch.empty_like(hidden)
     weighed = hidden.new_empty((count, call.size) if weights else (0,))
-    blocks = row_blocks(call.rows(), call.size, call.width, dy.itemsize, halves=2)
-    columns = triton.cdiv(call.size, blocks.columns)
+    blocks = row_blocks("hidden_grad", call.rows(), call.size, call.width, dy.itemsize, halves=2)
+    columns = cdiv(call.size, blocks.columns)
     parts = hidden.new_empty(count, columns, dtype=torch.float32)
     backward.hidden_grad_kernel[(tiles.number * columns,)](
         dy, call.down, hidden, call.gates, *call.sorted(tiles), d_hidden, weighed, parts,
@@ -212,11 +217,11 @@ def _hidden_grad(
         **options(blocks, _even(blocks, call.size, call.width)),
     )  # fmt: skip
     d_gates = torch.empty_like(call.gates)
-    width = min(128, triton.next_power_of_2(call.width))
-    backward.gate_grad_kernel[(triton.cdiv(count, 32),)](
+    width = min(128, power_of_two(call.width))
+    backward.gate_grad_kernel[(cdiv(count, 32),)](
         parts, dy, call.down_bias, call.ids, d_gates, count, columns, call.width, dy.stride(0),
         E=call.num_experts, K=slots, BIAS=call.down_bias is not None,
-        BM=32, BN=width, COLUMNS=triton.next_power_of_2(columns),
+        BM=32, BN=width, COLUMNS=power_of_two(columns),
     )  # fmt: skip
     return d_hidden, weighed, d_gates
 
@@ -228,7 +233,7 @@ def _weight_grad(
     out = torch.empty_like(like)
     _, height, width = like.shape
     blocks = weight_blocks(height, width, left.itemsize)
-    per_expert = triton.cdiv(height, blocks.rows) * triton.cdiv(width, blocks.columns)
+    per_expert = cdiv(height, blocks.rows) * cdiv(width, blocks.columns)
     even = height % blocks.rows == 0 and width % blocks.columns == 0
     backward.weight_grad_kernel[(call.num_experts * per_expert,)](
         left, right, call.order, call.bounds, out, height, width, left.stride(0), right.stride(0),
@@ -242,7 +247,7 @@ def _bias_grad(call: Call, like: Tensor, rows: Tensor, gated: bool) -> Tensor:
     out = torch.empty_like(like)
     width = like.shape[1]
     columns = divisor(width, 64)
-    backward.bias_grad_kernel[(call.num_experts, triton.cdiv(width, columns))](
+    backward.bias_grad_kernel[(call.num_experts, cdiv(width, columns))](
         rows, call.gates, call.order, call.bounds, out, width, rows.stride(0),
         K=call.slots, GATES=gated, BM=64, BN=columns,
     )  # fmt: skip

@@ -9,7 +9,6 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from coterie.experts.dispatch.triton.kernels import tiles_kernel
@@ -28,6 +27,24 @@ class Blocks(NamedTuple):
     stages: int
 
 
+ROLES = ("hidden", "answer", "hidden_grad", "row_grad", "weight_grad")
+"""The products of a call: forward, then those of the gradients."""
+
+MEASURED: dict[tuple[str, int, int, int], Blocks] = {}
+"""(role, columns, depth, bytes of a number) -> what a device was fastest with, where somebody has
+measured; of a weight's gradient, (role, height, width, bytes). Else the rules below hold."""
+
+
+def cdiv(size: int, block: int) -> int:
+    """Blocks that cover ``size``. Triton's own, made for kernels too, is slow on the host."""
+    return -(-size // block)
+
+
+def power_of_two(size: int) -> int:
+    """The least that is not below ``size``."""
+    return 1 << (size - 1).bit_length()
+
+
 def row_block(assignments: int, num_experts: int) -> int:
     """Places in a tile: about as many as an expert has, so that few are empty."""
     mean = assignments / num_experts
@@ -40,16 +57,21 @@ def divisor(size: int, most: int) -> int:
     for block in (256, 128, 64):
         if block <= most and size % block == 0:
             return block
-    return max(16, min(most, 64 if size > 64 else triton.next_power_of_2(size)))
+    return max(16, min(most, 64 if size > 64 else power_of_two(size)))
 
 
-def row_blocks(rows: int, columns: int, depth: int, itemsize: int, halves: int = 1) -> Blocks:
+def row_blocks(
+    role: str, rows: int, columns: int, depth: int, itemsize: int, halves: int = 1
+) -> Blocks:
     """For a product of tiles of ``rows`` places with ``columns`` columns, summed over ``depth``;
     ``halves``: tiles of float32 as wide that a program holds at once.
 
     16-bit types: on Hopper 128 x 256 is what feeds the matrix units from L2; two or three tiles in
     registers leave room for 128 columns each.
     """
+    measured = MEASURED.get((role, columns, depth, itemsize))
+    if measured is not None:
+        return measured._replace(rows=rows)
     if itemsize > 2:
         block = divisor(columns, 64)
         return Blocks(min(rows, 64), block, min(32, _depth(depth)), 4, 2)
@@ -60,6 +82,9 @@ def row_blocks(rows: int, columns: int, depth: int, itemsize: int, halves: int =
 
 def weight_blocks(height: int, width: int, itemsize: int) -> Blocks:
     """For a gradient [height, width] summed over the rows of an expert."""
+    measured = MEASURED.get(("weight_grad", height, width, itemsize))
+    if measured is not None:
+        return measured
     if itemsize > 2:
         return Blocks(divisor(height, 64), divisor(width, 64), 32, 4, 2)
     rows, columns = divisor(height, 128), divisor(width, 256)
@@ -67,7 +92,7 @@ def weight_blocks(height: int, width: int, itemsize: int) -> Blocks:
 
 
 def _depth(size: int) -> int:
-    return max(16, triton.next_power_of_2(size))
+    return max(16, power_of_two(size))
 
 
 class TileMap(NamedTuple):
@@ -78,23 +103,23 @@ class TileMap(NamedTuple):
 
     @property
     def number(self) -> int:
-        return len(self.expert)
+        return self.expert.shape[0]
 
 
 def make_map(bounds: Tensor, assignments: int, rows: int) -> TileMap:
     """Tiles of ``rows`` places from ``bounds`` i32 [E + 1]; room for any routing of this size:
     the sum of ceil(n_e / rows) never passes it."""
-    num_experts = len(bounds) - 1
+    num_experts = bounds.shape[0] - 1
     count = min(assignments, (assignments + num_experts * (rows - 1)) // rows)
     tiles = TileMap(*torch.empty(2, count, dtype=torch.int32, device=bounds.device).unbind(0))
-    tiles_kernel[(triton.cdiv(count, _MAP_BLOCK),)](
+    tiles_kernel[(cdiv(count, _MAP_BLOCK),)](
         bounds,
         tiles.expert,
         tiles.place,
         count,
         E=num_experts,
         BM=rows,
-        ROUND_E=triton.next_power_of_2(num_experts),
+        ROUND_E=power_of_two(num_experts),
         BLOCK=_MAP_BLOCK,
     )
     return tiles
