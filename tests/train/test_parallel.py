@@ -186,8 +186,9 @@ from pathlib import Path
 path, rank = Path(sys.argv[1]), int(os.environ["RANK"])
 work = json.loads(path.read_text())
 
-def beat(count):
-    Path(os.environ["COTERIE_BEATS"], f"rank-{rank}").write_bytes(struct.pack("<Q", count))
+def beat(count, pulse=1):
+    path = Path(os.environ["COTERIE_BEATS"], f"rank-{rank}")
+    path.write_bytes(struct.pack("<QQ", count, pulse))
 
 def stop(number, frame):
     path.with_name(f"error-{rank}").write_text(f"stopped by SIGTERM; after step 7; saved it")
@@ -213,8 +214,25 @@ def assert_nobody_is_left(out: Path) -> None:
             os.kill(pid, 0)
 
 
-def test_a_process_that_hangs_is_named(tmp_path, monkeypatch):
-    fake(monkeypatch, "beat(5 if rank == 1 else 9)\ntime.sleep(600)")
+HANGS = {
+    "says less than the others": """
+        for pulse in range(600):
+            beat(5 if rank == 1 else 9, pulse)
+            time.sleep(0.1)
+        """,
+    "is stopped while it waits": """
+        beat(9)
+        for pulse in range(1 if rank == 1 else 600):
+            beat(9, pulse)
+            time.sleep(0.1)
+        time.sleep(600)
+        """,
+}
+
+
+@pytest.mark.parametrize("how", HANGS)
+def test_a_process_that_hangs_is_named(tmp_path, monkeypatch, how):
+    fake(monkeypatch, HANGS[how])
     begin = time.monotonic()
     with pytest.raises(Hung, match=r"process 1 of 3 did not answer for 1 s") as error:
         launch(config(), tmp_path / "run", ParallelConfig(data=3), timeout=1.0)

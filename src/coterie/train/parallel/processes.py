@@ -6,6 +6,8 @@ import json
 import mmap
 import os
 import struct
+import threading
+import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -26,33 +28,44 @@ that torchrun sets."""
 BEATS = "COTERIE_BEATS"
 """Environment: a folder where every process counts what it has said, for a supervisor to see."""
 
+PULSE = 0.2  # s
+
 _WORLD = ("data", "shard", "expert")
 _GROUPS = (("data", "expert"), ("data", "shard"), ("data",), ("shard",), ("expert",))
 
 
 class Beat:
-    """A count that other processes can read while this one works, or does not."""
+    """Two counts that other processes can read: what this one has said, which a stop in its code
+    ends, and a pulse, which ends when the process is stopped altogether."""
 
     def __init__(self, folder: str | None, rank: int) -> None:
         self._map: mmap.mmap | None = None
         self._count = 0
         if folder is not None:
             path = Path(folder) / f"rank-{rank}"
-            path.write_bytes(bytes(8))
+            path.write_bytes(bytes(16))
             with path.open("r+b") as file:
-                self._map = mmap.mmap(file.fileno(), 8)
+                self._map = mmap.mmap(file.fileno(), 16)
+            threading.Thread(target=self._pulse, daemon=True).start()
 
     def __call__(self) -> None:
         self._count += 1
         if self._map is not None:
             struct.pack_into("<Q", self._map, 0, self._count)
 
+    def _pulse(self) -> None:
+        count = 0
+        while self._map is not None:
+            count += 1
+            struct.pack_into("<Q", self._map, 8, count)
+            time.sleep(PULSE)
 
-def read_beats(folder: Path, count: int) -> list[int]:
-    """What each of ``count`` processes has counted; 0 before it began."""
+
+def read_beats(folder: Path, count: int) -> list[tuple[int, int]]:
+    """(what it has said, its pulse) of each of ``count`` processes; zeros before it began."""
     paths = [folder / f"rank-{rank}" for rank in range(count)]
     data = [path.read_bytes() if path.is_file() else b"" for path in paths]
-    return [struct.unpack("<Q", value)[0] if len(value) == 8 else 0 for value in data]
+    return [struct.unpack("<QQ", value) if len(value) == 16 else (0, 0) for value in data]
 
 
 class Processes:

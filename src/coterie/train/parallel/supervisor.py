@@ -127,6 +127,7 @@ class _Attempt:
 
     def _watch(self, signals: StopSignals) -> str | None:
         said, since = [0] * self.count, time.monotonic()
+        alive = [(0, since)] * self.count  # the last pulse, and when it was seen
         while True:
             codes = [process.poll() for process in self.processes]
             if signals.received is not None:
@@ -136,17 +137,25 @@ class _Attempt:
             failed = [rank for rank, code in enumerate(codes) if code]
             if failed:
                 return self._failed(failed[0])
-            now = read_beats(self.folder, self.count)
-            if now != said:
-                said, since = now, time.monotonic()
-            limit = self.timeout if all(now) else max(self.timeout, STARTUP)
-            if time.monotonic() - since > limit:
-                late = [rank for rank, beat in enumerate(now) if beat == min(now)]
-                raise Hung(
-                    f"process {', '.join(map(str, late))} of {self.count} did not answer for "
-                    f"{limit:.0f} s; all were stopped; the same command resumes"
-                )
+            now, beats = time.monotonic(), read_beats(self.folder, self.count)
+            alive = [
+                before if pulse == before[0] else (pulse, now)
+                for before, (_, pulse) in zip(alive, beats)
+            ]
+            if [beat for beat, _ in beats] != said:
+                said, since = [beat for beat, _ in beats], now
+            limit = self.timeout if all(said) else max(self.timeout, STARTUP)
+            if now - since > limit:
+                stopped = [rank for rank, (_, seen) in enumerate(alive) if now - seen > limit / 2]
+                raise self._hung(stopped or [r for r in range(self.count) if said[r] == min(said)])
             time.sleep(POLL)
+
+    def _hung(self, ranks: list[int]) -> Hung:
+        """``ranks``: those without a pulse; if all have one, those that have said least."""
+        return Hung(
+            f"process {', '.join(map(str, ranks))} of {self.count} did not answer for "
+            f"{self.timeout:.0f} s; all were stopped; the same command resumes"
+        )
 
     def _failed(self, rank: int) -> str:
         """Why a process ended; raises what another attempt would meet again."""
