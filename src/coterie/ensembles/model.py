@@ -119,8 +119,9 @@ class EnsembleModelConfig(Part):
     def _lend(self, denoisers: Mapping[str, Any]) -> None:
         """What lies elsewhere is no part of a run that trains on top of it."""
         for member in self.members:
-            if getattr(member.model, "is_trained", False):
-                for part in denoisers[member.name].modules():
+            denoiser = denoisers[member.name]
+            if denoiser is not None and getattr(member.model, "is_trained", False):
+                for part in denoiser.modules():
                     borrow(part)
 
     def join(self, members: Members) -> Ensemble:
