@@ -82,7 +82,7 @@ def results(
 def check_close(ours: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     assert ours.keys() == expected.keys()
     for name, value in expected.items():
-        scale = max(float(value.abs().max()), 1e-3)
+        scale = max(float(value.abs().max()), 0.1)  # one gradient may cancel to almost 0
         torch.testing.assert_close(
             ours[name] / scale, value / scale, atol=5e-6, rtol=0, msg=lambda m, n=name: f"{n}: {m}"
         )

@@ -28,6 +28,7 @@ def describe_machine() -> dict[str, Any]:
     import torch
 
     from coterie.core.machine import commit, hardware
+    from coterie.experts.dispatch.native import library
 
     return {
         "coterie": version("coterie"),
@@ -35,6 +36,7 @@ def describe_machine() -> dict[str, Any]:
         **hardware(),
         "threads": torch.get_num_threads(),
         "cuda": torch.version.cuda,
+        "native_operator": library().line(),
         "packages": {name: version(name) for name in PACKAGES},
     }
 

@@ -44,6 +44,13 @@ class Library:
     def parallel(self) -> bool:
         return self.openmp is not None
 
+    def line(self) -> str:
+        """What ``coterie env`` says."""
+        if not self.ready:
+            return self.reason
+        threads = "threads of torch" if self.parallel else "one thread"
+        return f"{self.reason}, {self.vector} numbers per register, {threads}"
+
     @property
     def vector(self) -> int:
         """float32 values in one register of the processor it was compiled for."""

@@ -14,8 +14,8 @@ typedef void hidden_fn(const Call *c, i64 n, i64 pw, const float *gate, const fl
 
 INLINE void hidden_of(const enum activation kind, i64 count, const float *gate, const float *up, float *out) {
     for (i64 i = 0; i < count; i += VW) {
-        vf a = activate(kind, LOAD(gate + i), 0);
-        STORE(out + i, up ? a * LOAD(up + i) : a);
+        vf a = activate(kind, LOADU(gate + i), 0);
+        STOREU(out + i, up ? a * LOADU(up + i) : a);
     }
 }
 
@@ -81,17 +81,116 @@ static void forward_block(const Work *w, const Block *b, float *scratch) {
     }
 }
 
+/* ---- experts of few rows ----
+ *
+ * Their time is that of reading their weights once. Rows stay row-major, a product is a sum over k
+ * in vectors, and the weights pass in the order in which they lie.
+ */
+
+#define FEW 8
+#define AHEAD 1024 /* floats between what is read and what is fetched for later */
+
+INLINE float total_of(vf v) {
+    float total = 0.0f;
+    for (int i = 0; i < VW; i++) total += v[i];
+    return total;
+}
+
+/* out[j * ld + i] = (bias[i] +) <w + i * K, x[j]> for r rows of weights and m rows of x. */
+INLINE void dots_of(const int r, const int m, i64 K, const float *w, const float *const *x,
+                    const float *bias, float *out, i64 ld) {
+    vf acc[2][4];
+#pragma GCC unroll 2
+    for (int i = 0; i < r; i++)
+#pragma GCC unroll 4
+        for (int j = 0; j < m; j++) acc[i][j] = SPLAT(0.0f);
+    i64 k = 0;
+    for (; k + LINE <= K; k += LINE) {
+#pragma GCC unroll 2
+        for (int i = 0; i < r; i++) __builtin_prefetch(w + i * K + k + AHEAD, 0, 2);
+#pragma GCC unroll 4
+        for (int part = 0; part < LINE; part += VW) {
+            vf xs[4];
+#pragma GCC unroll 4
+            for (int j = 0; j < m; j++) xs[j] = LOADU(x[j] + k + part);
+#pragma GCC unroll 2
+            for (int i = 0; i < r; i++) {
+                const vf row = LOADU(w + i * K + k + part);
+#pragma GCC unroll 4
+                for (int j = 0; j < m; j++) acc[i][j] += row * xs[j];
+            }
+        }
+    }
+#pragma GCC unroll 2
+    for (int i = 0; i < r; i++)
+#pragma GCC unroll 4
+        for (int j = 0; j < m; j++) {
+            float total = total_of(acc[i][j]);
+            for (i64 l = k; l < K; l++) total += w[i * K + l] * x[j][l];
+            out[j * ld + i] = bias ? total + bias[i] : total;
+        }
+}
+
+typedef void dots_fn(i64 K, const float *w, const float *const *x, const float *bias, float *out, i64 ld);
+#define DOTS(r, m)                                                                              \
+    NOINLINE void dots_##r##_##m(i64 K, const float *w, const float *const *x, const float *bias, \
+                                 float *out, i64 ld) {                                          \
+        dots_of(r, m, K, w, x, bias, out, ld);                                                  \
+    }
+DOTS(1, 1) DOTS(1, 2) DOTS(1, 3) DOTS(1, 4) DOTS(2, 1) DOTS(2, 2) DOTS(2, 3) DOTS(2, 4)
+static dots_fn *const DOT_PRODUCTS[2][4] = {{dots_1_1, dots_1_2, dots_1_3, dots_1_4},
+                                            {dots_2_1, dots_2_2, dots_2_3, dots_2_4}};
+
+/* out[j][n] of m rows x[j] and n rows of weights. */
+static void few_products(i64 n, i64 K, const float *w, const float *const *x, i64 m, const float *bias,
+                         float *out) {
+    for (i64 i = 0; i < n; i += 2)
+        for (i64 j = 0; j < m; j += 4)
+            DOT_PRODUCTS[MIN(2, n - i) - 1][MIN(4, m - j) - 1](K, w + i * K, x + j, bias ? bias + i : 0,
+                                                               out + j * n + i, n);
+}
+
+static i64 few_floats(const Call *c) { return FEW * (inner(c) + c->hidden + c->width + VW); }
+
+static void forward_few(const Work *w, const Block *b, float *scratch) {
+    const Call *c = w->call;
+    const i64 D = c->width, F = c->hidden, H = inner(c), e = b->expert, m = b->rows;
+    const i64 Fv = (F + VW - 1) / VW * VW;
+    float *h = scratch, *act = h + FEW * H + VW, *out = act + FEW * Fv;
+    const float *rows[FEW], *acts[FEW];
+    row_pointers(w, b->first, m, c->x, c->slots, rows);
+    few_products(H, D, c->w1 + e * H * D, rows, m, c->b1 ? c->b1 + e * H : 0, h);
+    for (i64 j = 0; j < m; j++) {
+        hidden(c, Fv, h + j * H, c->gated ? h + j * H + F : 0, act + j * Fv);
+        acts[j] = act + j * Fv;
+    }
+    if (c->saved)
+        for (i64 i = 0; i < H; i++)
+            for (i64 j = 0, pw = m > VW ? PW : VW; j < pw; j++)
+                c->saved[b->saved + i * pw + j] = h[MIN(j, m - 1) * H + i];
+    few_products(D, F, c->w2 + e * D * F, acts, m, c->b2 ? c->b2 + e * D : 0, out);
+    for (i64 j = 0; j < m; j++) {
+        const i64 q = w->order[b->first + j];
+        for (i64 d = 0; d < D; d++) w->parts[q * D + d] = c->gates[q] * out[j * D + d];
+    }
+}
+
 static i64 longest(const Work *w) { return w->num_blocks ? w->blocks[0].rows + PW : 0; }
 
 static void forward_body(void *data) {
     Work *w = data;
     const Call *c = w->call;
-    float *scratch = take(longest(w) * (2 * c->width + hidden_chunk(c->hidden)));
+    const i64 most = longest(w) * (2 * c->width + hidden_chunk(c->hidden));
+    float *scratch = take(MAX(most, few_floats(c)));
     if (!scratch) {
         w->failed = 1;
         return;
     }
-    for (i64 i; (i = next_of(w)) < w->num_blocks;) forward_block(w, w->blocks + i, scratch);
+    for (i64 i; (i = next_of(w)) < w->num_blocks;) {
+        const Block *b = w->blocks + i;
+        const i64 rows = w->ends[b->expert + 1] - w->ends[b->expert];
+        (rows <= FEW ? forward_few : forward_block)(w, b, scratch);
+    }
     free(scratch);
 }
 
