@@ -6,7 +6,7 @@ Shapes: B samples, N tokens, D width, E experts, K choices, S steps, C rounds.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,7 @@ NOISE_LEVEL = frozenset({"noise", "step_index", "time_embedding"})
 """Fields of the Context that are the same wherever the noise level is."""
 
 _FIELDS = ("ids", "gates", "probs", "logits")
+_KEPT = 256  # routings
 
 
 def check_foldable(layer: ExpertLayer, name: str) -> None:
@@ -55,6 +56,8 @@ class FoldedLayer(ExpertLayer):
         self.num_experts = recorded[0].num_experts
         self.stem, self.adaptor = layer.stem, layer.adaptor
         always, self.shared = _always(layer)
+        self._kept: dict[tuple[int, tuple[int, ...]], Routing] = {}
+        self._experts: dict[tuple[int, int], OneExpert] = {}
         self._widths: list[list[int]] = []  # experts used, by round and step
         for routing in recorded:
             self._record(routing)
@@ -129,34 +132,50 @@ class FoldedLayer(ExpertLayer):
 
     def _route(self, x: Tensor, ctx: Context, before: list[Routing]) -> Routing:
         """What the router answered when it ran, for the samples at hand."""
-        steps, round = current(), ctx.round
-        ids, gates, probs, logits = (self._recorded(f"{field}{round}", steps) for field in _FIELDS)
-        widest = max([1, *(self._widths[round][step] for step, _ in steps.groups)])
         some = None if ctx.token_mask is None else ctx.token_mask.any(dim=1)
         if some is not None and not bool(some.all()):
             raise DataError("token_mask: a sample without tokens has no routing to look up")
         tokens = x[0, 0].numel() if self.config.kind.grid else x.shape[1]
-        return Routing(
-            unit="sample",
-            num_experts=self.num_experts,
-            ids=ids[:, :widest],
-            gates=gates[:, :widest],
-            probs=probs,
-            logits=logits,
+        return self._of_steps(ctx.round).replace(
             batch=(x.shape[0], tokens),
             mask=some,
             slot=ctx.slot,
             layer=ctx.layer,
             name=ctx.name,
-            round=round,
             pool_layers=ctx.pool_layers,
             noise=ctx.noise,
             step_index=ctx.step_index,
             label=ctx.label,
             task=ctx.task,
             sample_ids=ctx.sample_ids,
-            table=self._buffers[f"table{round}"],
         )
+
+    def _of_steps(self, round: int) -> Routing:
+        """The routing of the steps in progress but for its place. Kept: the samples of a batch
+        stand at the same steps in run after run."""
+        steps = current()
+        key = (round, steps.of_rows)
+        made = self._kept.get(key)
+        if made is None:
+            ids, gates, probs, logits = (
+                self._recorded(f"{name}{round}", steps) for name in _FIELDS
+            )
+            widest = max([1, *(self._widths[round][step] for step, _ in steps.groups)])
+            made = Routing(
+                unit="sample",
+                num_experts=self.num_experts,
+                ids=ids[:, :widest],
+                gates=gates[:, :widest],
+                probs=probs,
+                logits=logits,
+                batch=(len(steps.of_rows), 0),
+                round=round,
+                table=self._buffers[f"table{round}"],
+            )
+            if len(self._kept) >= _KEPT:
+                self._kept.clear()
+            self._kept[key] = made
+        return made
 
     def _recorded(self, name: str, steps: Steps) -> Tensor:
         """Rows of a recorded table [S, ...], one per sample; a view where they are all the same."""
@@ -189,8 +208,17 @@ class FoldedLayer(ExpertLayer):
         kind = self.config.kind
         if places is None:
             return u.new_zeros(kind.output_shape(u.shape))
-        tensors = {name: cast(Tensor, self._buffers[place]) for name, place in places.items()}
-        return kind.forward(u, OneExpert(tensors, tensors))
+        made = self._experts.get((round, step))
+        if made is None:
+            tensors = {name: cast(Tensor, self._buffers[place]) for name, place in places.items()}
+            made = self._experts[round, step] = OneExpert(tensors, tensors)
+        return kind.forward(u, made)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> FoldedLayer:
+        super()._apply(fn, recurse)
+        self._kept.clear()
+        self._experts.clear()
+        return self
 
     def extra_repr(self) -> str:
         return f"{self.config.kind.kind}, steps={len(self._places[0])}, tensors={self.num_tensors}"
