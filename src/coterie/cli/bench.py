@@ -9,8 +9,7 @@ from coterie.cli.lazy import LazyGroup
 BENCHES = {
     "experts": "Every way to dispatch tokens to experts, beside peers and a dense layer.",
     "parallel": "Training steps in several processes, beside torch's own data parallelism.",
-    "sampling": "Guided sampling, plain, cached and compiled, beside diffusers.",
-    "cache": "What exact caches save: references kept, routers folded.",
+    "guides": "What guiding samples costs, and how they follow classes, maps and pixels.",
 }
 """Name -> one line of help; ``cli/bench_<name>.py`` defines its ``command``."""
 
