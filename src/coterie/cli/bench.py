@@ -8,8 +8,8 @@ from coterie.cli.lazy import LazyGroup
 
 BENCHES = {
     "experts": "Every way to dispatch tokens to experts, beside peers and a dense layer.",
+    "train": "Training steps beside a dense model and transformers' experts; memory; data.",
     "parallel": "Training steps in several processes, beside torch's own data parallelism.",
-    "guides": "What guiding samples costs, and how they follow classes, maps and pixels.",
 }
 """Name -> one line of help; ``cli/bench_<name>.py`` defines its ``command``."""
 

@@ -1,0 +1,33 @@
+"""``coterie bench train``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from coterie.cli.bench_options import show, timing_options
+
+SHOWN = (
+    *("candidate", "step_ms", "tokens_per_second", "vs_dense", "spread", "data_share"),
+    "parameters",
+)
+MEMORY = ("candidate", "measured_bytes", "counted_bytes", "counted_over_measured")
+
+
+@click.command("train")
+@timing_options(rounds=9)
+def command(threads: int, rounds: int, out: Path | None, as_json: bool) -> None:
+    """Time training steps of `dit-moe` tiny, beside a dense model and transformers' experts.
+
+    vs_dense: time over that of a dense model of equal active parameters; data_share: of a step
+    that is spent getting samples. Memory: peak of a step, measured, and counted from shapes.
+    """
+    from coterie.bench.timing import Place, stamp
+    from coterie.bench.train import run_benchmark
+
+    found = run_benchmark(rounds=rounds, threads=threads)
+    result = {**stamp("train", Place(threads=threads), rounds, ("transformers",)), **found}
+    show(result, SHOWN, out, as_json, [("memory", MEMORY)])
+    for package in found["left_out"]:
+        click.echo(f"note: {package} is not installed; its rows are left out", err=True)
