@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from itertools import permutations
+from pathlib import Path
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from coterie.adapters import (
     merge,
     pairs,
     room,
+    save_adapter,
     unmerge,
     weigh,
 )
@@ -317,3 +319,64 @@ def test_the_base_has_one_digest_whatever_is_put_on_it() -> None:
     assert base_digest(net) != first
     unmerge(net)
     assert base_digest(net) == first == base_digest(Net())
+
+
+class Normed(nn.Module):
+    """A kernel, a norm with statistics and a map."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            self.conv, self.norm = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8)
+            self.head = nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.norm(self.conv(x)).mean((2, 3)))
+
+
+COPIED = LoraConfig(targets=("conv",), conv="kernel", rank=2, biases=("conv",), copies=("norm",))
+
+
+def test_kernels_biases_and_copies_start_as_the_network_and_merge() -> None:
+    net, (x, _) = Normed().eval(), inputs()
+    before = net(x)
+    parts = attach(net, "a", COPIED, weight=1.0)
+    assert torch.equal(net(x), before)
+    conv = parts["conv"]
+    assert isinstance(conv, LowRank) and conv.shift is not None
+    assert (tuple(conv.up.shape), tuple(conv.down.shape)) == ((24, 6), (6, 9))
+    wake(net)
+    unmerged, weights = net(x), {n: v.clone() for n, v in net.state_dict().items()}
+    assert not torch.allclose(unmerged, before)
+    merge(net)
+    torch.testing.assert_close(net(x), unmerged, rtol=1e-4, atol=1e-5)
+    unmerge(net)
+    assert all(torch.equal(net.state_dict()[name], v) for name, v in weights.items())
+    fold(net)
+    torch.testing.assert_close(net(x), unmerged, rtol=1e-4, atol=1e-5)
+
+
+def test_one_copy_of_a_module_answers_at_a_time() -> None:
+    net, (x, _) = Normed().eval(), inputs()
+    for name in ("a", "b"):
+        attach(net, name, COPIED, weight=0.0)
+    wake(net)
+    weigh(net, {"a": 1.0, "b": 1.0})
+    with pytest.raises(ConfigError, match=r"weights\.b: 1\.0 .*one copy answers"):
+        net(x)
+    weights = {n: v.clone() for n, v in net.state_dict().items()}
+    with pytest.raises(ConfigError, match=r"weights\.b: 1\.0"):
+        merge(net)
+    assert all(torch.equal(net.state_dict()[name], v) for name, v in weights.items())
+    weigh(net, {"b": 0.0})
+    merge(net)
+
+
+def test_peft_has_no_word_for_copies(tmp_path: Path) -> None:
+    net = Normed()
+    attach(net, "a", COPIED)
+    with pytest.raises(ConfigError, match=r"a: biases: \('conv',\) .*one rank, and rows of tables"):
+        save_adapter(net, "a", tmp_path / "peft")
+    with pytest.raises(ConfigError, match=r"basis: 'conv kernel, narrow refuse'"):
+        LoraConfig.from_dict({"basis": {}, "conv": "kernel"})
