@@ -66,8 +66,9 @@ def row_blocks(
     """For a product of tiles of ``rows`` places with ``columns`` columns, summed over ``depth``;
     ``halves``: tiles of float32 as wide that a program holds at once.
 
-    16-bit types: on Hopper 128 x 256 is what feeds the matrix units from L2; two or three tiles in
-    registers leave room for 128 columns each.
+    16-bit types: on Hopper 128 x 256 is what feeds the matrix units from L2; two tiles in registers
+    leave room for 128 columns each. Such a program has a multiprocessor for itself, and its shared
+    memory holds four stages; of smaller ones two fit.
     """
     measured = MEASURED.get((role, columns, depth, itemsize))
     if measured is not None:
@@ -76,19 +77,21 @@ def row_blocks(
         block = divisor(columns, 64)
         return Blocks(min(rows, 64), block, min(32, _depth(depth)), 4, 2)
     block = divisor(columns, 256 if halves == 1 else 128)
-    wide = rows * block * halves >= 128 * 128
-    return Blocks(rows, block, min(64, _depth(depth)), 8 if wide else 4, 3)
+    held = rows * block * halves
+    warps, stages = 8 if held >= 128 * 128 else 4, 4 if held >= 128 * 256 else 3
+    return Blocks(rows, block, min(64, _depth(depth)), warps, stages)
 
 
 def weight_blocks(height: int, width: int, itemsize: int) -> Blocks:
-    """For a gradient [height, width] summed over the rows of an expert."""
+    """For a gradient [height, width] summed over the rows of an expert. Rows that are found through
+    an index need two stages each: five hold three tiles."""
     measured = MEASURED.get(("weight_grad", height, width, itemsize))
     if measured is not None:
         return measured
     if itemsize > 2:
         return Blocks(divisor(height, 64), divisor(width, 64), 32, 4, 2)
     rows, columns = divisor(height, 128), divisor(width, 256)
-    return Blocks(rows, columns, 64, 8 if rows * columns >= 128 * 128 else 4, 3)
+    return Blocks(rows, columns, 64, 8 if rows * columns >= 128 * 128 else 4, 5)
 
 
 def _depth(size: int) -> int:
