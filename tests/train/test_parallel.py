@@ -26,11 +26,17 @@ from coterie.train.run import RunConfig, load_run, make_trainer, start
 from coterie.train.rundir import RunDir
 
 STEPS = 50
+SHARED = {"rexmoe": "expert", "rmoe": "shard", "promoe:token-choice": "shard"}
+"""Systems whose layers share experts or memory, or whose loss reads parameters after the forward,
+and the layout that this is hardest for."""
 KILLED_WITHIN = 60.0  # s
 
 
-def config(**changes: Any) -> RunConfig:
-    """Eight experts, a balance loss and a bias that counts, two micro-batches."""
+def config(system: str = "", **changes: Any) -> RunConfig:
+    """Eight experts, a balance loss and a bias that counts, two micro-batches; or 5 steps of a
+    system."""
+    if system:
+        return short(system, train__steps=5)
     small = {
         "model__backbone__trunk__width": 24,
         "model__backbone__trunk__heads": 2,
@@ -112,8 +118,14 @@ def test_two_processes_train_what_one_does(tmp_path, alone):
         )  # the step in which all have heard
         train(tmp_path / "again", Spread(laid_out(expert=2)))
         train(tmp_path / "both", Spread(laid_out(shard=2)), stop=35)
-        with pytest.raises(ConfigError, match=r"train\.batch: 3 .*a multiple of 2"):
-            train(tmp_path / "odd", Spread(laid_out(data=2)), train__batch=6)
+        for system, axis in SHARED.items():
+            train(tmp_path / f"two-{system}", Spread(laid_out(**{axis: 2})), system=system)
+        for changes, said in (
+            ({"train__batch": 6}, r"train\.batch: 3 .*a multiple of 2"),
+            ({"train__compile": True}, r"train\.compile: True .*false in several processes"),
+        ):
+            with pytest.raises(ConfigError, match=said):
+                train(tmp_path / "refused", Spread(laid_out(data=2)), **changes)
 
     in_processes(tmp_path / "two", 2, work)
     for axis in ("data", "shard", "expert"):
@@ -124,6 +136,10 @@ def test_two_processes_train_what_one_does(tmp_path, alone):
     assert checkpoint.latest(tmp_path / "both").name == "step-00000036"
     train(tmp_path / "both")
     assert_close_runs(tmp_path / "both", alone)
+    for system in SHARED:
+        train(tmp_path / system, system=system)
+        found, expected = losses(tmp_path / f"two-{system}"), losses(tmp_path / system)
+        assert found == pytest.approx(expected, abs=1e-5) and len(found) == 5
 
 
 def test_four_processes_and_mixtures_of_degrees(tmp_path, alone):

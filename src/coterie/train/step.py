@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_
 
 from coterie.core.batch import Batch, Losses
+from coterie.core.errors import ConfigError, describe
 from coterie.core.rng import derive, generator
 from coterie.core.routing import Routing
 from coterie.data import order
@@ -64,6 +65,9 @@ class GradientStep:
         self.dtype = dtype
         self.placement = placement
         placement.own(np.arange(config.batch // config.accumulate))  # refused here if not equal
+        if config.compile and placement.count > 1:
+            hint = "what processes say to each other is not compiled"
+            raise ConfigError(describe("train.compile", True, "false in several processes", hint))
         self.forward_model: Any = torch.compile(model) if config.compile else model
 
     def __call__(self, step: int, samples_seen: int, *, keep_routings: bool) -> StepResult:
