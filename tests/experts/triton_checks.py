@@ -93,16 +93,15 @@ def float32() -> None:
     check(SwiGLU(hidden=24), (37, 20), 5, 2, "skewed")
     check(SwiGLU(hidden=8), (9, 16), 3, 2, "nobody")
     check(GeluMLP(hidden=20), (21, 24), 6, 3, "sentinels")
-    check(SwiGLU(hidden=64), (100, 64), 3, 2)  # whole blocks
+    check(SwiGLU(hidden=64), (70, 64), 3, 2)  # whole blocks
     check(SwiGLU(hidden=8, activation="gelu"), (1, 16), 4, 1)
-    check(GeluMLP(hidden=16), (5, 16), 64, 6)
+    check(GeluMLP(hidden=16), (5, 16), 32, 6)
     check(SwiGLU(hidden=16), (3, 7, 16), 4, 2, "sentinels")  # a routing for each of 3 samples
 
 
 def half() -> None:
-    for kind in (SwiGLU(hidden=40), GeluMLP(hidden=40)):
-        check(kind, (50, 48), 4, 3, "sentinels", torch.bfloat16, 1.5e-2)
-        check(kind, (50, 48), 4, 3, "sentinels", torch.float16, 2e-3)
+    check(SwiGLU(hidden=40), (30, 48), 4, 3, "sentinels", torch.bfloat16, 1.5e-2)
+    check(GeluMLP(hidden=40), (30, 48), 4, 3, "sentinels", torch.float16, 2e-3)
 
 
 def activations() -> None:
@@ -231,6 +230,8 @@ class Recorder:
         return self.launch
 
     def launch(self, *args: Any, **named: Any) -> None:
+        if self.kernel.__name__ in self.found and not named.get("GATED"):
+            return  # one variant of each, two of those that know a gate
         options = {key: named.pop(key) for key in ("num_warps", "num_stages") if key in named}
         values = dict(zip(self.kernel.arg_names, args)) | named
         signature, constants, hints = {}, {}, {}
