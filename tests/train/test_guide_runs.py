@@ -247,7 +247,11 @@ def test_guided_samples_follow_their_seeds_labels_and_guide(home: Path, trained:
         with_guide(run, trained, float("nan"))
 
 
-def test_a_guided_run_measures_its_guide(home: Path, trained: Path, tmp_path: Path) -> None:
+def test_a_guided_run_measures_its_guide(
+    home: Path, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("coterie.train.report.SCORED", 24)
+    monkeypatch.setattr("coterie.train.report.SHOWN", 10)
     denoiser = PretrainedConfig(path=str(home / "denoiser"))
     model = GuidedConfig(denoiser=denoiser, guide=PretrainedConfig(path=str(trained)), scale=2.0)
     base = load_run(home / "denoiser").config
