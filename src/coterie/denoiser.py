@@ -27,6 +27,18 @@ from coterie.process import PRECONDITIONS, PROCESSES, Process, expand
 MODELS = Registry("model", "coterie.models")
 
 
+def _first_parameter(module: nn.Module) -> Tensor | None:
+    """As ``next(module.parameters())``, which is slow for every call of a small network."""
+    for parameter in module._parameters.values():
+        if parameter is not None:
+            return parameter
+    for child in module._modules.values():
+        found = None if child is None else _first_parameter(child)
+        if found is not None:
+            return found
+    return None
+
+
 class Model(nn.Module):
     """What all models share: a backbone whose expert slots have balance losses."""
 
@@ -108,7 +120,8 @@ class Denoiser(Model):
 
     @property
     def _dtype(self) -> torch.dtype:
-        return next(self.backbone.parameters()).dtype
+        parameter = _first_parameter(self.backbone)
+        return torch.float32 if parameter is None else parameter.dtype
 
     def forward(
         self,

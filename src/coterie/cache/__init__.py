@@ -1,7 +1,15 @@
 """Floor 4: what is known beforehand is not computed again. Lossless: the same answers."""
 
 from coterie.cache.cost import CacheCost, cost, count_flops, measure
-from coterie.cache.denoiser import CACHES, Cache, CachedDenoiser, applicable, cached, fold_by_step
+from coterie.cache.denoiser import (
+    CACHES,
+    Cache,
+    CachedDenoiser,
+    applicable,
+    cached,
+    compile_network,
+    fold_by_step,
+)
 from coterie.cache.known import KnownTables
 from coterie.cache.layer import FoldedLayer
 from coterie.cache.schedule import Schedule, Steps
@@ -17,6 +25,7 @@ __all__ = [
     "Steps",
     "applicable",
     "cached",
+    "compile_network",
     "cost",
     "count_flops",
     "fold_by_step",

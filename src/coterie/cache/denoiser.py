@@ -15,10 +15,12 @@ import weakref
 from collections.abc import Sequence
 from typing import Any, Literal, cast, get_args
 
+import torch
 from torch import Tensor, nn
 
 from coterie.cache.fold import example, expert_layers, fold, foldable
 from coterie.cache.known import KnownTables, has_known
+from coterie.cache.layer import FoldedLayer
 from coterie.cache.schedule import Schedule, at
 from coterie.core.errors import ConfigError, describe
 from coterie.core.prediction import Condition, Prediction
@@ -123,6 +125,15 @@ def _cached(
             raise ConfigError(describe("caches", name, allowed, "this model has no such thing"))
     tables = KnownTables(cast(Any, twin), schedule) if "modulation" in caches else None
     return CachedDenoiser(denoiser, twin, schedule, shown, tuple(caches), tables)
+
+
+def compile_network(denoiser: Any) -> None:
+    """Let torch compile its backbone at its next call, once for each size of batch. Folded layers
+    stay as they are: their weights change with the step."""
+    for module in denoiser.backbone.modules():
+        if isinstance(module, FoldedLayer):
+            module.forward = torch.compiler.disable(module.forward)  # type: ignore[method-assign]
+    denoiser.backbone.compile()
 
 
 class CachedDenoiser(nn.Module):

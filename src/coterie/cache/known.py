@@ -26,6 +26,7 @@ from coterie.denoiser import Denoiser, context_at
 MOST_BYTES = 256 * 2**20
 """Of all tables together; labels that were not used for longest are let go."""
 
+_MOST_CONTEXTS = 64 * 2**20  # bytes
 _LEVEL = ("noise", "step_index", "time_input")  # fields of a Context that follow from the time
 
 
@@ -59,6 +60,9 @@ class KnownTables:
         """Forget all tables: for a model that moves to another device or type."""
         self.tables: OrderedDict[int, Tensor] = OrderedDict()  # label -> [S, T]
         self.most: int | None = None  # labels at once, once the size of a table is known
+        # Batch after batch stands at the same steps with the same labels.
+        self._contexts: dict[tuple[tuple[int, ...], tuple[int, ...]], Context] = {}
+        self._held = 0  # bytes in them
         inputs = self.denoiser.get_buffer("time_inputs")
         double = next(self.denoiser.parameters()).dtype == torch.float64
         dtype = torch.float64 if double else torch.float32
@@ -72,9 +76,21 @@ class KnownTables:
             labels = label.tolist()
         else:
             labels = [NULL_LABEL] * batch
-        rows = self._rows(steps.of_rows, labels)
-        if rows is None:
-            return None
+        key = (steps.of_rows, tuple(labels))
+        made = self._contexts.get(key)
+        if made is None:
+            rows = self._rows(steps.of_rows, labels)
+            if rows is None:
+                return None
+            made = self._context(steps, rows)
+            if self._held + rows.numel() * rows.element_size() > _MOST_CONTEXTS:
+                self._contexts.clear()
+                self._held = 0
+            self._contexts[key] = made
+            self._held += rows.numel() * rows.element_size()
+        return made
+
+    def _context(self, steps: Steps, rows: Tensor) -> Context:
         pieces = rows.split(self.sizes, dim=-1)
         known: dict[str, Any] = {
             name: pieces[first : first + count] for name, first, count in self.layout
@@ -83,7 +99,7 @@ class KnownTables:
             known[name] = known[name][0][:, 0]
         where = torch.tensor(steps.of_rows, device=rows.device)
         level = {name: getattr(self.base, name)[where] for name in _LEVEL}
-        return self.base.replace(batch=batch, known=known, **level)
+        return self.base.replace(batch=len(steps.of_rows), known=known, **level)
 
     def _rows(self, steps: Sequence[int], labels: Sequence[int]) -> Tensor | None:
         """[B, 1, T]."""

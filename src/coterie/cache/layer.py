@@ -15,7 +15,7 @@ from coterie.cache.schedule import Steps, current
 from coterie.core.context import Context
 from coterie.core.errors import ConfigError, DataError, describe
 from coterie.core.routing import Routing
-from coterie.experts import ExpertLayer, ExpertOutput, SharedExperts, plan
+from coterie.experts import ExpertLayer, SharedExperts, plan
 from coterie.experts.dispatch.backends import OneExpert
 
 NOISE_LEVEL = frozenset({"noise", "step_index", "time_embedding"})
@@ -115,11 +115,6 @@ class FoldedLayer(ExpertLayer):
                 self.num_tensors += 1
             places[name] = place
         return places
-
-    @torch.compiler.disable
-    def forward(self, h: Tensor, ctx: Context) -> ExpertOutput:
-        """As the layer. Its weights change with the step, so compilers leave it as it is."""
-        return super().forward(h, ctx)
 
     def experts_used(self, step: int) -> int:
         """Over all rounds."""

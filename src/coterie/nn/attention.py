@@ -52,6 +52,7 @@ class SelfAttention(nn.Module):
         head_width = width // heads
         self.qkv = nn.Linear(width, width + 2 * self.kv_heads * head_width, bias=qkv_bias)
         self.out = nn.Linear(width, width)
+        self.qk_norm = qk_norm
         self.query_norm = nn.RMSNorm(head_width, eps=1e-6) if qk_norm else nn.Identity()
         self.key_norm = nn.RMSNorm(head_width, eps=1e-6) if qk_norm else nn.Identity()
         self.rotary_length = rotary_length
@@ -87,7 +88,8 @@ class SelfAttention(nn.Module):
         B, N, D = x_BND.shape
         qkv = self.qkv(x_BND).unflatten(2, (-1, D // self.heads)).transpose(1, 2)
         q, k, v = qkv.split((self.heads, self.kv_heads, self.kv_heads), dim=1)
-        q, k = self.query_norm(q), self.key_norm(k)
+        if self.qk_norm:
+            q, k = self.query_norm(q), self.key_norm(k)
         if self.rotary_length:
             cos, sin = self.get_buffer("rotary_cos")[:N], self.get_buffer("rotary_sin")[:N]
             q, k = rotate(q, cos, sin), rotate(k, cos, sin)

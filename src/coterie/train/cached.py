@@ -6,7 +6,7 @@ import dataclasses
 
 import numpy as np
 
-from coterie.cache import CacheCost, cost
+from coterie.cache import CacheCost, compile_network, cost
 from coterie.cache import cached as cached_denoiser
 from coterie.core.errors import ConfigError, describe
 from coterie.solvers import asked_times
@@ -32,9 +32,8 @@ def cached(run: LoadedRun, steps: int | None = None) -> tuple[LoadedRun, CacheCo
 def compiled(run: LoadedRun) -> LoadedRun:
     """``run`` whose backbone torch compiles at its first call: once for each size of batch, which
     takes a minute on a CPU. ConfigError where the model cannot be compiled."""
-    backbone = getattr(run.model, "backbone", None)
-    if backbone is None or run.is_text:
+    if getattr(run.model, "backbone", None) is None or run.is_text:
         hint = "only denoisers of samples that are one network are"
         raise ConfigError(describe("compile", True, "false", hint))
-    backbone.compile()
+    compile_network(run.model)
     return run
