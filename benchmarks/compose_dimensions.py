@@ -68,7 +68,7 @@ def one(
         for mean, std in LAWS
     ]
     experts = [Mistaken(expert, error, index, dims) for index, expert in enumerate(exact)]
-    made = compose(experts, corrector=corrector)  # type: ignore[arg-type]
+    made = compose(experts, corrector=corrector)
     noise: Any = Streams(seed, SYSTEMS * particles)
     solver = SOLVERS.parse({"kind": "feynman_kac", "particles": particles}).build()
     assert isinstance(solver, FeynmanKac)

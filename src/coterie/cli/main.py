@@ -24,6 +24,7 @@ VERBS = {
     "restore": "Restore the pictures of a folder with a run.",
     "rollout": "A policy at work: success in its simulator, with intervals and pictures.",
     "report": "Who does what in a run, or in a Hugging Face model that reads a text.",
+    "place": "Experts of a run on many devices: who goes where, and what it leaves.",
     "sweep": "Quality against cost of a run when its routers choose more or fewer experts.",
     "verify": "Measure the claims of recipes against their baselines.",
     "bench": "Time the library beside its peers on this machine.",

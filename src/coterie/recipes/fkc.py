@@ -110,9 +110,9 @@ DEPARTURES = (
     "ancestral steps in place of Euler-Maruyama, whose limit they share",
     "no clamping by default: it biases the target, and is counted where it is asked for",
     "an early interval without weights is a setting, off by default",
-    "tiny: the product is worse with particles than without. Its rate sums |S|^2 over all 64 pixels, "
-    "so the spread of log weights grows with them and one of 50 particles has all descendants; what "
-    "experts say wrongly weighs too (`python benchmarks/compose_dimensions.py` shows both on exact "
-    "Gaussians: in 1 and 4 dimensions particles win, in 64 they lose). An average, whose rate is a "
-    "difference of experts, does not suffer so",
+    "tiny: the product is worse with particles than without. Its rate sums |S|^2 over 64 pixels, "
+    "and with them grows the spread of log weights: all samples of a system descend from one of "
+    "its 50 particles, and weights follow the errors of experts. `python "
+    "benchmarks/compose_dimensions.py` shows both on Gaussians: particles win in 1 and 4 "
+    "dimensions and lose in 64. An average, whose rate is a difference of experts, suffers less",
 )

@@ -1,0 +1,62 @@
+"""``coterie place``: experts of a run on many devices, from its routing loads."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+from coterie.cli.output import say, say_json, table
+
+SHOWN = ("devices", "strategy", "step_ms", "ideal_ms", "efficiency", "experts_per_device")
+
+
+class Counts(click.ParamType[tuple[int, ...]]):
+    """Numbers of devices between commas, such as ``8,64,1024``."""
+
+    name = "counts"
+
+    def convert(self, value: Any, param: Any, ctx: click.Context | None) -> tuple[int, ...]:
+        if isinstance(value, tuple):
+            return value
+        pieces = str(value).split(",")
+        if not all(piece.isdigit() and int(piece) > 0 for piece in pieces):
+            self.fail(f"{value!r} is no list of numbers above 0; for example 8,64,1024")
+        return tuple(int(piece) for piece in pieces)
+
+
+@click.command("place")
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option("--devices", type=Counts(), default="8,64,256,1024", show_default=True)
+@click.option("--tokens", type=click.IntRange(1), default=4096, show_default=True, help="A device.")
+@click.option(
+    "--spare",
+    type=click.IntRange(0),
+    default=1,
+    show_default=True,
+    help="Copies a device may hold.",
+)
+@click.option("--out", type=click.Path(path_type=Path), help="Folder. [RUN/placement]")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def command(
+    run: Path, devices: tuple[int, ...], tokens: int, spare: int, out: Path | None, as_json: bool
+) -> None:
+    """Place the experts of RUN on many devices, by the loads of held-out data, and simulate a step.
+
+    The cost of a row is measured here, on one device; no communication is counted.
+
+    \b
+      coterie place runs/dit-moe --devices 8,64,1024
+    """
+    from coterie.train.expert_placement import place_run
+
+    written = place_run(run, devices, tokens, spare, out)
+    found = json.loads(written.read_text(encoding="utf-8"))
+    if as_json:
+        say_json(found)
+        return
+    say(table(found["rows"], SHOWN))
+    say(f"numbers  {written}")
+    say(f"picture  {written.with_suffix('.png')}")
