@@ -36,6 +36,7 @@ def with_guide(
     model = GuidedConfig.from_dict({"denoiser": denoiser, "guide": part, "scale": scale})
     found = part.build()
     made = GuidedDenoiser(run.model, found, scale, model, reads_label(run.config.model))
+    made.guide.fused = True  # all samples of a batch walk down the same noise levels
     if target is not None:
         if made.guide.task == "classes":
             hint = "this guide reads classes: give labels"
