@@ -11,9 +11,9 @@ from coterie.recipes import get_recipe
 
 def test_rows_come_from_medians_of_rounds():
     measured = {
-        parallel.ONE: {"seconds": [1.0, 2.0, 4.0], "bytes": [7, 7, 7]},
-        "data=2": {"seconds": [0.5, 1.0, 8.0], "bytes": [100, 120, 9000]},
-        parallel.PEER: {"seconds": [0.5, 0.5, 2.0], "bytes": []},
+        parallel.ONE: {"seconds": [1.0, 2.0, 4.0], "cpu": [1.0] * 3, "bytes": [7, 7, 7]},
+        "data=2": {"seconds": [0.5, 1.0, 8.0], "cpu": [0.2, 0.3, 0.9], "bytes": [100, 120, 9000]},
+        parallel.PEER: {"seconds": [0.5, 0.5, 2.0], "cpu": [1.0] * 3, "bytes": []},
     }
     row = parallel._row("data=2", measured, 2)
     assert row == {
@@ -23,6 +23,7 @@ def test_rows_come_from_medians_of_rounds():
         "steps_per_second": 1.0,
         "vs_one": 0.5,
         "vs_peer": 2.0,
+        "cpu_ms": 300.0,
         "wire_bytes": 120,
     }
     assert parallel._row(parallel.ONE, measured, 2)["processes"] == 1

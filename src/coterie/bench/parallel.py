@@ -44,11 +44,12 @@ Step = Callable[[], Any]
 def run_benchmark(
     config: RunConfig, processes: int = 2, rounds: int = 5, threads: int = 1
 ) -> list[dict[str, Any]]:
-    """Rows ``{layout, processes, step_ms, steps_per_second, vs_one, vs_peer, wire_bytes}``.
+    """Rows ``{layout, processes, step_ms, steps_per_second, vs_one, vs_peer, cpu_ms, wire_bytes}``.
 
     ``vs_one``, ``vs_peer``: time of a step over that of one process with the whole batch, and over
-    the peer's, median of the ratios within a round. ``wire_bytes``: of one step, all processes
-    together; None where it cannot be read.
+    the peer's, median of the ratios within a round. ``cpu_ms``: processor time of the first
+    process, which waiting for others and for the machine does not enter. ``wire_bytes``: of one
+    step, all processes together; None where it cannot be read.
     """
     with tempfile.TemporaryDirectory(prefix="coterie-") as folder:
         out = Path(folder) / "times.json"
@@ -139,16 +140,17 @@ def _measure(steps: dict[str, Step], world: Processes, rounds: int) -> dict[str,
         step()
         seconds = torch.tensor([time.perf_counter() - start], dtype=torch.float64)
         repeats[name] = max(2, min(20, int(0.5 / float(world.reduce(seconds, "max")))))
-    measured: dict[str, Any] = {name: {"seconds": [], "bytes": []} for name in steps}
+    measured: dict[str, Any] = {name: {"seconds": [], "cpu": [], "bytes": []} for name in steps}
     for turn in range(rounds):
         for name in list(steps) if turn % 2 == 0 else list(steps)[::-1]:
             world.told(None)
-            start, before = time.perf_counter(), _wire_bytes()
+            start, busy, before = time.perf_counter(), time.process_time(), _wire_bytes()
             for _ in range(repeats[name]):
                 steps[name]()
             world.told(None)  # a few hundred bytes
             seconds, after = torch.tensor([time.perf_counter() - start]), _wire_bytes()
             measured[name]["seconds"].append(float(seconds) / repeats[name])
+            measured[name]["cpu"].append((time.process_time() - busy) / repeats[name])
             if before is not None and after is not None:
                 measured[name]["bytes"].append((after - before) // repeats[name])
     return measured
@@ -178,5 +180,6 @@ def _row(name: str, measured: dict[str, Any], processes: int) -> dict[str, Any]:
         "steps_per_second": round(1 / step, 2),
         "vs_one": against(ONE),
         "vs_peer": against(PEER),
+        "cpu_ms": round(1e3 * statistics.median(measured[name]["cpu"]), 2),
         "wire_bytes": int(statistics.median(sent)) if sent and name != ONE else None,
     }

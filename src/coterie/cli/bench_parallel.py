@@ -15,6 +15,7 @@ SHOWN = (
     "steps_per_second",
     "vs_one",
     "vs_peer",
+    "cpu_ms",
     "wire_bytes",
 )
 
