@@ -10,6 +10,9 @@ BENCHES = {
     "experts": "Every way to dispatch tokens to experts, beside peers and a dense layer.",
     "train": "Training steps beside a dense model and transformers' experts; memory; data.",
     "parallel": "Training steps in several processes, beside torch's own data parallelism.",
+    "sampling": "Guided sampling, plain, cached and compiled, beside diffusers.",
+    "guides": "What guiding samples costs, and how they follow classes, maps and pixels.",
+    "cache": "What exact caches save: references kept, routers folded.",
 }
 """Name -> one line of help; ``cli/bench_<name>.py`` defines its ``command``."""
 
