@@ -49,7 +49,7 @@ def experts(x: Tensor, plan: DispatchPlan, pool: ExpertPool, made: FeedForward) 
         return y
     given: list[Any] = [rows, gates, ids, *weights, kind, made.gated]
     if not keep:
-        return run_forward(*given, keep=False)[0]
+        return run_forward(*[*given, False])[0]
     y = _Experts.apply(*given, (pool.kind, names))
     return y
 
@@ -132,7 +132,7 @@ class _Experts(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:
         *tensors, ctx.activation, ctx.gated, ctx.expert = inputs
-        y, saved = run_forward(*inputs[:-1], keep=True)
+        y, saved = run_forward(*[*inputs[:-1], True])
         ctx.save_for_backward(saved, *tensors)
         return y
 
