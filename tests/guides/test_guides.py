@@ -6,7 +6,6 @@ import copy
 
 import pytest
 import torch
-from small_guides import DDPM, FULL, guide, pictures, reader, wake
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -18,6 +17,7 @@ from coterie.guides import Guide, suggested
 from coterie.guides.guide import SLOT
 from coterie.process import PROCESSES
 from coterie.process.ranges import RangesConfig, equal_ranges
+from small_guides import DDPM, FULL, guide, pictures, reader, wake
 
 STEPS = torch.arange(DDPM.num_steps)
 TIMES = DDPM.time_of_index(STEPS)
