@@ -15,6 +15,8 @@ from functools import cache
 from importlib.util import find_spec
 from typing import Any, Literal, get_args, get_origin
 
+import torch
+
 from coterie.backbones import BACKBONES, SlotConfig
 from coterie.core.config import Config
 from coterie.core.errors import ConfigError
@@ -297,7 +299,11 @@ def refusal(combination: Combination) -> str | None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # a constant gate is allowed, and warned of
         try:
-            MODELS.parse(model_fields(combination))
+            config = MODELS.parse(model_fields(combination))
+            hosted = getattr(config.backbone, "slots", ())
+            if any(slot.reuse > 1 for slot in hosted):
+                with torch.device("meta"):  # how many layers a name stands for, the network tells
+                    config.build()
         except ConfigError as error:
             REFUSALS.add(str(error))
             return str(error)

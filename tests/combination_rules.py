@@ -28,6 +28,7 @@ NOISE = 1e-5
 """A gradient below this share of the largest one is rounding, where none is due."""
 
 Place = tuple[str, int, int]  # slot, layer, round
+Taught = dict[Place, set[str]]  # what of a routing record a loss reaches: logits, gates, ...
 
 
 @dataclass(eq=False)
@@ -108,9 +109,9 @@ def watched(model: nn.Module) -> Iterator[list[Call]]:
             del layer.__dict__["combine"]
 
 
-def taught_by_losses(model: Any, calls: Sequence[Call], routings: Sequence[Routing]) -> set[Place]:
-    """Where a balance loss has a gradient at what the router made: asked of copies of the records
-    that are leaves."""
+def taught_by_losses(model: Any, calls: Sequence[Call], routings: Sequence[Routing]) -> Taught:
+    """Where a balance loss has a gradient at what the router made, and at what of it: asked of
+    copies of the records that are leaves."""
     by_place = {call.place: call for call in calls}
     copies, leaves = [], []
     for routing in routings:
@@ -125,7 +126,8 @@ def taught_by_losses(model: Any, calls: Sequence[Call], routings: Sequence[Routi
     terms = [term for term in terms if term.requires_grad]
     if terms:
         torch.stack(terms).sum().backward()
-    return {call.place for call, own in leaves if is_taught(call, own)}
+    found = {call.place: what_is_taught(call, own) for call, own in leaves}
+    return {place: names for place, names in found.items() if names}
 
 
 def scores_behind(routing: Routing, probability: str) -> tuple[Tensor, Tensor]:
@@ -140,16 +142,17 @@ def scores_behind(routing: Routing, probability: str) -> tuple[Tensor, Tensor]:
     return scores, scores.sigmoid() if probability == "sigmoid" else scores
 
 
-def is_taught(call: Call, leaves: dict[str, Tensor]) -> bool:
-    found = False
+def what_is_taught(call: Call, leaves: dict[str, Tensor]) -> set[str]:
+    found = set()
     for name, leaf in leaves.items():
         if leaf.grad is not None:
             grad = leaf.grad[call.varies()] if name == "gates" else leaf.grad
-            found |= bool((grad.nan_to_num().abs() > 1e-7).any())
+            if bool((grad.nan_to_num().abs() > 1e-7).any()):
+                found.add(name)
     return found
 
 
-def due(model: Any, calls: Sequence[Call], taught: set[Place]) -> Iterator[nn.Parameter]:
+def due(model: Any, calls: Sequence[Call], taught: Taught) -> Iterator[nn.Parameter]:
     """Parameters outside the pools that one forward pass must have reached."""
     layers = [module for module in model.modules() if isinstance(module, ExpertLayer)]
     inside = {id(p) for layer in layers for p in (*layer.parameters(), *layer.pool.parameters())}
@@ -176,7 +179,7 @@ def answered(call: Call) -> bool:
 
 
 def of_router(
-    call: Call, before: Sequence[Call], after: Sequence[Call], taught: set[Place]
+    call: Call, before: Sequence[Call], after: Sequence[Call], taught: Taught
 ) -> Iterator[nn.Parameter]:
     """``after`` begins with the call itself: a memory passes the gradient of later layers on."""
     router = call.layer.router(call.routing.round)
@@ -185,10 +188,10 @@ def of_router(
     same = [later for later in after if later.place[0] == call.place[0]]
     learns = [later.gates_learn() or later.place in taught for later in same]
     score = router.score
-    if learns[0]:
-        yield from router.edits.parameters()
-        if not isinstance(score, RecurrentModule):
-            yield from score.parameters()
+    if call.gates_learn() or taught.get(call.place, set()) - {"prototypes"}:
+        yield from router.edits.parameters()  # they change logits, which prototypes come before
+    if learns[0] and not isinstance(score, RecurrentModule):
+        yield from score.parameters()
     if isinstance(score, RecurrentModule):
         fed = score.config.start == "time" or any(b.place[0] == call.place[0] for b in before)
         if learns[0]:
@@ -200,7 +203,7 @@ def of_router(
                     yield parameter
 
 
-def reads_input(call: Call, taught: set[Place]) -> bool:
+def reads_input(call: Call, taught: Taught) -> bool:
     """Whether the loss depends on what the layer read, through this round of it."""
     layer, router = call.layer, call.layer.config.router
     learns = call.gates_learn() or call.place in taught
@@ -214,7 +217,7 @@ def reads_input(call: Call, taught: set[Place]) -> bool:
     return asks or layer.shared is not None or bool(call.used().any() and not call.ignores_input)
 
 
-def unread_norms(model: Any, calls: Sequence[Call], taught: set[Place]) -> Iterator[nn.Parameter]:
+def unread_norms(model: Any, calls: Sequence[Call], taught: Taught) -> Iterator[nn.Parameter]:
     """Norms before an ``ffn`` whose experts ignore their input, where nothing else reads it."""
     read = {call.place[:2] for call in calls if reads_input(call, taught)}
     for slot, layer in {call.place[:2] for call in calls} - read:
@@ -222,7 +225,7 @@ def unread_norms(model: Any, calls: Sequence[Call], taught: set[Place]) -> Itera
             yield from model.backbone.trunk.blocks[layer].norm2.parameters()
 
 
-def cut_off(model: Any, calls: Sequence[Call], taught: set[Place]) -> Iterator[nn.Parameter]:
+def cut_off(model: Any, calls: Sequence[Call], taught: Taught) -> Iterator[nn.Parameter]:
     """What comes before a layer whose answer replaces the stream and does not depend on it (all its
     gates are 0): a gradient reaches it by other ways or not at all."""
     read = {call.place[:2] for call in calls if reads_input(call, taught)}

@@ -110,10 +110,10 @@ def test_expert_goals_read_the_rows() -> None:
 def test_growth_has_a_row_for_every_size_and_says_its_laws(monkeypatch) -> None:
     monkeypatch.setattr(expert_growth, "BASE", Case("growth", 64, 16, 16, 8, 2))
     monkeypatch.setattr(timing, "CHUNK", 1e-4)
-    made = expert_growth.growth(1, 1, experts=(2, 4, 8, 64), tokens=(32, 64, 128, 256))
+    made = expert_growth.growth(1, 1, experts=(2, 4, 8, 64), tokens=(512, 1024, 2048, 4096))
     assert [row["experts"] for row in made["rows"]] == [2, 4, 8, 64, 8, 8, 8, 8]
     laws = {law["what"]: law["figure"] for law in made["laws"]}
-    assert laws["tokens 32 to 256: exponent of saved rows"] == pytest.approx(1.0, abs=0.05)
+    assert laws["tokens 512 to 4096: exponent of saved rows"] == pytest.approx(1.0, abs=0.05)
     assert len(laws) == 10 and all(figure is not None for figure in laws.values())
 
 
