@@ -120,3 +120,26 @@ def test_bad_input() -> None:
         made.backbone.head.bias.add_(1.0)
     with pytest.raises(ConfigError, match="weights have changed since"):
         kept(batch.x, t, batch.cond)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_what_is_kept_serves_with_gradients_and_without(name: str) -> None:
+    """A guide may ask for the gradient of an answer after plain calls, and the other way round."""
+    made = woken(small(name), std=0.1)
+    kept, batch = cached(made, TIMES), images(2)
+    t = TIMES[1:2].float().expand(2)
+
+    def gradient(model: nn.Module) -> torch.Tensor:
+        leaf = batch.x.clone().requires_grad_()
+        return torch.autograd.grad(model(leaf, t, batch.cond).value.square().sum(), leaf)[0]
+
+    for _ in range(2):
+        with torch.no_grad():
+            plain = kept(batch.x, t, batch.cond).value
+            torch.testing.assert_close(
+                plain, made(batch.x, t, batch.cond).value, rtol=1e-5, atol=1e-5
+            )
+        torch.testing.assert_close(gradient(kept), gradient(made), rtol=1e-4, atol=1e-5)
+    again = plain.requires_grad_()  # an answer goes on to meet gradients
+    (grad,) = torch.autograd.grad(again.square().sum(), again)
+    torch.testing.assert_close(grad, 2 * again.detach())

@@ -200,11 +200,17 @@ class CachedDenoiser(nn.Module):
     ) -> Prediction:
         self._check()
         steps = self.schedule.steps(t)
+        known = {}
+        if self.tables is not None:
+            known["ctx"] = self.tables.context(steps, cond.label)
         with at(steps):
-            if self.tables is None:
-                return cast(Prediction, self.inner(x, t, cond, sample_ids))
-            ctx = self.tables.context(steps, cond.label)
-            return cast(Prediction, self.inner(x, t, cond, sample_ids, ctx=ctx))
+            if torch.is_grad_enabled():
+                return cast(Prediction, self.inner(x, t, cond, sample_ids, **known))
+            # Here torch need not keep track of views and versions; what goes out it may.
+            with torch.inference_mode():
+                made = cast(Prediction, self.inner(x, t, cond, sample_ids, **known))
+        own = {name: getattr(made, name) for name in ("value", "variance")}
+        return made.replace(**{n: v.clone() for n, v in own.items() if v is not None})
 
     def _apply(self, fn: Any, recurse: bool = True) -> CachedDenoiser:
         super()._apply(fn, recurse)

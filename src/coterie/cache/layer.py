@@ -152,9 +152,10 @@ class FoldedLayer(ExpertLayer):
         key = (round, steps.of_rows)
         made = self._kept.get(key)
         if made is None:
-            ids, gates, probs, logits = (
-                self._recorded(f"{name}{round}", steps) for name in _FIELDS
-            )
+            with torch.inference_mode(False):  # what is kept may meet gradients later
+                ids, gates, probs, logits = (
+                    self._recorded(f"{name}{round}", steps) for name in _FIELDS
+                )
             widest = max([1, *(self._widths[round][step] for step, _ in steps.groups)])
             made = Routing(
                 unit="sample",
