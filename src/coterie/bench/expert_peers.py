@@ -53,11 +53,13 @@ class Sorted:
 
     @torch.no_grad()
     def products_train(self) -> None:
-        """The two, and for each the product that makes either gradient."""
+        """The two, and for each the product that makes either gradient; those of weights stay."""
+        kept = []
         for x, grad, gate_up, down in self.parts:
             wide = x @ gate_up.T
             inner = wide[:, : down.shape[1]]
-            _ = (inner @ down.T, grad @ down, grad.T @ inner, wide @ gate_up, wide.T @ x)
+            _ = (inner @ down.T, grad @ down, wide @ gate_up)
+            kept.append((grad.T @ inner, wide.T @ x))
 
     @torch.no_grad()
     def forward(self) -> None:
@@ -67,15 +69,17 @@ class Sorted:
 
     @torch.no_grad()
     def train(self) -> None:
-        """Forward and backward by hand: no graph, no gates."""
+        """Forward and backward by hand: no graph, no gates. Gradients of weights stay."""
+        kept = []
         for x, grad, gate_up, down in self.parts:
             gate, up = (x @ gate_up.T).chunk(2, dim=1)
             opened = F.silu(gate)
             inner = opened * up
-            _ = (inner @ down.T, grad.T @ inner)
+            _ = inner @ down.T
             back = grad @ down
             wide = torch.cat([_silu_backward(back * up, gate), back * opened], dim=1)
-            _ = (wide @ gate_up, wide.T @ x)
+            _ = wide @ gate_up
+            kept.append((grad.T @ inner, wide.T @ x))
 
 
 _silu_backward = torch.ops.aten.silu_backward
