@@ -13,6 +13,7 @@ from torch import Tensor
 
 from coterie.experts.dispatch.native.build import library
 from coterie.experts.dispatch.plan import DispatchPlan
+from coterie.experts.dispatch.transforms import transformed
 from coterie.experts.kinds.pool import ExpertPool
 
 _PLAIN = (Tensor, torch.nn.Parameter)
@@ -28,19 +29,13 @@ def serves(x: Tensor, plan: DispatchPlan, pool: ExpertPool) -> bool:
     for stack in pool.stacks().values():
         if stack.dtype != torch.float32 or not stack.is_contiguous() or type(stack) not in _PLAIN:
             return False
-    return _ready() if torch.compiler.is_compiling() else _ready() and not _transformed()
+    return _ready() if torch.compiler.is_compiling() else _ready() and not transformed()
 
 
 @torch.compiler.assume_constant_result
 def _ready() -> bool:
     built = library()
     return built.ready and (built.parallel or torch.get_num_threads() == 1)
-
-
-def _transformed() -> bool:
-    """Whether gradients are being taken by other means than the backward pass."""
-    inside: bool = torch._C._functorch.peek_interpreter_stack() is not None
-    return inside or torch.autograd.forward_ad._current_level >= 0
 
 
 def run_native(x: Tensor, plan: DispatchPlan, pool: ExpertPool, float32: bool) -> Tensor:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from coterie.experts.dispatch.plan import DispatchPlan, by_expert
+from coterie.experts.dispatch.transforms import transformed
 from coterie.experts.kinds.pool import ExpertPool
 
 _TYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -32,13 +33,7 @@ def serves(x: Tensor, pool: ExpertPool) -> bool:
     on = x.is_cuda or (x.device.type == "cpu" and interpreting())
     if not on or x.dtype not in _TYPES or pool.kind.feed_forward() is None or not _INSTALLED:
         return False
-    return torch.compiler.is_compiling() or not _transformed()
-
-
-def _transformed() -> bool:
-    """Whether gradients are being taken by other means than the backward pass."""
-    inside: bool = torch._C._functorch.peek_interpreter_stack() is not None
-    return inside or torch.autograd.forward_ad._current_level >= 0
+    return torch.compiler.is_compiling() or not transformed()
 
 
 def run_triton(x: Tensor, plan: DispatchPlan, pool: ExpertPool, float32: bool) -> Tensor:
