@@ -48,7 +48,6 @@ def test_the_floor_computes_what_the_experts_compute(monkeypatch) -> None:
     """The bare experts, with gates and scatter put back, are the layer."""
     setup = Setup(TINY, Place())
     bare = Sorted(setup)
-    setup.x.grad = None
     answers = []
     for x, _, gate_up, down in bare.parts:
         gate, up = (x @ gate_up.T).chunk(2, dim=1)

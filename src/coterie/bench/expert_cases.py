@@ -60,6 +60,15 @@ class Call(NamedTuple):
     run: Callable[[], Tensor]
     leaves: list[Tensor]
 
+    def forward(self) -> None:
+        with torch.no_grad():
+            self.run()
+
+    def train(self, grad: Tensor) -> None:
+        """Forward and backward from ``grad`` [T, D]; gradients are made anew, as after
+        ``zero_grad(set_to_none=True)``."""
+        torch.autograd.grad(self.run(), self.leaves, grad)
+
 
 class Setup:
     """One case: random rows x [T, D], the choices of each, a pool, and a gradient of the answer."""

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -38,15 +39,13 @@ def growth(
 def _measure(case: Case, place: Place, rounds: int) -> dict[str, Any]:
     setup = Setup(case, place)
     call, bare = setup.backends()["auto"], Sorted(setup)
-
-    def forward() -> None:
-        with torch.no_grad():
-            call.run()
-
-    def train() -> None:
-        torch.autograd.grad(call.run(), call.leaves, setup.grad)
-
-    timed = interleaved({"forward": forward, "train": train, "floor": bare.forward}, place, rounds)
+    train = partial(call.train, setup.grad)
+    candidates: dict[str, Callable[[], Any]] = {
+        "forward": call.forward,
+        "train": train,
+        "floor": bare.forward,
+    }
+    timed = interleaved(candidates, place, rounds)
     row = {f"{name}_ms": 1e3 * statistics.median(values) for name, values in timed.items()}
     weights = sum(stack.numel() * stack.itemsize for stack in setup.pool.stacks().values())
     saved = saved_bytes(setup)

@@ -6,11 +6,12 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 
-from coterie.bench.expert_cases import CASES, Call, Case, Setup, make_routing
+from coterie.bench.expert_cases import CASES, Case, Setup, make_routing
 from coterie.bench.expert_peers import (
     DENSE_LAYER,
     FLOOR,
@@ -64,8 +65,8 @@ def _run_case(case: Case, place: Place, rounds: int) -> list[dict[str, Any]]:
     forward: dict[str, Callable[[], Any]] = {FLOOR: bare.forward, PRODUCTS: bare.products}
     train: dict[str, Callable[[], Any]] = {FLOOR: bare.train, PRODUCTS: bare.products_train}
     for name, call in calls.items():
-        forward[name] = _forward(call)
-        train[name] = _train(call, setup)
+        forward[name] = call.forward
+        train[name] = partial(call.train, setup.grad)
     if place.threads > 1:
         forward[ONE_THREAD] = _on_one_thread(forward["auto"], place)
         train[ONE_THREAD] = _on_one_thread(train["auto"], place)
@@ -99,23 +100,6 @@ def _touched_bytes(setup: Setup) -> int:
     """Bytes of the weights of the experts that any row chose: the least a forward must read."""
     distinct = sum(count > 0 for count in setup.plan.counts)
     return distinct * sum(s[0].numel() * s.itemsize for s in setup.pool.stacks().values())
-
-
-def _forward(call: Call) -> Callable[[], None]:
-    def run() -> None:
-        with torch.no_grad():
-            call.run()
-
-    return run
-
-
-def _train(call: Call, setup: Setup) -> Callable[[], None]:
-    """Forward and backward; gradients are made anew, as after ``zero_grad(set_to_none=True)``."""
-
-    def run() -> None:
-        torch.autograd.grad(call.run(), call.leaves, setup.grad)
-
-    return run
 
 
 def _on_one_thread(run: Callable[[], Any], place: Place) -> Callable[[], None]:
