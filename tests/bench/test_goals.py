@@ -22,6 +22,11 @@ def test_a_goal_is_met_on_its_side_of_the_bound() -> None:
     assert goal("P", "", 2.0, 3.0, True, spread=0.1)["spread"] == 0.1
 
 
+@pytest.mark.parametrize(("value", "shown"), [(2.38419e-7, 2.384e-7), (1.23456, 1.235), (0.0, 0.0)])
+def test_a_goal_keeps_significant_digits(value: float, shown: float) -> None:
+    assert goal("exact", "", value, 1e-5, True)["figure"] == shown
+
+
 def test_exponents_of_known_laws() -> None:
     sizes = [1, 2, 4, 8]
     assert exponent(sizes, [3 * s**2 for s in sizes]) == pytest.approx(2.0)

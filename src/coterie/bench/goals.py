@@ -11,10 +11,13 @@ import numpy as np
 def goal(
     name: str, what: str, figure: float | None, bound: float, at_most: bool, **more: Any
 ) -> dict[str, Any]:
-    """One row ``{goal, what, figure, bound, met, ...}``; ``met`` None: not measured."""
+    """One row ``{goal, what, figure, bound, met, ...}``; ``met`` None: not measured.
+
+    ``figure`` has four significant digits: a difference of 2e-7 is not 0.
+    """
     met = None if figure is None else (figure <= bound if at_most else figure >= bound)
     sign = "<=" if at_most else ">="
-    shown = None if figure is None else round(figure, 3)
+    shown = None if figure is None else float(f"{figure:.4g}")
     row = {"goal": name, "what": what, "figure": shown, "bound": f"{sign} {bound}", "met": met}
     return {**row, **more}
 
