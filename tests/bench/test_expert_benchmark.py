@@ -25,7 +25,8 @@ def tiny_cases(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_rows_hold_every_backend_with_finite_figures() -> None:
     before = torch.get_num_threads()
-    rows = benchmark.run_benchmark(("tiny", "tiny-decode"), threads=1, rounds=2)
+    found = benchmark.run_benchmark(("tiny", "tiny-decode"), threads=1, rounds=2)
+    rows = found["rows"]
     assert torch.get_num_threads() == before
     tiny = {row["backend"]: row for row in rows if row["case"] == "tiny"}
     assert set(tiny) >= {"dense_layer", "floor", "loop", "sorted", "grouped", "dense", "auto"}
@@ -36,6 +37,11 @@ def test_rows_hold_every_backend_with_finite_figures() -> None:
     assert tiny["auto"]["choice"]["forward"] in tiny
     decode = [row for row in rows if row["case"] == "tiny-decode"]
     assert decode and all(row["train_ms"] is None for row in decode)
+    goals = {row["what"]: row for row in found["goals"]}
+    assert goals["tiny: forward, over the fastest peer"]["peer"] in {"loop", "grouped"} | {
+        name for name in tiny if name.startswith("transformers")
+    }
+    assert goals["tiny-decode: over the plain loop"]["peer"] == "loop"
 
 
 def test_the_dense_layer_has_the_same_active_cost() -> None:

@@ -8,8 +8,15 @@ import torch
 from coterie.bench import expert_growth, timing
 from coterie.bench.expert_cases import Case, Setup
 from coterie.bench.expert_goals import expert_goals
-from coterie.bench.expert_peers import Sorted, transformers_calls
-from coterie.bench.goals import exponent, goal
+from coterie.bench.expert_peers import (
+    DENSE_LAYER,
+    EAGER,
+    FLOOR,
+    ONE_THREAD,
+    Sorted,
+    transformers_calls,
+)
+from coterie.bench.goals import exponent, goal, timed
 from coterie.bench.timing import Place, interleaved, ratio, ratios, spread
 
 TINY = Case("fine64", 12, 16, 8, 4, 2)
@@ -46,7 +53,8 @@ def test_ratio_and_spread_come_from_rounds() -> None:
     times = {"a": [2.0, 4.0, 6.0, 8.0], "b": [1.0, 1.0, 2.0, 2.0]}
     assert ratios(times, "a", ["b"]) == [2.0, 4.0, 3.0, 4.0]
     assert ratio(times, "a", ["b"]) == 3.5
-    assert spread([1.0, 2.0, 3.0]) is None and spread([1.0, 1.0, 1.0, 1.0]) == 0.0
+    assert spread([1.0]) is None and spread([1.0, 2.0, 3.0]) == 1.0
+    assert spread([1.0, 1.0, 1.0, 1.0]) == 0.0
 
 
 def test_the_floor_computes_what_the_experts_compute(monkeypatch) -> None:
@@ -93,22 +101,34 @@ def test_peers_have_our_weights_and_gradients() -> None:
             torch.testing.assert_close(left, right, rtol=1e-4, atol=1e-5)
 
 
-def _row(case: str, **columns: float) -> dict:
-    names = ("vs_floor", "vs_dense", "vs_loop", "vs_peer", "spread", "threads_gain")
-    names += ("grouped_vs_auto", "eager_vs_auto")
-    row = {"case": case, "backend": "auto", "touched_bytes": 800, "forward_ms": 1.0}
-    return {**row, **{f"{p}{n}": 1.0 for p in ("", "train_") for n in names}, **columns}
+def _times(**seconds: float) -> timing.Times:
+    """Of a few candidates; one second for the others."""
+    names = ("auto", FLOOR, DENSE_LAYER, "loop", "grouped", EAGER, ONE_THREAD)
+    return {name: [seconds.get(name, 1.0)] * 2 for name in names}
 
 
-def test_expert_goals_read_the_rows() -> None:
-    rows = [_row("fine64", train_eager_vs_auto=5.0, vs_floor=1.2), _row("decode8", vs_loop=1.5)]
-    made = expert_goals(rows, threads=2, bandwidth=1e6)
-    figures = {(row["goal"], row["what"].split(":")[0]): row for row in made}
-    assert figures["P1", "fine64"]["met"] is False and figures["P5", "fine64"]["figure"] == 5.0
-    shares = [row for row in made if row["goal"] == "P6"]
-    assert [row["met"] for row in shares] == [True, False]  # 800 B/ms of 1 MB/s; slower than a loop
-    assert {row["goal"] for row in made} >= {"P12", "threads"}
-    assert "P12" not in {row["goal"] for row in expert_goals(rows, threads=1, bandwidth=1e6)}
+def test_expert_goals_hold_times_against_those_of_others() -> None:
+    made = expert_goals("fine64", _times(auto=1.2), _times(auto=0.2, grouped=0.25), 1.0)
+    rows = {(row["goal"], row["what"]): row for row in made}
+    floor = rows["P1", "fine64: forward, over the bare experts"]
+    assert floor["figure"] == 1.2 and floor["met"] is False and floor["peer"] == FLOOR
+    best = rows["P3", "fine64: forward and backward, over the fastest peer"]
+    assert (best["figure"], best["peer"], best["peer_ms"]) == (0.8, "grouped", 250.0)
+    loop = rows["P5", "fine64: times as fast as the usual loop, forward and backward"]
+    assert loop["figure"] == 5.0 and loop["met"] and loop["spread"] == 0.0
+    assert {goal for goal, _ in rows} == {"P1", "P2", "P3", "P4", "P5", "P12", "threads"}
+
+
+def test_decoding_is_held_against_reading_and_against_the_loop() -> None:
+    times = _times(auto=1.25, loop=1.0)
+    del times[ONE_THREAD]
+    made = [row for row in expert_goals("decode8", times, {}, 1.0) if row["goal"] == "P6"]
+    assert [(row["figure"], row["met"]) for row in made] == [(0.8, True), (1.25, False)]
+
+
+def test_a_goal_without_its_peer_is_not_measured() -> None:
+    row = timed("P", "what", {"ours": [1.0]}, "ours", ["missing"], 1.0)
+    assert row["figure"] is row["met"] is row["peer"] is row["peer_ms"] is None
 
 
 def test_growth_has_a_row_for_every_size_and_says_its_laws(monkeypatch) -> None:

@@ -110,9 +110,10 @@ def _fakes(calls: Calls) -> list[ModuleType]:
         calls.note("fetch", kind=kind, refresh=refresh)
         return Path("cache") / kind
 
-    def run_benchmark(cases: tuple[str, ...], threads: int, rounds: int) -> list[dict[str, Any]]:
+    def run_benchmark(cases: tuple[str, ...], threads: int, rounds: int) -> dict[str, Any]:
         calls.note("run_benchmark", cases=cases, threads=threads, rounds=rounds)
-        return [{"case": "S2", "backend": "loop", "forward_ms": 1.25, "choice": {}}]
+        row = {"case": "S2", "backend": "loop", "forward_ms": 1.25, "choice": {}}
+        return {"rows": [row], "goals": []}
 
     def verify(name: str, work: Path, seeds: int, workers: int | None, progress: Any) -> Any:
         calls.note("verify", name=name, work=work, seeds=seeds, workers=workers)

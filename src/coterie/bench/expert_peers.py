@@ -23,6 +23,8 @@ DENSE_LAYER = "dense_layer"
 FLOOR = "floor"
 PRODUCTS = "products"
 PACKAGE = "transformers"
+EAGER = f"{PACKAGE}-eager"
+ONE_THREAD = "auto, one thread"
 _COPIED_BYTES = 2 * 2**30  # weights that batched_mm copies, a set for every choice of every row
 _TOLERANCE = 1e-4
 
@@ -132,3 +134,8 @@ def _same(run: Callable[[], Tensor], setup: Setup, name: str) -> None:
         error = float((ours - theirs).abs().max() / ours.abs().max())
     if error > _TOLERANCE and setup.x.dtype == torch.float32:
         raise CoterieError(f"{name} answers otherwise than ours at {setup.case.name}: {error:.1e}")
+
+
+def is_peer(name: str) -> bool:
+    """A way that others have: the plain loop, torch's grouped product, another library."""
+    return name in ("loop", "grouped") or name.startswith(PACKAGE)

@@ -3,7 +3,6 @@ cost."""
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -12,22 +11,24 @@ from typing import Any
 import torch
 
 from coterie.bench.expert_cases import CASES, Case, Setup, make_routing
+from coterie.bench.expert_goals import expert_goals
 from coterie.bench.expert_peers import (
     DENSE_LAYER,
     FLOOR,
-    PACKAGE,
+    ONE_THREAD,
     PRODUCTS,
     Sorted,
     dense_layer,
+    is_peer,
     transformers_calls,
 )
+from coterie.bench.machine import read_bandwidth
 from coterie.bench.timing import Place, Times, interleaved, milliseconds, ratio, ratios, spread
 from coterie.core.errors import ConfigError, unknown
 from coterie.experts.dispatch import choose
 
 __all__ = ["CASES", "Case", "make_routing", "run_benchmark"]
 
-ONE_THREAD = "auto, one thread"
 _NO_RIVAL = (DENSE_LAYER, FLOOR, PRODUCTS, "auto", ONE_THREAD)
 
 
@@ -38,8 +39,9 @@ def run_benchmark(
     device: str = "cpu",
     dtype: torch.dtype = torch.float32,
     tokens: int | None = None,
-) -> list[dict[str, Any]]:
-    """Rows ``{case, backend, choice, forward_ms, train_ms, vs_dense, ...}``, one per candidate.
+) -> dict[str, Any]:
+    """``rows`` {case, backend, choice, forward_ms, train_ms, vs_dense, ...}, one per candidate, and
+    ``goals``.
 
     ``vs_dense``, ``vs_floor``, ``vs_loop``, ``vs_best``, ``vs_peer``: time of the forward over that
     of the dense layer of equal active cost, the bare experts, the plain loop, the fastest other
@@ -55,10 +57,15 @@ def run_benchmark(
     if tokens is not None:
         chosen = [replace(case, tokens=tokens) for case in chosen]
     with Place(device, dtype, threads).entered() as place:
-        return [row for case in chosen for row in _run_case(case, place, rounds)]
+        bandwidth = read_bandwidth(place)
+        made = [_run_case(case, place, rounds, bandwidth) for case in chosen]
+    rows, goals = ([row for rows in parts for row in rows] for parts in zip(*made))
+    return {"read_bytes_per_second": bandwidth, "rows": rows, "goals": goals}
 
 
-def _run_case(case: Case, place: Place, rounds: int) -> list[dict[str, Any]]:
+def _run_case(
+    case: Case, place: Place, rounds: int, bandwidth: float
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     setup = Setup(case, place)
     calls = {DENSE_LAYER: dense_layer(setup), **setup.backends(), **transformers_calls(setup)}
     bare = Sorted(setup)
@@ -77,23 +84,11 @@ def _run_case(case: Case, place: Place, rounds: int) -> list[dict[str, Any]]:
         choices = {"forward": choose(setup.x, setup.plan, setup.pool)}
     choices["train"] = choose(setup.x, setup.plan, setup.pool)
     rows = [_row(case, name, times) for name in forward]
+    touched = _touched_bytes(setup)
     for row in rows:
         if row["backend"] == "auto":
-            row.update(choice=choices, touched_bytes=_touched_bytes(setup), **_gains(times))
-    return rows
-
-
-def _gains(timed: dict[str, Times]) -> dict[str, float | None]:
-    """Times of others over that of ``auto``."""
-    made = {}
-    for prefix in ("", "train_"):
-        times = timed.get(prefix, {})
-        grouped = [name for name in times if "grouped" in name]
-        best = min(grouped, key=lambda name: statistics.median(times[name]), default="")
-        made[f"{prefix}grouped_vs_auto"] = ratio(times, best, ["auto"])
-        made[f"{prefix}eager_vs_auto"] = ratio(times, "transformers-eager", ["auto"])
-        made[f"{prefix}threads_gain"] = ratio(times, ONE_THREAD, ["auto"])
-    return made
+            row.update(choice=choices, touched_bytes=touched)
+    return rows, expert_goals(case.name, times[""], times.get("train_", {}), touched / bandwidth)
 
 
 def _touched_bytes(setup: Setup) -> int:
@@ -111,11 +106,6 @@ def _on_one_thread(run: Callable[[], Any], place: Place) -> Callable[[], None]:
     return alone
 
 
-def _is_peer(name: str) -> bool:
-    """A way that others have: the plain loop, torch's grouped product, another library."""
-    return name in ("loop", "grouped") or name.startswith(PACKAGE)
-
-
 def _row(case: Case, name: str, timed: dict[str, Times]) -> dict[str, Any]:
     row: dict[str, Any] = {"case": case.name, "backend": name}
     for prefix in ("", "train_"):
@@ -126,6 +116,6 @@ def _row(case: Case, name: str, timed: dict[str, Times]) -> dict[str, Any]:
         row[f"{prefix}vs_floor"] = ratio(times, name, [FLOOR])
         row[f"{prefix}vs_loop"] = ratio(times, name, ["loop"])
         row[f"{prefix}vs_best"] = ratio(times, name, rivals)
-        row[f"{prefix}vs_peer"] = ratio(times, name, [n for n in rivals if _is_peer(n)])
+        row[f"{prefix}vs_peer"] = ratio(times, name, [n for n in rivals if is_peer(n)])
         row[f"{prefix}spread"] = spread(ratios(times, name, [FLOOR]))
     return row

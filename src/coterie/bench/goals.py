@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from coterie.bench.timing import Times, fastest, median_ratio, milliseconds, ratios, spread
+
 
 def goal(
     name: str, what: str, figure: float | None, bound: float, at_most: bool, **more: Any
@@ -20,6 +22,35 @@ def goal(
     shown = None if figure is None else float(f"{figure:.4g}")
     row = {"goal": name, "what": what, "figure": shown, "bound": f"{sign} {bound}", "met": met}
     return {**row, **more}
+
+
+def timed(
+    name: str,
+    what: str,
+    times: Times,
+    ours: str,
+    peers: Sequence[str],
+    bound: float,
+    at_most: bool = True,
+) -> dict[str, Any]:
+    """A goal on the time of ``ours`` over that of the fastest of ``peers``; with ``at_most`` False,
+    on how many times as fast as that peer it is. The row has both figures, ``ours_ms`` and
+    ``peer_ms``, who the ``peer`` is, and the ``spread`` of the ratio over rounds.
+    """
+    peer = fastest(times, peers)
+    pair = (ours, peer) if at_most else (peer, ours)
+    values = ratios(times, pair[0], [pair[1]])
+    return goal(
+        name,
+        what,
+        median_ratio(values),
+        bound,
+        at_most,
+        spread=spread(values),
+        ours_ms=milliseconds(times, ours),
+        peer=peer or None,
+        peer_ms=milliseconds(times, peer),
+    )
 
 
 def exponent(sizes: Sequence[float], values: Sequence[float]) -> float:

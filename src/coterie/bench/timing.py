@@ -80,24 +80,36 @@ def ratios(times: Times, name: str, others: Sequence[str]) -> list[float]:
     Which of the others is fastest is decided on medians, so that noise cannot pick a new best in
     every round.
     """
-    known = [other for other in others if other in times]
-    if name not in times or not known:
+    best = fastest(times, others)
+    if name not in times or not best:
         return []
-    best = min(known, key=lambda other: statistics.median(times[other]))
     return [ours / theirs for ours, theirs in zip(times[name], times[best])]
+
+
+def fastest(times: Times, names: Sequence[str]) -> str:
+    """The one of ``names`` with the least median; "" where none of them was timed."""
+    known = [name for name in names if name in times]
+    return min(known, key=lambda name: statistics.median(times[name]), default="")
 
 
 def ratio(times: Times, name: str, others: Sequence[str]) -> float | None:
     """Median of ``ratios``; None where not timed."""
-    values = ratios(times, name, others)
+    return median_ratio(ratios(times, name, others))
+
+
+def median_ratio(values: Sequence[float]) -> float | None:
+    """To three decimals; None of nothing."""
     return round(statistics.median(values), 3) if values else None
 
 
 def spread(values: Sequence[float]) -> float | None:
-    """Half the distance between the quartiles (of ratios, of seconds); None below four values."""
-    if len(values) < 4:
+    """Half the distance between the quartiles (of ratios, of seconds); of two or three values half
+    of their range, of one None."""
+    if len(values) < 2:
         return None
-    low, _, high = statistics.quantiles(values, n=4)
+    low, high = min(values), max(values)
+    if len(values) > 3:
+        low, _, high = statistics.quantiles(values, n=4)
     return round((high - low) / 2, 4)
 
 

@@ -6,10 +6,9 @@ from pathlib import Path
 
 import click
 
-from coterie.cli.bench_options import show, timing_options
+from coterie.cli.bench_options import GOALS, show, timing_options
 
 SHOWN = ("cache", "size", "candidate", "ms", "ratio")
-GOALS = ("goal", "what", "figure", "bound", "met")
 
 
 @click.command("cache")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from coterie.cli.bench_options import show, timing_options
+from coterie.cli.bench_options import GOALS, LAWS, show, timing_options
 
 SHOWN = (
     "case",
@@ -20,7 +20,6 @@ SHOWN = (
     "train_vs_dense",
     "train_vs_peer",
 )
-GOALS = ("goal", "what", "figure", "bound", "met")
 
 
 @click.command("experts")
@@ -42,23 +41,17 @@ def command(
     and backward. `auto` is what a model uses by default. The goals are those of docs/dispatch.md.
     """
     from coterie.bench import expert_growth
-    from coterie.bench.expert_goals import expert_goals
     from coterie.bench.experts import CASES, run_benchmark
-    from coterie.bench.machine import read_bandwidth
     from coterie.bench.timing import Place, stamp
 
     place = Place(threads=threads)
-    rows = run_benchmark(cases or tuple(CASES), threads=threads, rounds=rounds)
-    bandwidth = read_bandwidth(place)
     result = {
         **stamp("experts", place, rounds, ("transformers",)),
-        "read_bytes_per_second": bandwidth,
-        "rows": rows,
-        "goals": expert_goals(rows, threads, bandwidth),
+        **run_benchmark(cases or tuple(CASES), threads=threads, rounds=rounds),
     }
     tables = [("goals", GOALS)]
     if growth:
         result["growth"] = expert_growth.growth(rounds, threads)
         result["laws"] = result["growth"].pop("laws")
-        tables.append(("laws", GOALS))
+        tables.append(("laws", LAWS))
     show(result, SHOWN, out, as_json, tables)

@@ -11,6 +11,9 @@ import click
 
 from coterie.cli.output import say, say_json, table
 
+LAWS = ("goal", "what", "figure", "bound", "met")
+GOALS = (*LAWS, "spread", "ours_ms", "peer", "peer_ms")
+
 
 def timing_options(rounds: int) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """--threads, --rounds (default ``rounds``), --out and --json (``as_json``)."""

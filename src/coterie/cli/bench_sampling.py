@@ -6,10 +6,9 @@ from pathlib import Path
 
 import click
 
-from coterie.cli.bench_options import show, timing_options
+from coterie.cli.bench_options import GOALS, show, timing_options
 
 SHOWN = ("case", "candidate", "step_ms", "vs_ddim", "vs_products", "difference", "compile_seconds")
-GOALS = ("goal", "what", "figure", "bound", "met")
 
 
 @click.command("sampling")
