@@ -5,7 +5,7 @@ from coterie.process.base import PROCESSES, Process, expand
 from coterie.process.closed_form import ExactDenoiser, Mixture
 from coterie.process.contrast import ContrastConfig, contrast, with_and_without
 from coterie.process.preconditioning import PRECONDITIONS, Precondition
-from coterie.process.remembered import OneCall
+from coterie.process.remembered import Number, OneCall, remembered, weights
 from coterie.process.times import TIMES, Times, cluster_of
 from coterie.process.times_within import WithinTimes, share_within
 from coterie.process.transport import Transported, transport
@@ -17,6 +17,7 @@ from coterie.process.variational import (
     vlb_bits,
 )
 from coterie.process.views import (
+    affine,
     as_view,
     check_view,
     convert,
@@ -34,6 +35,7 @@ __all__ = [
     "ContrastConfig",
     "ExactDenoiser",
     "Mixture",
+    "Number",
     "OneCall",
     "Precondition",
     "Process",
@@ -42,6 +44,7 @@ __all__ = [
     "Transported",
     "Weighting",
     "WithinTimes",
+    "affine",
     "as_view",
     "check_view",
     "cluster_of",
@@ -53,6 +56,7 @@ __all__ = [
     "expand",
     "learned_log_variance",
     "learned_weightings",
+    "remembered",
     "schedules",
     "share_within",
     "target_of",
@@ -60,5 +64,6 @@ __all__ = [
     "transport",
     "view_slope",
     "vlb_bits",
+    "weights",
     "with_and_without",
 ]

@@ -6,7 +6,7 @@ start of the next, for every conversion of a prediction, and again in each run o
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -17,6 +17,9 @@ from coterie.process.base import Process
 
 _MOST = 16384  # numbers kept
 
+Number = float | Tensor
+"""Of a noise level: a float where it is the same for the whole batch, else f64 [B]."""
+
 
 class Remembered(Process):
     """The same numbers as ``inner``, looked up at 0-dimensional float64 times on the CPU (those of
@@ -25,6 +28,7 @@ class Remembered(Process):
     def __init__(self, inner: Process) -> None:
         self.inner = inner
         self._known: dict[tuple[str, float], Tensor] = {}
+        self._weights: dict[tuple[Any, ...], tuple[float, ...]] = {}
 
     def __getattr__(self, name: str) -> Any:
         if name == "inner":  # while being copied
@@ -40,8 +44,7 @@ class Remembered(Process):
         return self.inner.t_clean
 
     def _look_up(self, name: str, work_out: Callable[[Tensor], Tensor], t: Tensor) -> Tensor:
-        grid_time = t.dim() == 0 and t.dtype == torch.float64 and t.device.type == "cpu"
-        if not grid_time or t.requires_grad:
+        if not _of_grid(t):
             return work_out(t)
         key = (name, float(t))
         value = self._known.get(key)
@@ -51,6 +54,20 @@ class Remembered(Process):
             with torch.inference_mode(False):  # others may differentiate what they multiply
                 value = self._known[key] = work_out(t.clone() if t.is_inference() else t)
         return value
+
+    def weights(
+        self, work_out: Callable[..., Sequence[Tensor]], at: Sequence[Number], told: Sequence[Any]
+    ) -> Sequence[Number]:
+        """See :func:`weights`."""
+        if not all(isinstance(value, float) or _of_grid(value) for value in at):
+            return work_out(self, *at, *told)
+        key = (work_out, *map(float, at), *told)
+        made = self._weights.get(key)
+        if made is None:
+            if len(self._weights) >= _MOST:
+                self._weights.clear()
+            made = self._weights[key] = tuple(map(float, work_out(self, *at, *told)))
+        return made
 
     def alpha(self, t: Tensor) -> Tensor:
         return self._look_up("alpha", self.inner.alpha, t)
@@ -87,6 +104,27 @@ class Remembered(Process):
 
     def time_input(self, t: Tensor) -> Tensor:
         return self.inner.time_input(t)
+
+
+def _of_grid(t: Number) -> bool:
+    """Whether this is one time of a grid, which comes again."""
+    if isinstance(t, float) or t.dim() or t.requires_grad:
+        return False
+    return t.dtype == torch.float64 and t.device.type == "cpu"
+
+
+def weights(
+    process: Process,
+    work_out: Callable[..., Sequence[Tensor]],
+    *at: Number,
+    told: Sequence[Any] = (),
+) -> Sequence[Number]:
+    """What ``work_out(process, *at, *told)`` makes of noise levels ``at``: the numbers by which a
+    step weighs its tensors. Floats, worked out once, where ``process`` is remembered and ``at`` are
+    times of a grid; tensors [B] where samples stand at different times."""
+    if isinstance(process, Remembered):
+        return process.weights(work_out, at, told)
+    return work_out(process, *at, *told)
 
 
 class OneCall(Process):

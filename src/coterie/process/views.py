@@ -46,6 +46,15 @@ def convert(
     return level.dalpha * level.x0(value, source) + level.dsigma * level.eps(value, source)
 
 
+def affine(process: Process, t: Tensor, source: str, target: str) -> tuple[Tensor, Tensor]:
+    """(a, b), shaped as ``t``: the ``target`` view is ``a x + b value`` of a ``source`` view."""
+    none = torch.zeros_like(t)
+    if source == target:
+        return none, torch.ones_like(t)
+    of_x = convert(process, none, source, target, torch.ones_like(t), t)
+    return of_x, view_slope(process, t, source, target)
+
+
 def view_slope(process: Process, t: Tensor, source: str, target: str) -> Tensor:
     """d ``target`` / d ``source`` at fixed x, [B]: all views are affine in each other."""
     if source == target:

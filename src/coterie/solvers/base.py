@@ -16,8 +16,7 @@ from coterie.core.prediction import Condition, DenoiserLike, Prediction
 from coterie.core.registry import Part, Registry
 from coterie.core.rng import SampleNoise
 from coterie.core.routing import ENSEMBLE
-from coterie.process import Process, convert, expand
-from coterie.process.remembered import remembered
+from coterie.process import Number, Process, affine, expand, remembered, weights
 
 SOLVERS = Registry("solver", "coterie.solvers")
 
@@ -33,7 +32,13 @@ class Estimate:
 
     def _as(self, view: str) -> Tensor:
         value, source = self.prediction.value, self.prediction.view
-        return convert(self.process, value, source, view, self.x, self.t).to(self.x.dtype)
+        if view == source:
+            return value.to(self.x.dtype)
+        return self.mixed(*weights(self.process, affine, self.t, told=(source, view)))
+
+    def mixed(self, of_x: Number, of_value: Number) -> Tensor:
+        """``of_x`` x + ``of_value`` times what was predicted, in the type of x."""
+        return combined((of_x, self.x), (of_value, self.prediction.value)).to(self.x.dtype)
 
     @cached_property
     def x0(self) -> Tensor:
@@ -76,8 +81,8 @@ class SolverState:
     """
 
     previous: Tensor | None = None  # [B, ...], x0 estimate of the step before
-    valid: Tensor | None = None  # bool [B], whether ``previous`` may be used
-    lam_step: Tensor | None = None  # f64, 0-dimensional or [B]: length in lam of the step before
+    valid: Tensor | None = None  # bool [B], whether ``previous`` may be used; None: all of it
+    lam_step: Number | None = None  # length in lam of the step before
     length: Tensor | None = None  # f64 [B], step length of adaptive solvers; NaN: none yet
     asked: Tensor | None = None  # bool [B, K], members of an ensemble that answered before
 
@@ -87,12 +92,12 @@ class SolverState:
         def pick(value: Tensor | None) -> Tensor | None:
             return None if value is None else value[rows.to(value.device)]
 
-        lam_step = self.lam_step
+        step = self.lam_step
         return dataclasses.replace(
             self,
             previous=pick(self.previous),
             valid=pick(self.valid),
-            lam_step=lam_step if lam_step is None or lam_step.dim() == 0 else pick(lam_step),
+            lam_step=pick(step) if isinstance(step, Tensor) and step.dim() else step,
             length=pick(self.length),
             asked=pick(self.asked),
         )
@@ -103,23 +108,29 @@ class SolverState:
         def grown(value: Tensor | None, fill: float) -> Tensor | None:
             return None if value is None else torch.cat([value, _filled(value, count, fill)])
 
-        lam_step, valid = self.lam_step, self.valid
-        if lam_step is not None and lam_step.dim() == 0 and valid is not None:
-            lam_step = lam_step.expand(len(valid))
+        step = None
+        if self.lam_step is not None and self.previous is not None:
+            step = torch.as_tensor(self.lam_step, dtype=torch.float64).expand(len(self.previous))
         return dataclasses.replace(
             self,
             previous=grown(self.previous, 0.0),
-            valid=grown(valid, False),
-            lam_step=grown(lam_step, 1.0),
+            valid=grown(self._valid(), False),
+            lam_step=grown(step, 1.0),
             length=grown(self.length, float("nan")),
             asked=grown(self.asked, False),
         )
 
     def reset(self, rows: Tensor | None = None) -> Self:
         """Forget: everything, or the particles where ``rows`` (bool [B]) is True."""
-        if rows is None or self.valid is None:
+        valid = self._valid()
+        if rows is None or valid is None:
             return type(self)(length=self.length)
-        return dataclasses.replace(self, valid=self.valid & ~rows.to(self.valid.device))
+        return dataclasses.replace(self, valid=valid & ~rows.to(valid.device))
+
+    def _valid(self) -> Tensor | None:
+        if self.valid is not None or self.previous is None:
+            return self.valid
+        return self.previous.new_ones(len(self.previous), dtype=torch.bool)
 
 
 def _filled(like: Tensor, count: int, value: float) -> Tensor:
@@ -206,9 +217,31 @@ class SolverConfig(Part):
         return (steps - 1) * each + 1 if to_clean else steps * each
 
 
-def factor(value: Tensor, x: Tensor) -> Tensor:
-    """A number of the noise level, f64 0-dimensional or [B], ready to multiply x [B, ...]."""
-    return expand(value, x).to(x)
+def factor(value: Number, x: Tensor) -> Number:
+    """A number of the noise level, a float or f64 [B], ready to multiply x [B, ...]."""
+    return value if isinstance(value, float) else expand(value, x).to(x)
+
+
+def mixture(
+    process: Process, t: Tensor, of_x0: Tensor, of_eps: Tensor, view: str
+) -> tuple[Tensor, Tensor]:
+    """Weights of x and of a prediction in ``view`` at ``t``, so that their sum is
+    ``of_x0`` D + ``of_eps`` E."""
+    x_of_x0, value_of_x0 = affine(process, t, view, "x0")
+    x_of_eps, value_of_eps = affine(process, t, view, "eps")
+    return of_x0 * x_of_x0 + of_eps * x_of_eps, of_x0 * value_of_x0 + of_eps * value_of_eps
+
+
+def combined(*terms: tuple[Number, Tensor]) -> Tensor:
+    """Sum of tensors [B, ...], each times a number of the noise level."""
+    (weight, x), *rest = terms
+    total = x if isinstance(weight, float) and weight == 1.0 else factor(weight, x) * x
+    for weight, x in rest:
+        if isinstance(weight, float):
+            total = torch.add(total, x, alpha=weight)
+        else:
+            total = total + factor(weight, x) * x
+    return total
 
 
 def draw(noise: SampleNoise | None, x: Tensor) -> Tensor:

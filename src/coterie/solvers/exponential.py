@@ -6,6 +6,7 @@ With h = lam_u - lam_t. DDIM: Song et al. 2021 (arXiv:2010.02502). DPM-Solver-2:
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from coterie.core.rng import SampleNoise
-from coterie.process import Process, expand
+from coterie.process import Number, Process, expand, weights
 from coterie.solvers.base import (
     SOLVERS,
     Estimate,
@@ -21,18 +22,23 @@ from coterie.solvers.base import (
     Solver,
     SolverConfig,
     SolverState,
+    combined,
     draw,
     factor,
     members_asked,
+    mixture,
 )
 
 AtSwitch = Literal["keep", "reset"]
 
 
 def ddim_move(process: Process, estimate: Estimate, u: Tensor) -> Tensor:
-    """alpha_u D + sigma_u E."""
-    x = estimate.x
-    return factor(process.alpha(u), x) * estimate.x0 + factor(process.sigma(u), x) * estimate.eps
+    """alpha_u D + sigma_u E, which is a sum of x and of what was predicted."""
+    return estimate.mixed(*weights(process, _ddim, estimate.t, u, told=(estimate.prediction.view,)))
+
+
+def _ddim(process: Process, t: Tensor, u: Tensor, view: str) -> tuple[Tensor, Tensor]:
+    return mixture(process, t, process.alpha(u), process.sigma(u), view)
 
 
 @dataclass(frozen=True)
@@ -125,36 +131,39 @@ class DPMSolverPP(Solver):
         noise: SampleNoise | None,
     ) -> tuple[Tensor, SolverState]:
         process, x, t = query.process, estimate.x, estimate.t
-        h = process.lam(u) - process.lam(t)
         asked = members_asked(estimate.prediction, x.shape[0]) if self.multistep else None
         if self.at_switch == "reset" and asked is not None and state.asked is not None:
             state = state.reset((asked != state.asked).any(1))
-        denoised = self._extrapolate(estimate.x0, h, state) if self.multistep else estimate.x0
-        ratio, alpha, sigma = (
-            process.sigma(u) / process.sigma(t),
-            process.alpha(u),
-            process.sigma(u),
-        )
+        before = math.inf if state.lam_step is None else state.lam_step
+        made = weights(process, _dpmpp, t, u, before, told=(self.stochastic,))
+        h, ratio, gain, change, spread = made
+        terms = [(ratio, x), (gain, estimate.x0)]
+        if self.multistep and state.previous is not None:
+            if state.valid is not None:  # rows without a past keep D
+                own = torch.as_tensor(change, dtype=torch.float64, device=state.valid.device)
+                change = torch.where(state.valid, own, 0.0)
+            terms.append((change, estimate.x0 - state.previous))
         if self.stochastic:
-            ratio, gain = ratio * torch.exp(-h), -alpha * torch.expm1(-2.0 * h)
-        else:
-            gain = -alpha * torch.expm1(-h)
-        moved = factor(ratio, x) * x + factor(gain, x) * denoised
-        if self.stochastic:
-            spread = sigma * torch.sqrt(-torch.expm1(-2.0 * h))
-            moved = moved + factor(spread, x) * draw(noise, x)
+            terms.append((spread, draw(noise, x)))
+        moved = combined(*terms)
         if not self.multistep:
             return moved, state
-        valid = torch.ones(x.shape[0], dtype=torch.bool, device=x.device)
-        return moved, SolverState(previous=estimate.x0, valid=valid, lam_step=h, asked=asked)
+        return moved, SolverState(previous=estimate.x0, lam_step=h, asked=asked)
 
-    @staticmethod
-    def _extrapolate(x0: Tensor, h: Tensor, state: SolverState) -> Tensor:
-        """D + (D - D_prev) / (2 r), r = h_prev / h; rows without a valid past keep D."""
-        if state.previous is None or state.valid is None or state.lam_step is None:
-            return x0
-        change = factor(0.5 * h / state.lam_step, x0) * (x0 - state.previous)
-        return torch.where(expand(state.valid, x0), x0 + change, x0)
+
+def _dpmpp(
+    process: Process, t: Tensor, u: Tensor, before: Number, stochastic: bool
+) -> tuple[Tensor, ...]:
+    """h, and the weights of x, D, D - D_prev and the noise: D + (D - D_prev) / (2 r) stands in the
+    place of D, r = ``before`` / h."""
+    h = process.lam(u) - process.lam(t)
+    ratio, alpha, sigma = process.sigma(u) / process.sigma(t), process.alpha(u), process.sigma(u)
+    if stochastic:
+        ratio, gain = ratio * torch.exp(-h), -alpha * torch.expm1(-2.0 * h)
+    else:
+        gain = -alpha * torch.expm1(-h)
+    spread = sigma * torch.sqrt(-torch.expm1(-2.0 * h).clamp_max(0.0))
+    return h, ratio, gain, gain * 0.5 * h / before, spread
 
 
 @SOLVERS.register

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from coterie.core.errors import ConfigError, describe
 from coterie.core.rng import SampleNoise
-from coterie.process import expand
+from coterie.process import Number, Process, expand, weights
 from coterie.solvers.base import (
     SOLVERS,
     Estimate,
@@ -23,7 +23,7 @@ from coterie.solvers.base import (
     Solver,
     SolverConfig,
     SolverState,
-    factor,
+    combined,
 )
 
 
@@ -73,23 +73,24 @@ TABLEAUS = {
 }
 
 
-def _weighted(weights: tuple[float, ...], stages: list[Tensor]) -> Tensor:
-    parts = [weight * stage for weight, stage in zip(weights, stages) if weight]
-    total = parts[0]
-    for part in parts[1:]:
-        total = total + part
-    return total
+def _moved(x: Tensor, h: Number, shares: tuple[float, ...], slopes: list[Tensor]) -> Tensor:
+    """x + h times the weighted sum of the slopes."""
+    used = [(share * h, slope) for share, slope in zip(shares, slopes) if share]
+    return combined((1.0, x), *used)
 
 
 def _stages(
-    tableau: Tableau, query: Query, x: Tensor, t: Tensor, h: Tensor, first: Tensor
+    tableau: Tableau, query: Query, x: Tensor, t: Tensor, h: Number, first: Tensor
 ) -> list[Tensor]:
-    """Slopes of all stages; ``t`` and ``h`` 0-dimensional or [B]."""
+    """Slopes of all stages; ``t`` 0-dimensional or [B]."""
     slopes = [first]
     for row, c in zip(tableau.a, tableau.c[1:]):
-        inner = x + factor(h, x) * _weighted(row, slopes)
-        slopes.append(query(inner, t + c * h).flow)
+        slopes.append(query(_moved(x, h, row, slopes), t + c * h).flow)
     return slopes
+
+
+def _length(process: Process, t: Tensor, u: Tensor) -> tuple[Tensor]:
+    return (u - t,)
 
 
 @dataclass(frozen=True)
@@ -107,8 +108,9 @@ class RungeKutta(Solver):
         noise: SampleNoise | None,
     ) -> tuple[Tensor, SolverState]:
         x, t = estimate.x, estimate.t
-        slopes = _stages(self.tableau, query, x, t, u - t, estimate.flow)
-        return x + factor(u - t, x) * _weighted(self.tableau.b, slopes), state
+        (h,) = weights(query.process, _length, t, u)
+        slopes = _stages(self.tableau, query, x, t, h, estimate.flow)
+        return _moved(x, h, self.tableau.b, slopes), state
 
 
 class _RungeKuttaConfig(SolverConfig):
@@ -176,7 +178,7 @@ class AdaptiveRungeKutta(Solver):
             last = length >= left
             h = sign * torch.where(last, left, length)
             slopes = _stages(self.tableau, query, x, t, h, slope)
-            moved = x + factor(h, x) * _weighted(self.tableau.b, slopes)
+            moved = _moved(x, h, self.tableau.b, slopes)
             error = self._error(h, slopes, x, moved)
             accept = (error <= 1.0) & (left > 0)
             growth = (0.9 * error.clamp_min(1e-10) ** (-1.0 / self.tableau.order)).clamp(0.2, 5.0)
@@ -196,7 +198,7 @@ class AdaptiveRungeKutta(Solver):
     def _error(self, h: Tensor, slopes: list[Tensor], x: Tensor, moved: Tensor) -> Tensor:
         """f64 [B]: root mean square of error / tolerance."""
         scale = self.atol + self.rtol * torch.maximum(x.abs(), moved.abs())
-        error = factor(h, x) * _weighted(self.tableau.error, slopes) / scale
+        error = _moved(torch.zeros_like(x), h, self.tableau.error, slopes) / scale
         return error.double().flatten(1).square().mean(1).sqrt()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -120,14 +121,14 @@ def integrate(
     """
     check_run(denoiser.process, x, cond, times, solver, noise)
     query, state = Query(denoiser, prepared(denoiser, cond)), SolverState()
+    clean = (denoiser.process.sigma(times) == 0.0).tolist()
     steps = len(times) - 1
-    for step in range(steps):
-        u = times[step + 1]
-        x, t = solver.perturb(query.process, x, times[step], steps, noise)
+    for step, (start, u) in enumerate(pairwise(times.unbind())):
+        x, t = solver.perturb(query.process, x, start, steps, noise)
         estimate = query(x, t)
         if callback is not None:
             callback(step, float(t), x, estimate.prediction)
-        if float(query.process.sigma(u)) == 0.0:
+        if clean[step + 1]:
             x = solver.land(query, estimate, state, noise)
         else:
             x, state = solver.step(query, estimate, u, state, noise)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from coterie.core.errors import ConfigError, describe
 from coterie.core.rng import SampleNoise
-from coterie.process import Process, learned_log_variance, transition
+from coterie.process import Process, learned_log_variance, transition, weights
 from coterie.solvers.base import (
     SOLVERS,
     Estimate,
@@ -24,8 +24,10 @@ from coterie.solvers.base import (
     Solver,
     SolverConfig,
     SolverState,
+    combined,
     draw,
     factor,
+    mixture,
 )
 from coterie.solvers.runge_kutta import TABLEAUS, RungeKutta
 
@@ -55,19 +57,28 @@ class Ancestral(Solver):
         state: SolverState,
         noise: SampleNoise | None,
     ) -> tuple[Tensor, SolverState]:
-        process, x = query.process, estimate.x
-        step = transition(process, estimate.t, u)
-        var = self.eta**2 * step.var_posterior
-        rest = (process.sigma(u).square() - var).clamp_min(0.0).sqrt()
-        mean = factor(process.alpha(u), x) * estimate.x0 + factor(rest, x) * estimate.eps
+        process, x, t = query.process, estimate.x, estimate.t
+        told = (estimate.prediction.view, self.eta)
+        of_x, of_value, spread = weights(process, _ancestral, t, u, told=told)
+        mean = estimate.mixed(of_x, of_value)
         if not self.stochastic:
             return mean, state
-        std = factor(var.sqrt(), x)
         learned = estimate.prediction.variance
-        if learned is not None and self.eta == 1.0 and process.discrete:
-            posterior, forward = step.var_posterior.to(x), step.var_forward.to(x)
-            std = torch.exp(0.5 * learned_log_variance(learned, posterior, forward))
+        if learned is None or self.eta != 1.0 or not process.discrete:
+            return combined((1.0, mean), (spread, draw(noise, x))), state
+        step = transition(process, t, u)
+        posterior, forward = step.var_posterior.to(x), step.var_forward.to(x)
+        std = torch.exp(0.5 * learned_log_variance(learned, posterior, forward))
         return mean + std * draw(noise, x), state
+
+
+def _ancestral(
+    process: Process, t: Tensor, u: Tensor, view: str, eta: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Weights of x, of what was predicted, and of the noise."""
+    var = eta**2 * transition(process, t, u).var_posterior
+    rest = (process.sigma(u).square() - var).clamp_min(0.0).sqrt()
+    return *mixture(process, t, process.alpha(u), rest, view), var.sqrt()
 
 
 @SOLVERS.register
