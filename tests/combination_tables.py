@@ -11,9 +11,10 @@ from pathlib import Path
 
 from combination_parts import factors, refusal
 from combinations import Cover, attempt, reason, wanted
+from coterie.core.sections import update_sections
 
 PAGE = Path(__file__).parents[1] / "docs" / "architecture.md"
-BEGIN, END = "<!-- combinations: begin -->\n", "<!-- combinations: end -->\n"
+SECTION = "combinations"
 LEFT_OUT = ("model", "expert.num_experts", "slot.names")
 """Factors whose limits are those of others, or of the sizes that are tried here."""
 
@@ -75,6 +76,4 @@ def table() -> str:
 
 
 if __name__ == "__main__":
-    text = PAGE.read_text(encoding="utf-8")
-    before, after = text.split(BEGIN)[0], text.split(END)[1]
-    PAGE.write_text(f"{before}{BEGIN}{table()}\n{END}{after}", encoding="utf-8")
+    update_sections(PAGE, {SECTION: table()})

@@ -8,10 +8,13 @@ from pathlib import Path
 import click
 import pytest
 
+from coterie.bench import summary
 from coterie.cli.main import cli
-from coterie.recipes.tables import BEGIN, END, claims_table, read_results, update_page
+from coterie.core.sections import section
+from coterie.recipes import tables
 
 ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "results"
 NEEDS = {"import transformers": "transformers", "UNet": "diffusers"}
 """What a block with this text needs of the optional libraries."""
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -43,14 +46,15 @@ def test_links_inside_the_repository_lead_somewhere() -> None:
             assert (page.parent / target).exists(), f"{page.name}: {target}"
 
 
-def test_readme_table_is_the_committed_results() -> None:
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    table = text.split(BEGIN, 1)[1].split(END, 1)[0].strip()
-    assert table == claims_table(read_results(ROOT / "results" / "claims")).strip()
-
-
-def test_update_page_replaces_only_what_is_between_the_markers(tmp_path: Path) -> None:
-    page = tmp_path / "page.md"
-    page.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n", encoding="utf-8")
-    update_page(page, "new")
-    assert page.read_text(encoding="utf-8") == f"before\n{BEGIN}\nnew\n{END}\nafter\n"
+@pytest.mark.parametrize(
+    ("page", "name", "made"),
+    [
+        ("README.md", "recipes' claims", lambda: tables.sections(RESULTS / "claims")),
+        ("docs/claims.md", "claims", lambda: tables.sections(RESULTS / "claims")),
+        ("README.md", "goals in short", lambda: summary.sections(RESULTS / "bench")),
+        ("docs/performance.md", "goals", lambda: summary.sections(RESULTS / "bench")),
+    ],
+)
+def test_tables_of_pages_are_the_committed_results(page: str, name: str, made) -> None:
+    text = (ROOT / page).read_text(encoding="utf-8")
+    assert section(text, name) == made()[name].strip()

@@ -12,6 +12,7 @@ BENCHES = {
     "parallel": "Training steps in several processes, beside torch's own data parallelism.",
     "sampling": "Guided sampling, plain, cached and compiled, beside diffusers.",
     "guides": "What guiding samples costs, and how they follow classes, maps and pixels.",
+    "goals": "Goals of speed and what was measured, from results on disk.",
     "cache": "What exact caches save: references kept, routers folded.",
 }
 """Name -> one line of help; ``cli/bench_<name>.py`` defines its ``command``."""

@@ -32,7 +32,7 @@ from coterie.cli.output import progress_bar, say, say_json, table
 @click.option(
     "--update",
     type=click.Path(path_type=Path, exists=True),
-    help="Measure nothing: write the table of the results in --out into this page.",
+    help="Measure nothing: write tables of the results in --out into this page.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.option("-q", "--quiet", is_flag=True, help="No progress bar.")
@@ -54,9 +54,10 @@ def command(
     from coterie.recipes import get_recipe, list_recipes
 
     if update is not None:
-        from coterie.recipes.tables import claims_table, read_results, update_page
+        from coterie.core.sections import update_sections
+        from coterie.recipes.tables import sections
 
-        update_page(update, claims_table(read_results(out)))
+        update_sections(update, sections(out))
         return
     names = list(recipes) or list_recipes()
     for name in names:

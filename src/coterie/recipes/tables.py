@@ -1,8 +1,4 @@
-"""Measured claims as a Markdown table, and its place in a page.
-
-The table stands between two marker lines, so that a page and the results cannot drift apart: a
-test compares them.
-"""
+"""Measured claims as Markdown tables: every claim, and one row per recipe."""
 
 from __future__ import annotations
 
@@ -12,8 +8,11 @@ from typing import Any
 
 from coterie.core.errors import DataError, describe
 
-BEGIN = "<!-- claims: written by `coterie verify --update` -->"
-END = "<!-- end of claims -->"
+
+def sections(folder: str | Path) -> dict[str, str]:
+    """Both tables of the results in a folder, by the name of their place in a page."""
+    results = read_results(folder)
+    return {"claims": claims_table(results), "recipes' claims": recipes_table(results)}
 
 
 def read_results(folder: str | Path) -> list[dict[str, Any]]:
@@ -32,23 +31,41 @@ def claims_table(results: list[dict[str, Any]]) -> str:
     ]
     for result in results:
         lines += [_row(result["recipe"], claim) for claim in result["claims"]]
-    shown = sum(claim["shown"] for result in results for claim in result["claims"])
-    total = sum(len(result["claims"]) for result in results)
     commits = sorted({str(result["commit"]) for result in results})
     machine = results[0]["hardware"]
     lines += [
         "",
-        f"{shown} of {total} shown. {results[0]['rule'].capitalize()}; spread is that deviation. "
+        f"{_count(results)}. {results[0]['rule'].capitalize()}; spread is that deviation. "
         f"Commit {', '.join(commits)}; {machine['cpu']}, {machine['cores']} cores, "
         f"torch {machine['torch']}; one thread per run.",
     ]
     return "\n".join(lines)
 
 
+def recipes_table(results: list[dict[str, Any]]) -> str:
+    """One row per recipe: how many claims show, and the first that its paper makes."""
+    lines = ["| recipe | shown | first claim | metric | ours | baseline | |"]
+    lines.append("|---" * 7 + "|")
+    for result in results:
+        first = result["claims"][0]
+        shown = _count([result]).removesuffix(" shown")
+        verdict = "shown" if first["shown"] else "**not shown**"
+        figures = f"{first['metric']} | {first['ours']:.4g} | {_baseline(first)}"
+        lines.append(f"| {result['recipe']} | {shown} | {first['claim']} | {figures} | {verdict} |")
+    return "\n".join([*lines, "", f"In all {_count(results)}."])
+
+
+def _count(results: list[dict[str, Any]]) -> str:
+    claims = [claim for result in results for claim in result["claims"]]
+    return f"{sum(claim['shown'] for claim in claims)} of {len(claims)} shown"
+
+
+def _baseline(claim: dict[str, Any]) -> str:
+    plain = f"{claim['baseline']:.4g}"
+    return plain if claim["factor"] == 1 else f"{claim['factor']:g} x {plain}"
+
+
 def _row(recipe: str, claim: dict[str, Any]) -> str:
-    baseline = f"{claim['baseline']:.4g}"
-    if claim["factor"] != 1:
-        baseline = f"{claim['factor']:g} x {baseline}"
     verdict = "yes" if claim["shown"] else "**not shown**"
     arrow = "lower" if claim["better"] == "lower" else "higher"
     metric, against = claim["metric"], claim.get("against", claim["metric"])
@@ -56,19 +73,6 @@ def _row(recipe: str, claim: dict[str, Any]) -> str:
         metric = f"{metric} against {against}"
     return (
         f"| {recipe} | {claim['claim']} | {metric} ({arrow} is better) "
-        f"| {claim['ours']:.4g} | {baseline} | {claim['spread']:.2g} | {claim['seeds']} "
+        f"| {claim['ours']:.4g} | {_baseline(claim)} | {claim['spread']:.2g} | {claim['seeds']} "
         f"| {verdict} |"
     )
-
-
-def update_page(page: str | Path, table: str) -> None:
-    """Put ``table`` between the markers of ``page``."""
-    from coterie.core.folder import write_text
-
-    path = Path(page)
-    text = path.read_text(encoding="utf-8")
-    if BEGIN not in text or END not in text:
-        raise DataError(f"{page}: needs the lines {BEGIN!r} and {END!r}")
-    before, rest = text.split(BEGIN, 1)
-    _, after = rest.split(END, 1)
-    write_text(path, f"{before}{BEGIN}\n{table}\n{END}{after}")
