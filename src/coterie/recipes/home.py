@@ -134,7 +134,7 @@ def _claim(text: str, metric: str, baseline: str) -> Claim:
 CLAIMS = (
     *(_claim(f"ranks better within users than {name}", "gauc", name) for name in BASELINES),
     *(
-        _claim(f"ranks the rare task {t} better than {b}", f"gauc/{t}", b)
+        _claim(f"ranks rare {t} better than {b}", f"gauc/{t}", b)
         for t in TASKS[3:]
         for b in BASELINES
     ),
