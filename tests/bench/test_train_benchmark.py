@@ -9,7 +9,7 @@ import torch
 
 from coterie.bench.live_memory import LiveBytes
 from coterie.bench.timing import Place
-from coterie.bench.train import TimedSource, trainer_of, with_their_experts
+from coterie.bench.train import TimedSource, trainer_of, training_goals, with_their_experts
 from coterie.core.config import override
 from coterie.core.cost import count_parameters
 from coterie.core.errors import ConfigError
@@ -62,6 +62,20 @@ def test_other_models_are_not_counted() -> None:
 
     with pytest.raises(ConfigError, match=r"model\.backbone\.kind"):
         training_memory(tiny(), 1)
+
+
+def test_goals_of_training_are_judged_by_what_was_measured() -> None:
+    times = {"dit-moe": [1.0], "transformers-eager": [3.0], "transformers-grouped_mm": [0.8]}
+    rows = [{"candidate": "dense", "data_share": 0.2}]
+    memory = [{"candidate": "dense", "counted_over_measured": 0.8}]
+    made = training_goals(times, rows, memory)
+    assert [(row["figure"], row["met"]) for row in made] == [
+        (1.25, False),
+        (0.2, False),
+        (0.8, False),
+        (0.8, True),
+    ]
+    assert made[0]["peer"] == "transformers-grouped_mm"
 
 
 def test_a_timed_source_gives_what_the_source_gives() -> None:

@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import importlib.util
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from coterie.bench.goals import goal, timed
 from coterie.bench.live_memory import LiveBytes
-from coterie.bench.timing import Place, interleaved, milliseconds, ratio, ratios, spread
+from coterie.bench.timing import Place, Times, interleaved, milliseconds, ratio, ratios, spread
 from coterie.core.cost import count_parameters
 from coterie.core.errors import CoterieError
 from coterie.core.rng import derive
@@ -151,7 +152,27 @@ def run_benchmark(rounds: int = 5, threads: int = 1) -> dict[str, Any]:
             )
         memory = [memory_row(name, trainers[name]) for name in (DENSE, OURS)]
     missing = [] if len(trainers) > 2 else [PACKAGE]
-    return {"rows": rows, "memory": memory, "left_out": missing}
+    goals = training_goals(times, rows, memory)
+    return {"rows": rows, "goals": goals, "memory": memory, "left_out": missing}
+
+
+def training_goals(
+    times: Times, rows: Sequence[Mapping[str, Any]], memory: Sequence[Mapping[str, Any]]
+) -> list[dict[str, Any]]:
+    """Steps beside transformers' experts; getting samples must not hold a step up; peak memory
+    within 15 % of what is counted from shapes."""
+    theirs = [f"{PACKAGE}-{name}" for name in IMPLEMENTATIONS]
+    made = [
+        timed("training", "dit-moe: step, over transformers' experts", times, OURS, theirs, 1.0)
+    ]
+    for row in rows:
+        what = f"{row['candidate']}: share of a step that gets samples"
+        made.append(goal("training", what, row["data_share"], 0.05, at_most=True))
+    for row in memory:
+        what, figure = f"{row['candidate']}: peak counted / measured", row["counted_over_measured"]
+        made.append(goal("memory", f"{what}, from below", figure, 0.85, at_most=False))
+        made.append(goal("memory", f"{what}, from above", figure, 1.15, at_most=True))
+    return made
 
 
 def tokens(trainer: Trainer) -> int:
