@@ -1,4 +1,4 @@
-"""Sampling with folded routing: the same samples, from Python and from the command line."""
+"""Sampling folded or compiled: the same samples, from Python and from the command line."""
 
 from __future__ import annotations
 
@@ -8,11 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 from small_runs import finished
+from torch import nn
+from torch._dynamo.testing import CompileCounter
+from torch._inductor.utils import fresh_cache
 
 from coterie.cli.main import run as coterie
 from coterie.core.errors import ConfigError
 from coterie.solvers import SOLVERS
-from coterie.train.cached import cached
+from coterie.train.cached import cached, compiled
 from coterie.train.run import LoadedRun, load_run
 from coterie.train.sampling import generate
 
@@ -76,3 +79,30 @@ def test_the_command_says_what_was_saved(
     assert "cache" not in json.loads(sample("--json", out="c"))
     sheets = [(tmp_path / name / "samples.json").read_bytes() for name in "abc"]
     assert len(set(sheets)) == 1
+
+
+def test_a_compiled_run_draws_the_same_samples_and_compiles_once_for_all_batches(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, counter, compile_module = finished("dit", tmp_path), CompileCounter(), nn.Module.compile
+    plain = generate(load_run(made), 5, steps=3).x
+    monkeypatch.setattr("coterie.train.cached._check_compiler", lambda device: None)
+    monkeypatch.setattr(
+        nn.Module, "compile", lambda *a, **k: compile_module(*a, backend=counter, **k)
+    )
+    run = compiled(load_run(made))
+    for num in (3, 5, 2):
+        x = generate(run, num, steps=3).x
+        torch.testing.assert_close(x, plain[:num], atol=1e-5, rtol=1e-5)
+        assert counter.frame_count == 1
+
+
+def test_without_a_compiler_nothing_is_sampled(
+    run: LoadedRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = ["sample", str(run.path), "--compile", "-q", "--out", str(tmp_path / "out")]
+    with torch._inductor.config.patch({"cpp.cxx": (None, "no-such-compiler")}), fresh_cache():
+        assert coterie(argv) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert "compile: True" in line and "no-such-compiler" in line
+    assert not (tmp_path / "out").exists()

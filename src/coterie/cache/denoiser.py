@@ -127,13 +127,14 @@ def _cached(
     return CachedDenoiser(denoiser, twin, schedule, shown, tuple(caches), tables)
 
 
-def compile_network(denoiser: Any) -> None:
-    """Let torch compile its backbone at its next call, once for each size of batch. Folded layers
-    stay as they are: their weights change with the step."""
+def compile_network(denoiser: Any, dynamic: bool | None = None) -> None:
+    """Let torch compile its backbone at its next call: for one size of batch and again at the first
+    other one, or (``dynamic``) once for batches of every size above 1. Folded layers stay as they
+    are: their weights change with the step."""
     for module in denoiser.backbone.modules():
         if isinstance(module, FoldedLayer):
             module.forward = torch.compiler.disable(module.forward)  # type: ignore[method-assign]
-    denoiser.backbone.compile()
+    denoiser.backbone.compile(dynamic=dynamic)
 
 
 class CachedDenoiser(nn.Module):

@@ -59,7 +59,7 @@ class Labels(click.ParamType[list[int]]):
     "--compile",
     "use_compiler",
     is_flag=True,
-    help="Compile the network first: about a minute, the same samples to rounding.",
+    help="Compile the network first, about a minute once: the same samples to rounding.",
 )
 @click.option("--weights", type=click.Choice(["ema", "model"]), default="ema", show_default=True)
 @click.option("--out", type=click.Path(path_type=Path), help="Folder. [RUN/samples, RUN/guided]")

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import sys
 
 import numpy as np
+import torch
 
 from coterie.cache import CacheCost, compile_network, cost
 from coterie.cache import cached as cached_denoiser
@@ -30,10 +33,23 @@ def cached(run: LoadedRun, steps: int | None = None) -> tuple[LoadedRun, CacheCo
 
 
 def compiled(run: LoadedRun) -> LoadedRun:
-    """``run`` whose backbone torch compiles at its first call: once for each size of batch, which
-    takes a minute on a CPU. ConfigError where the model cannot be compiled."""
+    """``run`` whose backbone torch compiles at its first call, once for all sizes of batch, which
+    takes a minute on a CPU. ConfigError where the model cannot be compiled, and where the compiler
+    that torch needs does not work here."""
     if getattr(run.model, "backbone", None) is None or run.is_text:
         hint = "only denoisers of samples that are one network are"
         raise ConfigError(describe("compile", True, "false", hint))
-    compile_network(run.model)
+    _check_compiler(next(run.model.parameters()).device)
+    compile_network(run.model, dynamic=True)
     return run
+
+
+def _check_compiler(device: torch.device) -> None:
+    """Compiles one addition: what is wrong with the tools shows before there is work to lose."""
+    try:
+        torch.compile(lambda x: x + 1)(torch.zeros(2, device=device))
+    except RuntimeError as error:
+        compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
+        reason = str(error).partition("\n")[0]
+        hint = f"torch needs a C++ compiler, {compiler!r} unless CXX names another; {reason}"
+        raise ConfigError(describe("compile", True, "false", hint)) from error
