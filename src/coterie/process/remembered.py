@@ -110,7 +110,7 @@ def _of_grid(t: Number) -> bool:
     """Whether this is one time of a grid, which comes again."""
     if isinstance(t, float) or t.dim() or t.requires_grad:
         return False
-    return t.dtype == torch.float64 and t.device.type == "cpu"
+    return t.is_cpu and t.dtype == torch.float64
 
 
 def weights(

@@ -68,7 +68,10 @@ class Query:
         """``t``: 0-dimensional f64, or [B] where particles sit at different times."""
         self.evaluations += 1
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-        rows = t.to(device=x.device, dtype=dtype).expand(x.shape[0])
+        if t.dim() or t.requires_grad:
+            rows = t.to(device=x.device, dtype=dtype).expand(x.shape[0])
+        else:  # without waiting for a device
+            rows = torch.full((x.shape[0],), float(t), dtype=dtype, device=x.device)
         return Estimate(self.process, x, t, self.denoiser(x, rows, self.cond))
 
 

@@ -121,14 +121,13 @@ def integrate(
     """
     check_run(denoiser.process, x, cond, times, solver, noise)
     query, state = Query(denoiser, prepared(denoiser, cond)), SolverState()
-    clean = (denoiser.process.sigma(times) == 0.0).tolist()
     steps = len(times) - 1
     for step, (start, u) in enumerate(pairwise(times.unbind())):
         x, t = solver.perturb(query.process, x, start, steps, noise)
         estimate = query(x, t)
         if callback is not None:
             callback(step, float(t), x, estimate.prediction)
-        if clean[step + 1]:
+        if float(query.process.sigma(u)) == 0.0:
             x = solver.land(query, estimate, state, noise)
         else:
             x, state = solver.step(query, estimate, u, state, noise)
