@@ -110,13 +110,13 @@ def test_lower_precision_travels_as_such():
     types = []
 
     def part(thread: Threads) -> Tensor:
-        exchange = thread.exchange
+        exchanging = thread.exchanging
 
-        def seen(rows: Tensor, *splits: Any) -> Tensor:
+        def seen(rows: Tensor, *splits: Any) -> Any:
             types.append(rows.dtype)
-            return exchange(rows, *splits)
+            return exchanging(rows, *splits)
 
-        thread.exchange = seen
+        thread.exchanging = seen
         pool = torch.nn.Sequential(pooled())
         split_experts(pool, thread)
         here = slice(12 * thread.rank, 12 * thread.rank + 12)

@@ -27,6 +27,7 @@ class Threads:
         self.config = config
         self.rank = rank
         self.place = config.place(rank)
+        self.groups = {config.axes: "all"}
         self._box, self._barrier = box, barrier
 
     def said(self, value: Any) -> list[Any]:
@@ -41,11 +42,19 @@ class Threads:
         stacked = torch.stack(self.said(values.clone()))
         return values.copy_(stacked.sum(0) if how == "sum" else stacked.amax(0))
 
-    def exchange(self, rows: Tensor, send: Sequence[int], receive: Sequence[int]) -> Tensor:
+    def reducing(self, values: Tensor, axes: tuple[str, ...]) -> Callable[[], Tensor]:
+        assert axes in self.groups
+        said = values.clone()
+        return lambda: values.copy_(torch.stack(self.said(said)).sum(0))
+
+    def exchanging(
+        self, rows: Tensor, send: Sequence[int], receive: Sequence[int]
+    ) -> tuple[Tensor, Callable[[], None]]:
         assert sum(send) == len(rows)
         parts = [theirs[self.rank] for theirs in self.said(rows.split(list(send)))]
         assert [len(part) for part in parts] == list(receive)
-        return torch.cat(parts)
+        out = torch.full_like(torch.cat(parts), -1)  # not to be read before it has been waited for
+        return out, lambda: out.copy_(torch.cat(parts))
 
 
 def in_threads(count: int, work: Callable[[Threads], Any]) -> list[Any]:

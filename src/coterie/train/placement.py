@@ -54,8 +54,9 @@ class Placement:
         """This process's samples among those of a micro-batch."""
         return indices
 
-    def before_backward(self, last: bool) -> None:
-        """``last``: gradients are complete after it."""
+    def before_backward(self, loss: Tensor, last: bool) -> Tensor:
+        """The loss to go back from; ``last``: gradients are complete after it."""
+        return loss
 
     def collect(self, parameters: Mapping[str, nn.Parameter]) -> None:
         """Make the gradients those of the whole batch."""
@@ -64,9 +65,11 @@ class Placement:
         """Total norm of all gradients, wherever they are."""
         return gradient_norm(parameters.values())
 
-    def joined(self, total: Tensor, losses: list[Losses]) -> tuple[Tensor, list[Losses]]:
-        """The loss, and its detached parts, of the whole batch."""
-        return total, losses
+    def joining(
+        self, total: Tensor, losses: list[Losses]
+    ) -> Callable[[], tuple[Tensor, list[Losses]]]:
+        """Asked after the last backward pass: the loss, and its detached parts, of the batch."""
+        return lambda: (total, losses)
 
     def any_of(self, names: Iterable[str | None]) -> list[str | None]:
         """Each name, or what another process found where this one found none."""

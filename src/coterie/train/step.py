@@ -82,16 +82,18 @@ class GradientStep:
             batch = self._batch(self.placement.own(part))
             result = self._forward(self.forward_model, batch, step, micro)
             value = result.total / accumulate
-            self.placement.before_backward(last=micro == accumulate - 1)
-            value.backward()
             total = total + value.detach()
             tokens += _tokens(batch, result)
             if keep_routings:
                 routings += [routing.detach() for routing in result.routings]
             losses.append(_detached(result))
+            last = micro == accumulate - 1
+            if last:
+                joined = self.placement.joining(total, losses)
+            self.placement.before_backward(value, last).backward()
         self.placement.collect(self.parameters)
         norm = self.placement.norm(self.parameters)
-        total, losses = self.placement.joined(total, losses)
+        total, losses = joined()
         loss, grad_norm = torch.stack([total, norm.float()]).tolist()
         tokens *= self.placement.count
         outcome = StepResult(loss, grad_norm, losses, tuple(routings), tokens)

@@ -9,13 +9,14 @@ E experts, P processes.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from coterie.core.errors import ConfigError
+from coterie.core.routing import Unit
 from coterie.experts.dispatch import DispatchPlan, dispatch, plan_choices
 from coterie.experts.dispatch.backends import OneExpert
 from coterie.experts.dispatch.plan import scale_rows
@@ -23,19 +24,61 @@ from coterie.experts.kinds import ExpertPool
 from coterie.train.parallel.processes import Processes
 
 
-class _Travel(torch.autograd.Function):
-    """Rows to other processes; the gradient travels back."""
+class _Trip:
+    """Rows to other processes, and their gradient back: what is computed between ``depart`` and
+    ``arrive`` takes its time from the journey, both ways.
+
+    A tensor without elements stands for what is on its way: it ties the two ends in the graph.
+    """
+
+    def __init__(self, processes: Processes, send: Sequence[int], receive: Sequence[int]) -> None:
+        self._processes, self._send, self._receive = processes, send, receive
+        self._out: Tensor | None = None
+        self._wait: Callable[[], object] = lambda: None
+
+    def depart(self, rows: Tensor) -> Tensor:
+        away: Tensor = _Depart.apply(rows, self)
+        return away
+
+    def arrive(self, away: Tensor) -> Tensor:
+        rows: Tensor = _Arrive.apply(away, self)
+        return rows
+
+    def go(self, rows: Tensor) -> None:
+        self._out, self._wait = self._processes.exchanging(rows, self._send, self._receive)
+
+    def go_back(self, grad: Tensor) -> None:
+        self._out, self._wait = self._processes.exchanging(grad, self._receive, self._send)
+
+    def end(self) -> Tensor:
+        self._wait()
+        out, self._out = self._out, None
+        assert out is not None
+        return out
+
+
+class _Depart(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, trip: _Trip) -> Tensor:
+        ctx.trip = trip
+        trip.go(rows)
+        return rows.new_empty(0)
 
     @staticmethod
-    def forward(
-        ctx: Any, rows: Tensor, processes: Processes, send: Sequence[int], receive: Sequence[int]
-    ) -> Tensor:
-        ctx.processes, ctx.send, ctx.receive = processes, send, receive
-        return processes.exchange(rows, send, receive)
+    def backward(ctx: Any, _: Tensor) -> tuple[Tensor, None]:
+        return ctx.trip.end(), None
+
+
+class _Arrive(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, _: Tensor, trip: _Trip) -> Tensor:
+        ctx.trip = trip
+        return trip.end()
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        return ctx.processes.exchange(grad, ctx.receive, ctx.send), None, None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        ctx.trip.go_back(grad)
+        return grad.new_empty(0), None
 
 
 class ExpertExchange:
@@ -63,30 +106,37 @@ class ExpertExchange:
         with torch.autocast(device, enabled=False):
             if plan.unit == "token" and plan.num_rows > len(x):
                 x = x.repeat_interleave(plan.num_rows // len(x), dim=0)
-            back = self._asked(x.index_select(0, plan.rows), plan, backend)
+            rows = x.index_select(0, plan.rows)
+            send_PE, receive_PE = self._counts(plan, rows.device)
+            send, receive = torch.stack([send_PE.sum(1), receive_PE.sum(1)]).tolist()
+            there = _Trip(self.processes, send, receive)
+            away = there.depart(rows)
+            shared = None if always is None else pool.kind.forward(x, OneExpert(always, {}))
+            answers = self._answered(there.arrive(away), receive_PE, plan.unit, backend)
+            home = _Trip(self.processes, receive, send)
+            back = home.arrive(home.depart(answers))
             values = scale_rows(back, plan.sorted_gates, float32)
             y = values.new_zeros(pool.kind.output_shape(x.shape)).index_add(0, plan.rows, values)
-            if always is not None:
-                y = y + pool.kind.forward(x, OneExpert(always, {}))
-            return y.to(dtype)
+            return (y if shared is None else y + shared).to(dtype)
 
-    def _asked(self, rows: Tensor, plan: DispatchPlan, backend: str) -> Tensor:
-        """The experts' answers to rows [A, ...], sorted by expert; in their order."""
-        send_PE = torch.tensor(plan.counts, device=rows.device).view(-1, self.local.num_experts)
+    def _counts(self, plan: DispatchPlan, device: torch.device) -> tuple[Tensor, Tensor]:
+        """i64 [P, E / P]: rows for every expert of each process, and from each for every own."""
+        send_PE = torch.tensor(plan.counts, device=device).view(-1, self.local.num_experts)
         ones = [1] * len(send_PE)
-        receive_PE = self.processes.exchange(send_PE, ones, ones)
-        send, receive = torch.stack([send_PE.sum(1), receive_PE.sum(1)]).tolist()
-        arrived: Tensor = _Travel.apply(rows, self.processes, send, receive)
+        receive_PE, wait = self.processes.exchanging(send_PE, ones, ones)
+        wait()
+        return send_PE, receive_PE
+
+    def _answered(self, rows: Tensor, receive_PE: Tensor, unit: Unit, backend: str) -> Tensor:
+        """The local experts' answers to rows [A, ...] that lie process by process."""
         experts = torch.arange(self.local.num_experts, device=rows.device)
-        ids = experts.repeat(len(send_PE)).repeat_interleave(receive_PE.flatten())
+        ids = experts.repeat(len(receive_PE)).repeat_interleave(receive_PE.flatten())
         gates = torch.ones(len(ids), 1, device=rows.device)
-        local = plan_choices(ids[:, None], gates, self.local.num_experts, unit=plan.unit)
+        local = plan_choices(ids[:, None], gates, self.local.num_experts, unit=unit)
         self.local.training = False
-        answers = dispatch(arrived, local, self.local, backend)
+        answers = dispatch(rows, local, self.local, backend)
         # Every process must send gradients back, also one whose experts nobody asked.
-        answers = answers + arrived[:0].sum().to(answers.dtype)
-        back: Tensor = _Travel.apply(answers, self.processes, receive, send)
-        return back
+        return answers + rows[:0].sum().to(answers.dtype)
 
 
 def split_experts(model: nn.Module, processes: Processes) -> set[str]:

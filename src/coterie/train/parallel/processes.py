@@ -42,9 +42,9 @@ class Beat:
         self._map: mmap.mmap | None = None
         self._count = 0
         if folder is not None:
-            path = Path(folder) / f"rank-{rank}"
-            path.write_bytes(bytes(16))
-            with path.open("r+b") as file:
+            # Never shorter than it is mapped, should this process have it already.
+            with (Path(folder) / f"rank-{rank}").open("ab+") as file:
+                file.truncate(16)
                 self._map = mmap.mmap(file.fileno(), 16)
             threading.Thread(target=self._pulse, daemon=True).start()
 
@@ -72,7 +72,7 @@ class Processes:
     """This process among ``config.processes``.
 
     ``groups[axes]`` is the group of processes that differ along these axes alone, None where that
-    is this process itself. ``sent``: bytes this process has handed to collectives.
+    is this process itself.
     """
 
     def __init__(self, config: ParallelConfig, rank: int) -> None:
@@ -82,7 +82,6 @@ class Processes:
         self.rank = rank
         self.count = config.processes
         self.place = config.place(rank)
-        self.sent = 0
         self.beat = Beat(os.environ.get(BEATS), rank)
         self.groups: dict[tuple[str, ...], Any] = {_WORLD: dist.group.WORLD}
         for axes in _GROUPS:
@@ -106,32 +105,55 @@ class Processes:
 
         group = self.groups.get(axes)
         if group is not None:
-            self._say(values)
+            self.beat()
             op = dist.ReduceOp.SUM if how == "sum" else dist.ReduceOp.MAX
             dist.all_reduce(values, op, group)
         return values
 
+    def reducing(self, values: Tensor, axes: tuple[str, ...]) -> Callable[[], object]:
+        """Add ``values`` up over the group, in place, for whoever calls the answer to wait for."""
+        import torch.distributed as dist
+
+        self.beat()
+        wait: Callable[[], object]
+        wait = dist.all_reduce(values, group=self.groups[axes], async_op=True).wait
+        return wait
+
     def joined(self, values: Tensor, axes: tuple[str, ...] = _WORLD) -> Tensor:
         """The rows [R, ...] of every process of the group, all of one shape, in order."""
+        return self.joining(values, axes)()
+
+    def joining(self, values: Tensor, axes: tuple[str, ...] = _WORLD) -> Callable[[], Tensor]:
+        """As :meth:`joined`, for whoever calls the answer to wait for."""
         import torch.distributed as dist
 
         group = self.groups.get(axes)
         if group is None:
-            return values
-        self._say(values)
+            return lambda: values
+        self.beat()
         out = [torch.empty_like(values) for _ in range(dist.get_world_size(group))]
-        dist.all_gather(out, values.contiguous(), group)
-        return torch.cat(out)
+        work = dist.all_gather(out, values.contiguous(), group, async_op=True)
 
-    def exchange(self, rows: Tensor, send: Sequence[int], receive: Sequence[int]) -> Tensor:
-        """``send[r]`` rows to each process r of the expert group; ``receive[r]`` rows from it."""
+        def wait() -> Tensor:
+            work.wait()
+            return torch.cat(out)
+
+        return wait
+
+    def exchanging(
+        self, rows: Tensor, send: Sequence[int], receive: Sequence[int]
+    ) -> tuple[Tensor, Callable[[], object]]:
+        """``send[r]`` rows to each process r of the expert group; ``receive[r]`` rows from it: they
+        have come when the second answer, called, has waited for them."""
         import torch.distributed as dist
 
-        self._say(rows)
+        self.beat()
         out = rows.new_empty(sum(receive), *rows.shape[1:])
         group = self.groups[("expert",)]
-        dist.all_to_all_single(out, rows.contiguous(), list(receive), list(send), group)
-        return out
+        work = dist.all_to_all_single(
+            out, rows.contiguous(), list(receive), list(send), group, async_op=True
+        )
+        return out, work.wait
 
     def told(self, value: Any) -> list[Any]:
         """What every process says, as JSON, by rank."""
@@ -157,10 +179,6 @@ class Processes:
         if "error" in answer:
             raise TrainingError(f"the first process stopped: {answer['error']}")
         return answer["value"]
-
-    def _say(self, values: Tensor) -> None:
-        self.sent += values.numel() * values.itemsize
-        self.beat()
 
 
 def launched() -> bool:

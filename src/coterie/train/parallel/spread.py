@@ -25,7 +25,7 @@ from coterie.core.tensors import local
 from coterie.train import checkpoint
 from coterie.train.checkpoint import Checkpoint
 from coterie.train.parallel.exchange import routed_pools, split_experts
-from coterie.train.parallel.gradients import average, total_norm
+from coterie.train.parallel.gradients import GradientMean, total_norm
 from coterie.train.parallel.layout import Layout
 from coterie.train.parallel.processes import Processes
 from coterie.train.parallel.sharding import blocks_of, is_sharded, shard_model, sync_gradients
@@ -37,6 +37,7 @@ class Spread(Placement):
     """This process's part of a run."""
 
     layout: Layout
+    _mean: GradientMean
 
     def __init__(self, processes: Processes) -> None:
         self.processes = processes
@@ -68,6 +69,7 @@ class Spread(Placement):
         replaced = {id(value): held[name] for name, value in parameters.items()}
         for group in optimizer.param_groups:
             group["params"] = [replaced[id(value)] for value in group["params"]]
+        self._mean = GradientMean(held, self.layout, self.processes)
         return held
 
     def watch(self, signals: StopSignals) -> None:
@@ -83,31 +85,40 @@ class Spread(Placement):
             raise ConfigError(describe("train.batch", len(indices), allowed, hint))
         return np.split(indices, self.count)[self.processes.rank]
 
-    def before_backward(self, last: bool) -> None:
+    def before_backward(self, loss: Tensor, last: bool) -> Tensor:
         if self._model is not None:
             sync_gradients(self._model, last)
+        if last:
+            self._mean.start()
+        return loss
 
     def collect(self, parameters: Mapping[str, nn.Parameter]) -> None:
         for whole, part in self._sharded:
             part.grad = None if whole.grad is None else local(whole.grad)
             whole.grad = None
-        average(parameters, self.layout, self.processes)
+        self._mean.finish()
 
     def norm(self, parameters: Mapping[str, nn.Parameter]) -> Tensor:
         return total_norm(parameters, self.layout, self.processes)
 
-    def joined(self, total: Tensor, losses: list[Losses]) -> tuple[Tensor, list[Losses]]:
-        """One message says all of it, and which signal came."""
+    def joining(
+        self, total: Tensor, losses: list[Losses]
+    ) -> Callable[[], tuple[Tensor, list[Losses]]]:
+        """One message says all of it, and which signal came, while the backward pass goes on."""
         received = (self._signals and self._signals.received) or 0
         said = [total.new_tensor([received]), total[None]]
         for one in losses:
             said += [value[None] for value in one.main.values()]
             said += [value for value in (one.per_sample, one.noise) if value is not None]
         mine = torch.cat([value.float() for value in said])
-        everyone = self.processes.joined(mine[None])
-        parts = iter(everyone.split([len(value) for value in said], dim=1))
-        self._received = int(next(parts).max()) or None
-        return next(parts).mean(), [self._read(one, parts) for one in losses]
+        everyone = self.processes.joining(mine[None])
+
+        def read() -> tuple[Tensor, list[Losses]]:
+            parts = iter(everyone().split([len(value) for value in said], dim=1))
+            self._received = int(next(parts).max()) or None
+            return next(parts).mean(), [self._read(one, parts) for one in losses]
+
+        return read
 
     def _read(self, losses: Losses, parts: Iterator[Tensor]) -> Losses:
         return Losses(
