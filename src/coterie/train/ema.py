@@ -36,13 +36,16 @@ class Ema:
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
-        parameters = dict(model.named_parameters())
-        weights = [local(parameters[name]).float() for name in self._names]
-        for decay, shadow in self._shadows.items():
-            if shadow:
-                torch._foreach_lerp_(shadow, weights, 1 - self.decay_at(decay, self.num_updates))
-        for name, value in _buffers(model).items():
-            self._buffers[name].copy_(value)
+        if self.decays:
+            parameters = dict(model.named_parameters())
+            weights = [local(parameters[name]).float() for name in self._names]
+            for decay, shadow in self._shadows.items():
+                if shadow:
+                    weight = 1 - self.decay_at(decay, self.num_updates)
+                    torch._foreach_lerp_(shadow, weights, weight)
+            buffers = dict(model.named_buffers(remove_duplicate=False))
+            for name, value in self._buffers.items():
+                value.copy_(buffers[name])
         self.num_updates += 1
 
     @torch.no_grad()
