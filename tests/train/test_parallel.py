@@ -300,19 +300,28 @@ def test_a_signal_reaches_everybody_and_they_save(tmp_path, monkeypatch):
     assert_nobody_is_left(out)
 
 
-def test_nobody_outlives_a_supervisor_that_is_killed(tmp_path):
+def test_nobody_outlives_a_supervisor_that_is_killed():
+    """And whoever ends for another reason says so by its own code."""
     code = """
         import os, sys, time
         from coterie.train.parallel.worker import stop_with_parent
         stop_with_parent()
         print(os.getpid(), flush=True)
-        time.sleep(600)
+        time.sleep(float(sys.argv[1]))
+        sys.exit(3)
     """
-    child = subprocess.Popen(
-        [sys.executable, "-c", textwrap.dedent(code)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
-    )
-    assert child.stdout is not None and child.stdin is not None
-    assert child.stdout.readline()
-    child.stdin.close()  # what the system does when the supervisor dies
-    assert child.wait(20) == 1
-    child.stdout.close()
+    command = [sys.executable, "-c", textwrap.dedent(code)]
+    children = [
+        subprocess.Popen([*command, seconds], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        for seconds in ("600", "0.1")
+    ]
+    for child in children:
+        assert child.stdout is not None and child.stdin is not None
+        assert child.stdout.readline()
+    assert children[1].wait(20) == 3
+    assert children[0].poll() is None
+    children[0].stdin.close()  # type: ignore[union-attr]  # as the system does when it dies
+    assert children[0].wait(20) == 1
+    for child in children:
+        child.stdin.close()  # type: ignore[union-attr]
+        child.stdout.close()  # type: ignore[union-attr]

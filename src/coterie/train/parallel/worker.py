@@ -37,7 +37,9 @@ def stop_with_parent() -> None:
     """Exit when the supervisor is gone: it holds the other end of the pipe that stdin is."""
 
     def watch() -> None:
-        sys.stdin.buffer.read()
+        # Not sys.stdin, whose lock an interpreter that ends for another reason would wait for.
+        while os.read(0, 1):
+            pass
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
