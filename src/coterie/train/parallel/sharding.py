@@ -26,9 +26,11 @@ def shard_model(model: nn.Module, blocks: list[nn.Module], processes: Processes)
     mesh = DeviceMesh.from_group(group, device, mesh_dim_names=("shard",))
     kept = _kept_whole(model, blocks)
     for block in blocks:
-        # A loss on prototypes reads them when the block's forward is over.
+        # A loss on prototypes reads them when the block's forward is over; the backward pass begins
+        # with the last block.
         read_later = any(name.endswith("prototypes") for name, _ in block.named_parameters())
-        fully_shard(block, mesh=mesh, reshard_after_forward=not read_later, ignored_params=kept)
+        again = not read_later and block is not blocks[-1]
+        fully_shard(block, mesh=mesh, reshard_after_forward=again, ignored_params=kept)
     fully_shard(model, mesh=mesh, ignored_params=kept)
 
 
