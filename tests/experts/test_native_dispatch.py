@@ -26,7 +26,7 @@ KINDS = {
     "gelu_mlp": GeluMLP,
 }
 # rows, experts, choices, width, hidden: one row, odd sizes, more experts than rows, experts of more
-# rows than a block or a part, hidden units in several chunks
+# rows than a block or a part, hidden units in several chunks, experts of some ten rows
 SHAPES = (
     (1, 1, 1, 16, 8),
     (7, 4, 2, 16, 12),
@@ -36,6 +36,7 @@ SHAPES = (
     (1300, 3, 2, 20, 36),
     (90, 5, 3, 12, 900),
     (40, 3, 2, 800, 20),
+    (23, 4, 2, 20, 13),
 )
 
 

@@ -8,6 +8,8 @@ first use (:mod:`.build`); where that is impossible the other backends serve, wi
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -26,9 +28,22 @@ def serves(x: Tensor, plan: DispatchPlan, pool: ExpertPool) -> bool:
         return False
     if plan.gates.dtype != torch.float32:
         return False
-    for stack in pool.stacks().values():
-        if stack.dtype != torch.float32 or not stack.is_contiguous() or type(stack) not in _PLAIN:
-            return False
+    return all(map(_readable, pool.stacks().values())) and _may()
+
+
+def serves_one(x: Tensor, weights: Mapping[str, Tensor]) -> bool:
+    """The same for the weights of one feed-forward expert, outside autocast, which
+    :func:`coterie.experts.dispatch.dispatch` has left already."""
+    if x.device.type != "cpu" or x.dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
+        return False
+    return all(map(_readable, weights.values())) and _may()
+
+
+def _readable(weight: Tensor) -> bool:
+    return weight.dtype == torch.float32 and weight.is_contiguous() and type(weight) in _PLAIN
+
+
+def _may() -> bool:
     return _ready() if torch.compiler.is_compiling() else _ready() and not transformed()
 
 
@@ -49,4 +64,4 @@ def run_native(x: Tensor, plan: DispatchPlan, pool: ExpertPool, float32: bool) -
     return experts(x.reshape(-1, x.shape[-1]), plan, pool, made).view(x.shape)
 
 
-__all__ = ["library", "run_native", "serves"]
+__all__ = ["library", "run_native", "serves", "serves_one"]

@@ -7,6 +7,8 @@ operator); while compiling, and under modes that watch operators, it is ``coteri
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -44,7 +46,7 @@ def experts(x: Tensor, plan: DispatchPlan, pool: ExpertPool, made: FeedForward) 
     keep = torch.is_grad_enabled() and any(leaf.requires_grad for leaf in leaves)
     kind = ACTIVATIONS[made.activation]
     rows, ids, gates = x.contiguous(), plan.ids.contiguous(), plan.gates.contiguous()
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
+    if watched():
         y: Tensor = native_experts(rows, gates, ids, *weights, kind, made.gated, keep)[0]
         return y
     given: list[Any] = [rows, gates, ids, *weights, kind, made.gated]
@@ -52,6 +54,11 @@ def experts(x: Tensor, plan: DispatchPlan, pool: ExpertPool, made: FeedForward) 
         return run_forward(*[*given, False])[0]
     y = _Experts.apply(*given, (pool.kind, names))
     return y
+
+
+def watched() -> bool:
+    """Whether somebody wants to see operators of torch: a compiler, or a mode."""
+    return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
 
 
 def run_forward(
@@ -104,6 +111,35 @@ def run_backward(
     }
     _call("backward", activation, gated, given | dict(zip(_GRADIENTS, found)))
     return [x.new_empty(0) if value is None else value for value in found]
+
+
+def run_one(x: Tensor, made: FeedForward, weights: Mapping[str, Tensor]) -> Tensor:
+    """The answer of one expert to every row of x [..., D], with no gradient to be taken and nobody
+    watching: little is done around the call, which counts where rows are few."""
+    built = library()
+    assert built.handle is not None
+    x = x.contiguous()
+    rows = x.numel() // x.shape[-1]
+    ids, gates = _everybody(rows)
+    w1, w2, y = weights[made.up], weights[made.down], torch.empty_like(x)
+    b1, b2 = (None if n is None else weights[n].data_ptr() for n in (made.up_bias, made.down_bias))
+    call = _Call(
+        *(rows, 1, 1, w1.shape[1], w2.shape[1], made.gated, ACTIVATIONS[made.activation]),
+        torch.get_num_threads() if built.parallel else 1,
+        built.openmp,
+        *(x.data_ptr(), gates.data_ptr(), w1.data_ptr(), b1, w2.data_ptr(), b2, ids.data_ptr()),
+        y.data_ptr(),
+    )
+    if built.handle.coterie_experts_forward(ctypes.byref(call)):
+        raise MemoryError(f"experts forward: no memory for {rows} rows")
+    return y
+
+
+@lru_cache(maxsize=32)
+def _everybody(rows: int) -> tuple[Tensor, Tensor]:
+    """Choices and gates of rows that all use expert 0."""
+    ids = torch.zeros(rows, dtype=torch.long, device="cpu")
+    return ids, torch.ones(rows, dtype=torch.float32, device="cpu")
 
 
 def saved_size(ids: Tensor, w1: Tensor) -> Any:
