@@ -1,4 +1,4 @@
-"""Networks of diffusers as experts: composed as by hand, from the command line, and refused."""
+"""Networks of diffusers as experts: composed as by hand, fused, by command, and refused."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from coterie.backbones.taps import lockstep
 from coterie.cli.main import run
 from coterie.core.context import NULL_LABEL
 from coterie.core.errors import CheckpointError, ConfigError, DataError
@@ -20,6 +21,7 @@ from coterie.ensembles import EnsembleModelConfig, MemberConfig, compose
 from coterie.interop.diffusers import DiffusersConfig
 from coterie.process import PROCESSES
 from coterie.solvers import GRIDS, SOLVERS, sample
+from coterie.train.run import load_run
 
 SMALL = {"sample_size": 8, "in_channels": 1, "out_channels": 1}
 UNET = {**SMALL, "block_out_channels": (8, 16), "layers_per_block": 1, "norm_num_groups": 4}
@@ -33,13 +35,13 @@ def library() -> None:
     pytest.importorskip("diffusers")
 
 
-def network(kind: str, seed: int) -> Any:
+def network(kind: str, seed: int, **more: Any) -> Any:
     import diffusers
 
     torch.manual_seed(seed)
     if kind == "UNet2DModel":
         levels = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2}
-        made = diffusers.UNet2DModel(**UNET, **levels, attention_head_dim=8)
+        made = diffusers.UNet2DModel(**UNET, **levels, attention_head_dim=8, **more)
     elif kind == "UNet2DConditionModel":
         made = diffusers.UNet2DConditionModel(
             **UNET,
@@ -177,12 +179,67 @@ def test_from_the_command_line(saved: Path, tmp_path: Path) -> None:
         network("UNet2DModel", 0).save_pretrained(paths[0])
 
 
+def test_layer_by_layer_it_is_told_the_same(saved: Path, tmp_path: Path) -> None:
+    """A prompt from a file, and our label of no condition, reach the layers too."""
+    save_file({"tokens": TOKENS[0]}, str(tmp_path / "prompt.safetensors"))
+    prompted = expert(
+        saved / "UNet2DConditionModel-0", tokens=str(tmp_path / "prompt.safetensors")
+    ).build()
+    network("UNet2DModel", 0, num_class_embeds=5).save_pretrained(tmp_path / "classes")
+    labelled = expert(tmp_path / "classes", null_label=4).build()
+    x = rand(3, 1, 8, 8)
+    for model, cond in (
+        (prompted, Condition()),
+        (labelled, Condition(label=torch.tensor([0, NULL_LABEL, 2]))),
+    ):
+        (answer,) = lockstep([model.layers(x, T, cond)], lambda taps: [t.feature for t in taps])
+        assert torch.equal(answer.value, model(x, T, cond).value)
+
+
+def aggregate(paths: list[Path], out: Path, *more: str) -> int:
+    sizes = ["--width", "8", "--layers", "1", "--heads", "2", "--groups", "4", "-q"]
+    short = ["--train.steps", "2", "--train.batch", "4", "--train.threads", "1"]
+    return run(["aggregate", *map(str, paths), "--out", str(out), *sizes, *short, *more])
+
+
+def test_networks_are_fused_from_the_command_line(
+    saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    paths = [saved / f"UNet2DModel-{seed}" for seed in (0, 1)]
+    assert aggregate(paths, tmp_path / "none", "--process", "ddpm") == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert "name them (--data)" in line and not (tmp_path / "none").exists()
+    out = tmp_path / "both"
+    assert aggregate(paths, out, "--process", "ddpm", "--data", "digits") == 0
+    assert run(["sample", str(out), "--num", "2", "--steps", "2", "-q"]) == 0
+    made = load_run(out).model
+    x, alone = rand(3, 1, 8, 8), [expert(path).build() for path in paths]
+    found = made(x, T, Condition())
+    assert [routing.name for routing in found.routings][-1] == "conv_out"
+    assert not any(torch.equal(found.value, one(x, T, Condition()).value) for one in alone)
+    for own, one in zip(made.networks, alone, strict=True):  # they stay as they are
+        assert all(map(torch.equal, own.parameters(), one.parameters()))
+
+
+def test_pipelines_are_fused_and_probed(saved: Path, tmp_path: Path) -> None:
+    import diffusers
+
+    for seed in (0, 1):
+        unet, scheduler = network("UNet2DModel", seed), diffusers.DDPMScheduler()
+        diffusers.DDPMPipeline(unet=unet, scheduler=scheduler).save_pretrained(tmp_path / str(seed))
+    paths = [tmp_path / "0", tmp_path / "1"]
+    assert aggregate(paths, tmp_path / "both", "--data", "digits") == 0
+    assert load_run(tmp_path / "both").model.process == PROCESS
+    words = ["aggregate", *map(str, paths), "--data", "digits", "--headroom", "--samples", "8"]
+    assert run(words) == 0
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
         ({"process": None}, "process: None .*no scheduler"),
         ({"view": None}, "view: None .*no scheduler"),
-        ({"digest": "0" * 64}, "other weights than when it was composed"),
+        ({"digest": "0" * 64}, "other weights than when it was named"),
         ({"path": "nowhere"}, r"nowhere.config.json: missing"),
     ],
 )

@@ -29,6 +29,12 @@ if TYPE_CHECKING:
 @click.option("--layers", type=click.IntRange(0), help="Layers of its transformer. [2]")
 @click.option("--heads", type=click.IntRange(1), help="Heads of its attention. [8]")
 @click.option("--groups", type=click.IntRange(1), help="Groups of its norms. [32]")
+@click.option("--process", help="Of networks of diffusers without a scheduler.")
+@click.option(
+    "--view",
+    type=click.Choice(["eps", "x0", "v", "flow"]),
+    help="What networks of diffusers without a scheduler answer. [eps]",
+)
 @click.option("--samples", type=click.IntRange(1), default=256, show_default=True, help="Probed.")
 @click.option("--out", type=click.Path(path_type=Path), help="Run to write.")
 @click.option("-n", "--dry-run", is_flag=True, help="Sizes, FLOPs and projected minutes only.")
@@ -39,6 +45,8 @@ def command(
     headroom: bool,
     gate: str,
     points: str,
+    process: str | None,
+    view: str | None,
     samples: int,
     out: Path | None,
     dry_run: bool,
@@ -49,19 +57,24 @@ def command(
     """Fuse networks of one topology, feature by feature, by trained weights.
 
     Aggregators weigh the features of RUNs per pixel and layer; the RUNs stay as they are. First ask
-    whether there is anything to gain; then train. The same command again resumes.
+    whether there is anything to gain; then train. The same command again resumes. RUN: a run or
+    model directory, a pipeline of diffusers, or one U-Net of it; without any run, name --data.
 
     \b
       coterie aggregate runs/a runs/b --headroom
       coterie aggregate runs/a runs/b --out runs/both --train.steps=500
       coterie aggregate runs/a runs/b --out runs/answers --points answer --width 16
+      coterie aggregate unets/a unets/b --process ddpm --data digits --out runs/unets
       coterie report runs/both
     """
     runs, paths = split(arguments)
     if not runs:
         raise click.UsageError("missing RUN")
     if headroom:
-        _say_headroom(runs, paths, samples, as_json)
+        from coterie.train.aggregated import probe_headroom
+
+        found = probe_headroom(runs, paths, samples, process, view)
+        _say_headroom(found, as_json)
         return
     if out is None and not dry_run:
         raise click.UsageError("missing --out, the run to write")
@@ -72,7 +85,7 @@ def command(
     given = {name: value for name, value in sizes.items() if value is not None}
     patterns = [] if points == "answer" else points.split(",")
     aggregate = AggregateConfig.from_dict({"gate": gate, "points": patterns, "aggregator": given})
-    config = aggregated_run(runs, aggregate, paths)
+    config = aggregated_run(runs, aggregate, paths, process, view)
     if dry_run:
         from coterie.cli.size import projection
 
@@ -89,11 +102,9 @@ def command(
     say(f"        coterie report {run}")
 
 
-def _say_headroom(runs: list[str], paths: dict[str, str], samples: int, as_json: bool) -> None:
+def _say_headroom(found: Headroom, as_json: bool) -> None:
     from coterie.ensembles.headroom import GO
-    from coterie.train.aggregated import probe_headroom
 
-    found = probe_headroom(runs, paths, samples)
     gains = {name: found.gain(name) for name in ("oracle", "predictable", "per_sample")}
     if as_json:
         say_json({"gains": gains, "threshold": GO, "go": found.go, "found": found})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from coterie.core.errors import ConfigError, describe
 from coterie.core.registry import Part
@@ -36,7 +37,7 @@ def composed_run(
     diffusers without a scheduler answers ``view`` in the composition's process. ConfigError where
     nothing lies at a path, or the models are of different data.
     """
-    base = next((RunConfig.load(_config(path)) for path in paths if _is_run(path)), None)
+    base = first_run(paths)
     if base is not None and data is not None:
         raise ConfigError(describe("data", data.kind, "none: a run says what its data are"))
     corrected = composition.corrector == "fkc"
@@ -47,10 +48,7 @@ def composed_run(
     composition = _pinned(composition)
     model = EnsembleModelConfig(ensemble=composition, members=members)
     if base is None:
-        if data is None:
-            given = [str(path) for path in paths]
-            hint = "a model alone does not say what its data are: name them (--data)"
-            raise ConfigError(describe("RUN", given, "a run directory", hint))
+        check_data_named(data, paths)
         base = RunConfig(data=data, model=model, train=TrainConfig(steps=0))
     solver = particles or base.sample.solver
     count = (particles.particles if particles else None) or 1
@@ -68,6 +66,19 @@ def composed_run(
     )
 
 
+def first_run(paths: Sequence[str | Path]) -> RunConfig | None:
+    """The first run among ``paths``, which says what data, objective and sampling are."""
+    return next((RunConfig.load(_config(path)) for path in paths if _is_run(path)), None)
+
+
+def check_data_named(data: Any, paths: Sequence[str | Path]) -> None:
+    """ConfigError if ``data`` is None: there is no run among ``paths``."""
+    if data is None:
+        given = [str(path) for path in paths]
+        hint = "a model alone does not say what its data are: name them (--data)"
+        raise ConfigError(describe("RUN", given, "a run directory", hint))
+
+
 def _pinned(composition: CompositionConfig) -> CompositionConfig:
     """With the weights that its reward reads now."""
     reward = composition.reward
@@ -83,6 +94,9 @@ def member_of(
     process: Part | None = None,
     view: str | None = None,
 ) -> MemberConfig:
+    """The run, model directory, pipeline or network of diffusers at ``path``, with the hash of its
+    weights. A network of diffusers without a scheduler answers ``view`` (default: eps) in
+    ``process``. ConfigError where nothing lies there."""
     model: PretrainedConfig | DiffusersConfig = PretrainedConfig(path=str(path))
     if is_diffusers(path):
         alone = not (path / INDEX).is_file()

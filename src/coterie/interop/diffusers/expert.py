@@ -14,12 +14,12 @@ from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field, SerializeAsAny
-from torch import Generator, Tensor, nn
+from torch import Tensor, nn
 
 from coterie.core.context import NULL_LABEL
 from coterie.core.errors import CheckpointError, ConfigError, DataError, describe
 from coterie.core.folder import file_digest
-from coterie.core.prediction import Condition, Prediction, View
+from coterie.core.prediction import Condition, View
 from coterie.core.registry import Part
 from coterie.core.tensors import read_tensors
 from coterie.denoiser import MODELS
@@ -128,7 +128,7 @@ class DiffusersConfig(Part):
         """CheckpointError if the weights are damaged, or others than those of ``digest``."""
         known = self.model
         if self.digest and self.digest != self._found_digest():
-            raise CheckpointError(f"{self.path}: holds other weights than when it was composed")
+            raise CheckpointError(f"{self.path}: holds other weights than when it was named")
         folder, name, kind = component(self.path)
         network = read_network(folder, name, kind)
         tokens = None if self.tokens is None else _tokens(self.tokens)
@@ -154,7 +154,8 @@ def _tokens(path: str) -> Tensor:
 
 class DiffusersExpert(DiffusersDenoiser):
     """See :class:`DiffusersDenoiser`; our NULL_LABEL becomes the network's class of no condition,
-    and ``tokens`` [M, C] stand in where the condition has none. x is [B, C, H, W]."""
+    and ``tokens`` [M, C] stand in where the condition has none. x is [B, C, H, W]: DataError for
+    another shape, ConfigError where the network must be told what the condition does not say."""
 
     def __init__(
         self,
@@ -167,27 +168,16 @@ class DiffusersExpert(DiffusersDenoiser):
         super().__init__(network, process, view)
         self.config = config
         self.register_buffer(TOKENS, tokens, persistent=False)
-        facts = config.backbone
+        self.facts = config.backbone
         self.null_label = config.null_label
         if self.null_label is None and hasattr(network, "transformer_blocks"):
-            self.null_label = facts.num_classes or None  # a DiT's table has one more row
+            self.null_label = self.facts.num_classes or None  # a DiT's table has one more row
 
-    def forward(
-        self,
-        x: Tensor,
-        t: Tensor,
-        cond: Condition,
-        sample_ids: Tensor | None = None,
-        rng: Generator | None = None,
-        progress: float = 1.0,
-    ) -> Prediction:
-        """ConfigError where the network must be told what the condition does not say."""
-        shape = self.config.backbone.sample_shape
+    def _told(self, x: Tensor, cond: Condition) -> Condition:
+        shape = self.facts.sample_shape
         if shape is not None and tuple(x.shape[1:]) != shape:
             raise DataError(describe("x", tuple(x.shape), f"[B, {', '.join(map(str, shape))}]"))
-        return super().forward(x, t, self._told(cond, len(x), x.device))
-
-    def _told(self, cond: Condition, batch: int, device: torch.device) -> Condition:
+        batch, device = len(x), x.device
         tokens, label = cond.tokens, cond.label
         if takes(self.network, "encoder_hidden_states") and tokens is None:
             own = self.get_buffer(TOKENS) if self.tokens is not None else None
@@ -195,7 +185,7 @@ class DiffusersExpert(DiffusersDenoiser):
                 hint = "it reads a prompt; name a file in the expert's tokens"
                 raise ConfigError(describe("cond.tokens", None, "embeddings [B, M, C]", hint))
             tokens = own.to(device).expand(batch, -1, -1)
-        if not self.config.backbone.num_classes:
+        if not self.facts.num_classes:
             label = None
         elif label is None:
             label = torch.full((batch,), NULL_LABEL, device=device)

@@ -66,6 +66,7 @@ class DiffusersDenoiser(nn.Module):
     ) -> Prediction:
         """x [B, C, ...] at t [B]; ``sample_ids``, ``rng`` and ``progress`` have no use here."""
         check_times(t, len(x))
+        cond = self._told(x, cond)
         given: dict[str, Any] = {"timestep": self.process.time_input(t)}
         for name, value in {
             "encoder_hidden_states": cond.tokens,
@@ -86,10 +87,15 @@ class DiffusersDenoiser(nn.Module):
     ) -> Layers[Prediction]:
         """:meth:`forward` of a U-Net layer by layer; see :mod:`coterie.backbones.taps`."""
         check_times(t, len(x))
+        cond = self._told(x, cond)
         stacked = self._stacked(x, cond)
         told = told_of(self.network, stacked, self.process.time_input(t), cond)
         value = yield from unet_layers.layers(self.network, stacked, told)
         return self._answer(x, value)
+
+    def _told(self, x: Tensor, cond: Condition) -> Condition:
+        """The condition as the network reads it."""
+        return cond
 
     def _stacked(self, x: Tensor, cond: Condition) -> Tensor:
         dtype: torch.dtype = self.network.dtype  # type: ignore[assignment]
