@@ -33,6 +33,7 @@ def test_episodes_are_counted_drawn_and_written(policy: Path, capsys: Any) -> No
     ]
     whole = found["goals"][-1]
     assert whole["episodes"] == 8 and 0 <= whole["low"] <= whole["success"] <= whole["high"] <= 1
+    assert found["cache"]["caches"] == ["routing", "modulation"]
     assert found["cache"]["flops_saved"] > 0 and found["cache"]["with_ms"] > 0
     folder = policy / "rollouts"
     names = {path.name for path in folder.iterdir()}

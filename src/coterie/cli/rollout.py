@@ -17,7 +17,7 @@ from coterie.cli.sample import Labels
 @click.option("--labels", type=Labels(), help="Goals in turn: 3, or 0,3, or 0-3. [all]")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of starts and noise.")
 @click.option("--steps", type=click.IntRange(1), help="Solver steps per chunk. [the run's]")
-@click.option("--cached", is_flag=True, help="Experts fused for each step; says what it saves.")
+@click.option("--cached", is_flag=True, help="Use every exact cache; says what they save.")
 @click.option("--weights", type=click.Choice(["ema", "model"]), default="ema", show_default=True)
 @click.option("--out", type=click.Path(path_type=Path), help="Folder. [RUN/rollouts]")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")

@@ -5,20 +5,24 @@ from __future__ import annotations
 import dataclasses
 import os
 import sys
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 
-from coterie.cache import CacheCost, compile_network, cost
+from coterie.cache import Cache, CacheCost, compile_network, cost
 from coterie.cache import cached as cached_denoiser
 from coterie.core.errors import ConfigError, describe
 from coterie.solvers import asked_times
 from coterie.train.run import LoadedRun
 
 
-def cached(run: LoadedRun, steps: int | None = None) -> tuple[LoadedRun, CacheCost]:
-    """``run`` with every exact cache that applies to its model, for the solver, grid and ``steps``
-    (default: its own) it samples with, and what they save; ``model.caches`` names them.
+def cached(
+    run: LoadedRun, steps: int | None = None, caches: Sequence[Cache] | None = None
+) -> tuple[LoadedRun, CacheCost]:
+    """``run`` with every exact cache that applies to its model (or those of ``caches``), for the
+    solver, grid and ``steps`` (default: its own) it samples with, and what they save;
+    ``model.caches`` names them.
 
     ConfigError where none applies, or its solver chooses its own times.
     """
@@ -28,7 +32,8 @@ def cached(run: LoadedRun, steps: int | None = None) -> tuple[LoadedRun, CacheCo
         raise ConfigError(describe("cached", True, "false", hint))
     settings = run.config.sample
     times = asked_times(process, settings.solver, settings.grid, steps or settings.steps)
-    model = cached_denoiser(run.model, times, run.source.get(np.arange(1)).cond)
+    example = run.source.get(np.arange(1)).cond
+    model = cached_denoiser(run.model, times, example, caches=caches)
     return dataclasses.replace(run, model=model), cost(model)
 
 

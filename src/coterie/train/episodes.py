@@ -1,4 +1,4 @@
-"""Roll-outs of a run as files and a table: success by goal, and what the expert cache saves."""
+"""Roll-outs of a run as files and a table: success by goal, and what exact caches save."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from coterie.cache import cost, measure
+from coterie.cache import measure
 from coterie.core.errors import ConfigError, describe
 from coterie.metrics import success_rate
+from coterie.train.cached import cached
 from coterie.train.judges import judge_of
 from coterie.train.judges.action import ActionJudge
 from coterie.train.rollouts import RolledOut, Rollouts
@@ -23,7 +24,7 @@ def rollout_run(
     run: LoadedRun,
     num: int,
     out: str | Path,
-    cached: bool = False,
+    use_cache: bool = False,
     progress: Callable[[int], None] | None = None,
     **options: Any,
 ) -> dict[str, Any]:
@@ -35,11 +36,11 @@ def rollout_run(
     if not isinstance(judge, ActionJudge) or judge.simulator is None:
         hint = f"{run.source.name!r} brings no simulator"
         raise ConfigError(describe("run", str(run.path), "a policy that acts in one", hint))
-    made = judge.draw(num, cached=cached, progress=progress, **options)
+    made = judge.draw(num, cached=use_cache, progress=progress, **options)
     assert isinstance(made, RolledOut)
     found: dict[str, Any] = {
         "goals": by_goal(made.rollouts, run.source.class_names),
-        "cache": saved(judge, options) if cached else None,
+        "cache": saved(run, options.get("steps")) if use_cache else None,
         "pictures": str(write_samples(judge, made, Path(out))),
     }
     (Path(out) / "rollouts.json").write_text(json.dumps(found, indent=2), encoding="utf-8")
@@ -68,8 +69,8 @@ def _row(rolled: Rollouts, rows: np.ndarray, name: str) -> dict[str, Any]:
     return out
 
 
-def saved(judge: ActionJudge, options: dict[str, Any]) -> dict[str, Any]:
-    """FLOPs of one call for one sample, numbers in memory and milliseconds of a call, without and
-    with the experts of every step fused."""
-    folded = judge.folded(judge.settings(options))
-    return {**cost(folded).as_dict(), **measure(folded)}
+def saved(run: LoadedRun, steps: int | None) -> dict[str, Any]:
+    """The exact caches in use; FLOPs of one call for one sample, numbers in memory and milliseconds
+    of a call, without and with them."""
+    kept, cost = cached(run, steps)
+    return {"caches": list(kept.model.caches), **cost.as_dict(), **measure(kept.model)}

@@ -5,25 +5,21 @@ Where a source has no simulator, losses and chunks of actions are all there is.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
-from coterie.cache import cost, fold_by_step
 from coterie.core.batch import Batch
 from coterie.core.errors import ConfigError, describe
 from coterie.core.prediction import DenoiserLike
 from coterie.core.rng import SampleNoise, derive
 from coterie.data.actions import Simulator
-from coterie.experts import ExpertLayer
 from coterie.inspect.plots.paths import animate_paths, draw_paths
 from coterie.metrics import success_rate
 from coterie.solvers import guide, initial_noise, sample
+from coterie.train.cached import cached
 from coterie.train.judges.base import batches, judges
 from coterie.train.judges.noise import NoiseJudge
 from coterie.train.rollouts import (
@@ -71,15 +67,10 @@ class ActionJudge(NoiseJudge):
             settings = settings.replace(guidance=settings.guidance.replace(weight=guidance))
         return settings.replace(steps=options.get("steps") or settings.steps)
 
-    def denoiser(self, settings: SampleConfig, cached: bool = False) -> DenoiserLike:
-        """The run's model as it is asked in an episode; ``cached``: with its experts folded."""
-        model = self.folded(settings) if cached else self.run.model
-        return guide(model, settings.guidance) if conditional(self.run) else model
-
-    def folded(self, settings: SampleConfig) -> Any:
-        """The model with its experts fused for each step of its schedule."""
-        times = settings.grid.build(self.run.model.process, settings.steps)
-        return fold_by_step(self.run.model, times, cond=self._moments(1).cond)
+    def denoiser(self, settings: SampleConfig, use_cache: bool = False) -> DenoiserLike:
+        """The run's model as it is asked in an episode; ``use_cache``: with its exact caches."""
+        run = cached(self.run, settings.steps)[0] if use_cache else self.run
+        return guide(run.model, settings.guidance) if conditional(run) else run.model
 
     def draw(self, num: int, **options: Any) -> Samples:
         """``num`` episodes, goals in turn; chunks for held-out moments without a simulator.
@@ -177,22 +168,18 @@ class ActionJudge(NoiseJudge):
         """FLOPs of one call for one sample: with all experts at work, with the chosen ones, with
         the cache; and how far cached actions are from the others. {} for a model whose experts
         cannot be folded, because its routers see more than the noise."""
-        settings = self.settings({})
         try:
-            folded = self.folded(settings)
+            _, found = cached(self.run, caches=("routing",))
         except ConfigError:
             return {}
-        found = cost(folded)
-        with all_experts(self.run.model):
-            everything = cost(folded).flops_without
         seeds = [derive(0, "cache", index) for index in range(COMPARED)]
         labels = balanced_labels(self.run, COMPARED)
-        plain, cached = (self._chunks(labels, seeds, {"cached": c}).x for c in (False, True))
+        plain, kept = (self._chunks(labels, seeds, {"cached": c}).x for c in (False, True))
         return {
             "flops_per_call": found.flops_without,
-            "all_experts_flops_per_call": everything,
+            "all_experts_flops_per_call": found.flops_all_experts,
             "cached_flops_per_call": found.flops_with,
-            "cache_difference": float((plain - cached).abs().max()),
+            "cache_difference": float((plain - kept).abs().max()),
         }
 
     def show(self, samples: Samples) -> np.ndarray | None:
@@ -222,20 +209,6 @@ class ActionJudge(NoiseJudge):
         sheet = folder / "grid.png"
         grid_image(pictures[:SHOWN], 8, scale=1).save(sheet)
         return sheet
-
-
-@contextmanager
-def all_experts(model: nn.Module) -> Iterator[None]:
-    """Inside the block every expert answers every row, as in training code without dispatch."""
-    layers = [module for module in model.modules() if isinstance(module, ExpertLayer)]
-    before = [layer.config for layer in layers]
-    try:
-        for layer in layers:
-            layer.config = layer.config.replace(dispatch="dense")
-        yield
-    finally:
-        for layer, config in zip(layers, before, strict=True):
-            layer.config = config
 
 
 def _mean_steps(rolled: Rollouts) -> float:
