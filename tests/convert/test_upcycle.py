@@ -25,7 +25,7 @@ from coterie.core.cost import count_parameters
 from coterie.core.errors import ConfigError
 from coterie.core.rng import generator
 from coterie.experts import EXPERTS, ExpertLayer
-from coterie.nn.mlp import FEED_FORWARD
+from coterie.experts.dense import FEED_FORWARD
 from small_models import images, small, woken, words
 
 WIDTH, HIDDEN = 12, 24

@@ -29,9 +29,9 @@ from coterie.core.context import Context
 from coterie.core.errors import ConfigError, describe
 from coterie.core.routing import Routing
 from coterie.experts import ExpertLayer, ExpertOutput
+from coterie.experts.dense import FEED_FORWARD
 from coterie.nn.attention import Memory, SelfAttention
 from coterie.nn.init import normal_linear, xavier_linear, zero_linear
-from coterie.nn.mlp import FEED_FORWARD
 from coterie.nn.windows import Windows
 
 
@@ -118,7 +118,7 @@ def _norm(config: TrunkConfig) -> nn.Module:
 
 def modulate(x_BND: Tensor, shift_B1D: Tensor, factor_B1D: Tensor) -> Tensor:
     """``factor`` is 1 + scale."""
-    return x_BND * factor_B1D + shift_B1D
+    return torch.addcmul(shift_B1D, x_BND, factor_B1D)
 
 
 def _ask(
@@ -174,10 +174,12 @@ class Block(nn.Module):
         routings: list[Routing] = []
         shift1, factor1, gate1, shift2, factor2, gate2 = self._modulation(ctx)
         u_BND, h_BND = self._read(z_BND, ctx, states, routings, shift1, factor1)
-        attended_BND = self._gate(self.attention(h_BND, ctx.token_mask, self._memory(ctx)), gate1)
-        h_BND = self._modulate(self.norm2(u_BND + attended_BND), shift2, factor2)
+        attended_BND = self.attention(h_BND, ctx.token_mask, self._memory(ctx))
+        stream_BND = self._add(u_BND, attended_BND, gate1)
+        kept_BND = stream_BND if u_BND is z_BND else self._add(z_BND, attended_BND, gate1)
+        del attended_BND  # not kept while the feed-forward network needs its memory
+        h_BND = self._modulate(self.norm2(stream_BND), shift2, factor2)
         if isinstance(self.ffn, ExpertLayer):
-            stream_BND = u_BND + attended_BND
             answer = _ask(self.ffn, h_BND, ctx.replace(slot="ffn", stream=stream_BND), states)
             routings.extend(answer.routings)
             y_BND = answer.y
@@ -185,8 +187,7 @@ class Block(nn.Module):
             y_BND = self.ffn(h_BND)
         if not self.residual:
             return y_BND, routings
-        stream_BND = h_BND if self.replaced else z_BND + attended_BND
-        return stream_BND + self._gate(y_BND, gate2), routings
+        return self._add(h_BND if self.replaced else kept_BND, y_BND, gate2), routings
 
     def keys_values(self, z_BND: Tensor, ctx: Context) -> Tensor:
         """[B, 2, N, G*d]: what others attend to of the tokens that come in here."""
@@ -234,8 +235,9 @@ class Block(nn.Module):
         return modulate(x_BND, shift_B1D, factor_B1D)
 
     @staticmethod
-    def _gate(y_BND: Tensor, gate_B1D: Tensor | None) -> Tensor:
-        return y_BND if gate_B1D is None else gate_B1D * y_BND
+    def _add(x_BND: Tensor, y_BND: Tensor, gate_B1D: Tensor | None) -> Tensor:
+        """x + gate y."""
+        return x_BND + y_BND if gate_B1D is None else torch.addcmul(x_BND, gate_B1D, y_BND)
 
 
 class Trunk(ExpertHost):

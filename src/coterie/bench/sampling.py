@@ -21,6 +21,7 @@ from coterie.bench.sampling_peers import DDIM, DPM, diffusers_runs
 from coterie.bench.timing import Place, Times, interleaved, milliseconds, ratio
 from coterie.cache import CachedDenoiser, cached, compile_network
 from coterie.core.prediction import Condition, Prediction
+from coterie.experts.dispatch.native import library
 
 STEPS = (5, 10, 20, 40)
 """At which growth with the number of steps is fitted."""
@@ -213,13 +214,15 @@ def memory(setup: Setup) -> list[dict[str, Any]]:
 
 
 def activation_bytes(case: Case, rows: int = 2) -> int:
-    """Most numbers alive at once, times 4: inside the feed-forward network of a block the stream,
-    what attention added, what is read, and the inner layer before and after its activation (4 times
-    the width each); beside them the state, its copy for guidance, and the adaptive parts."""
+    """Most numbers alive at once, times 4. In a block's attention the stream, what is read,
+    queries, keys and values, and what was attended, again in order, and mapped: 8 times the width.
+    Where the native operator does not serve, more in its feed-forward network: the stream with and
+    without attention, what is read, and the inner layer before and after its activation, 4 times
+    the width each. Beside them the state, its copy for guidance, and the adaptive parts."""
     from coterie.bench.sampling_cases import CHANNELS, PATCH
 
     tokens = (case.image_size // PATCH) ** 2
     stream = rows * tokens * case.width
     state = CHANNELS * case.image_size**2 * (1 + 2 * rows)
     adaptive = rows * case.width * (6 + 2 + 3)
-    return 4 * (11 * stream + state + adaptive)
+    return 4 * ((8 if library().ready else 11) * stream + state + adaptive)

@@ -17,6 +17,7 @@ from coterie.core.errors import ConfigError, DataError, describe
 from coterie.core.routing import Routing
 from coterie.experts import ExpertLayer, SharedExperts, plan
 from coterie.experts.dispatch.backends import OneExpert
+from coterie.experts.dispatch.one import run_one
 
 NOISE_LEVEL = frozenset({"noise", "step_index", "time_embedding"})
 """Fields of the Context that are the same wherever the noise level is."""
@@ -208,7 +209,7 @@ class FoldedLayer(ExpertLayer):
         if made is None:
             tensors = {name: cast(Tensor, self._buffers[place]) for name, place in places.items()}
             made = self._experts[round, step] = OneExpert(tensors, tensors)
-        return kind.forward(u, made)
+        return run_one(kind, u, made)
 
     def _apply(self, fn: Any, recurse: bool = True) -> FoldedLayer:
         super()._apply(fn, recurse)

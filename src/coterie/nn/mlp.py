@@ -77,6 +77,3 @@ class Modulation(nn.Module):
         if self.gamma is None or self.beta is None:
             return self.gamma_bias * x + self.beta_bias
         return F.linear(x, self.gamma, self.gamma_bias) * x + F.linear(x, self.beta, self.beta_bias)
-
-
-FEED_FORWARD: dict[str, type[GeluMLP] | type[SwiGLU]] = {"gelu": GeluMLP, "swiglu": SwiGLU}

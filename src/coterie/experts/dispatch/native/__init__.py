@@ -19,6 +19,7 @@ from coterie.experts.dispatch.transforms import transformed
 from coterie.experts.kinds.pool import ExpertPool
 
 _PLAIN = (Tensor, torch.nn.Parameter)
+_FLOAT = torch.float32
 
 
 def serves(x: Tensor, plan: DispatchPlan, pool: ExpertPool) -> bool:
@@ -34,13 +35,13 @@ def serves(x: Tensor, plan: DispatchPlan, pool: ExpertPool) -> bool:
 def serves_one(x: Tensor, weights: Mapping[str, Tensor]) -> bool:
     """The same for the weights of one feed-forward expert, outside autocast, which
     :func:`coterie.experts.dispatch.dispatch` has left already."""
-    if x.device.type != "cpu" or x.dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
+    if x.device.type != "cpu" or x.dtype != _FLOAT or torch.is_autocast_enabled("cpu"):
         return False
     return all(map(_readable, weights.values())) and _may()
 
 
 def _readable(weight: Tensor) -> bool:
-    return weight.dtype == torch.float32 and weight.is_contiguous() and type(weight) in _PLAIN
+    return weight.dtype == _FLOAT and weight.is_contiguous() and type(weight) in _PLAIN
 
 
 def _may() -> bool:

@@ -1,0 +1,43 @@
+"""One expert on every row: what shared, folded and dense feed-forward networks are."""
+
+from __future__ import annotations
+
+from typing import NamedTuple, cast
+
+import torch
+from torch import Tensor
+
+from coterie.experts.dispatch import native
+from coterie.experts.dispatch.backends import OneExpert
+from coterie.experts.dispatch.plan import DispatchPlan
+from coterie.experts.kinds.base import ExpertKind
+from coterie.experts.kinds.pool import ExpertPool
+
+
+class _Alone(NamedTuple):
+    """What the operator reads of a pool, for an expert that stands in none."""
+
+    kind: ExpertKind
+    tensors: dict[str, Tensor]
+
+    def stacks(self) -> dict[str, Tensor]:
+        return {name: tensor[None] for name, tensor in self.tensors.items()}
+
+
+def run_one(kind: ExpertKind, x: Tensor, one: OneExpert) -> Tensor:
+    """``kind.forward(x, one)``; x [..., D]. By the native operator where that can serve: its
+    activation costs little, since it is computed while its arguments are in the cache."""
+    made = kind.feed_forward()
+    if made is None or x.numel() == 0 or not native.serves_one(x, one.parameters):
+        return kind.forward(x, one)
+    from coterie.experts.dispatch.native import op
+
+    leaves = (x, *one.parameters.values())
+    keep = torch.is_grad_enabled() and any(leaf.requires_grad for leaf in leaves)
+    if not keep and not op.watched():
+        return op.run_one(x, made, one.parameters)
+    rows = x.reshape(-1, x.shape[-1])
+    gates = rows.new_ones(len(rows), 1)
+    whole = DispatchPlan("token", gates.new_zeros(gates.shape, dtype=torch.long), gates, 1)
+    alone = cast(ExpertPool, _Alone(kind, dict(one.parameters)))
+    return op.experts(rows, whole, alone, made).view(x.shape)
