@@ -7,11 +7,20 @@ import torch
 from coterie.bench.timing import Place, interleaved
 
 _BYTES = 128 * 2**20  # far beyond any cache
+_ROW = 4096
 
 
 def read_bandwidth(place: Place, rounds: int = 3) -> float:
-    """Bytes per second at which torch sums 128 MiB of float32: the best of the rounds."""
+    """Bytes per second at which torch reads 128 MiB of float32: the best of the rounds, and of a
+    sum, the product of two vectors, and that of a matrix and a vector which stays in the cache."""
     values = torch.ones(_BYTES // 4, device=place.device)
+    first, second = values.chunk(2)
+    matrix, vector = values.view(-1, _ROW), values[:_ROW].clone()
+    readers = {
+        "sum": values.sum,
+        "dot": lambda: first.dot(second),
+        "matrix times vector": lambda: matrix.mv(vector),
+    }
     with place.entered():
-        times = interleaved({"read": values.sum}, place, rounds)["read"]
-    return _BYTES / min(times)
+        times = interleaved(readers, place, rounds)
+    return _BYTES / min(min(seconds) for seconds in times.values())
