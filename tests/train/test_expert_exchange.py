@@ -54,7 +54,7 @@ def answered(
     return y.detach(), grad, gates.grad
 
 
-@pytest.mark.parametrize("parts", [1, 2, 4, 8])  # 8: one expert each
+@pytest.mark.parametrize("parts", [1, 2, 3, 4, 8])  # 3: 3, 3 and 2 experts; 8: one each
 @pytest.mark.parametrize(
     "kind",
     ["mixed", "one expert for all", "half of the experts", "nobody", "first rows only",
@@ -70,7 +70,7 @@ def test_rows_find_their_experts_and_come_back(kind, parts):
 
     def part(thread: Threads) -> tuple[tuple[Tensor, ...], ExpertPool]:
         pool = torch.nn.Sequential(pooled())
-        assert split_experts(pool, thread) == {f"0.{name}" for name in alone.names}
+        assert split_experts(pool, thread) == {f"0.{name}": EXPERTS for name in alone.names}
         here = slice(*(ROWS // parts * (thread.rank + i) for i in (0, 1)))
         found = answered(pool[0], x[here], ids[here], gates[here], weight[here])
         return found, pool[0]
@@ -130,9 +130,9 @@ def test_lower_precision_travels_as_such():
     assert set(types) == {torch.int64, torch.bfloat16}
 
 
-def test_a_number_that_does_not_divide_is_refused_by_path():
-    layer = torch.nn.ModuleDict({"layer": ExpertLayerConfig(num_experts=6).build(8)})
-    with pytest.raises(ConfigError, match=r"layer\.pool has 6 experts, which 4 processes"):
+def test_fewer_experts_than_processes_are_refused_by_path():
+    layer = torch.nn.ModuleDict({"layer": ExpertLayerConfig(num_experts=3).build(8)})
+    with pytest.raises(ConfigError, match=r"layer\.pool has 3 experts, fewer than 4 processes"):
         in_threads(4, lambda thread: split_experts(copy.deepcopy(layer), thread))
 
 

@@ -144,11 +144,15 @@ def test_two_processes_train_what_one_does(tmp_path, alone):
 
 def test_four_processes_and_mixtures_of_degrees(tmp_path, alone):
     mixed = ({"expert": 2, "shard": 2}, {"data": 2, "expert": 2}, {"data": 2, "shard": 2})
+    uneven = {"model__backbone__trunk__slots__0__expert__num_experts": 7, "train__steps": 6}
+    train(tmp_path / "seven", **uneven)
+    train(tmp_path / "apart", stop=2, **uneven)
 
     def work(laid_out: Callable[..., Processes]) -> None:
         train(tmp_path / "expert", Spread(laid_out(expert=4)))
         for number, degrees in enumerate(mixed):
             train(tmp_path / str(number), Spread(laid_out(**degrees)), stop=8)
+        train(tmp_path / "apart", Spread(laid_out(expert=2, shard=2)), stop=3, **uneven)
         bad = {"objective__weighting": {"kind": "snr"}, "train__lr": 1e30}
         with pytest.raises(TrainingError, match=r"not finite|is nan|is inf"):
             train(tmp_path / "bad", Spread(laid_out(expert=4)), **bad)
@@ -158,6 +162,8 @@ def test_four_processes_and_mixtures_of_degrees(tmp_path, alone):
     assert_same_weights(tmp_path / "expert", alone, 2e-4)
     for number in range(len(mixed)):
         assert_close_runs(tmp_path / str(number), alone, steps=9)
+    train(tmp_path / "apart", **uneven)  # begun and ended by one process
+    assert_close_runs(tmp_path / "apart", tmp_path / "seven", steps=6)
     assert any("skipped" in record for record in read_metrics(tmp_path / "bad" / "metrics.jsonl"))
 
 

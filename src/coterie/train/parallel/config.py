@@ -16,8 +16,8 @@ class ParallelConfig(Config):
 
     ``data``: every process of the group has all parameters; gradients are averaged. ``shard``:
     parameters, gradients and optimiser state are cut in equal parts and gathered block by block
-    (FSDP2). ``expert``: each process holds an equal part of every pool of experts, and rows travel
-    to their experts and back. Every process has a part of the batch, whatever the degrees.
+    (FSDP2). ``expert``: each process holds a part of every pool of experts, and rows travel to
+    their experts and back. Every process has a part of the batch, whatever the degrees.
     """
 
     axes: ClassVar[tuple[str, ...]] = ("data", "shard", "expert")
@@ -55,3 +55,9 @@ class ParallelConfig(Config):
             key = tuple(place[axis] for axis in self.axes if axis not in axes)
             found.setdefault(key, []).append(rank)
         return list(found.values())
+
+
+def parts_of(count: int, parts: int) -> list[int]:
+    """Sizes of consecutive parts of ``count`` things, the first ones longer by one where it does
+    not divide."""
+    return [count // parts + (part < count % parts) for part in range(parts)]

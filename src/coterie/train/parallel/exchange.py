@@ -21,6 +21,7 @@ from coterie.experts.dispatch import DispatchPlan, dispatch, plan_choices
 from coterie.experts.dispatch.backends import OneExpert
 from coterie.experts.dispatch.plan import scale_rows
 from coterie.experts.kinds import ExpertPool
+from coterie.train.parallel.config import parts_of
 from coterie.train.parallel.processes import Processes
 
 
@@ -86,9 +87,10 @@ class ExpertExchange:
 
     def __init__(self, pool: ExpertPool, processes: Processes) -> None:
         self.processes = processes
+        self._sizes = parts_of(pool.num_experts, processes.config.expert)
         # The same parameters, whoever replaces them, as a pool of its own size.
         self.local = copy.copy(pool)
-        self.local.num_experts = pool.num_experts // processes.config.expert
+        self.local.num_experts = self._sizes[processes.place["expert"]]
         self.local.exchange = None
 
     def __call__(
@@ -120,12 +122,16 @@ class ExpertExchange:
             return (y if shared is None else y + shared).to(dtype)
 
     def _counts(self, plan: DispatchPlan, device: torch.device) -> tuple[Tensor, Tensor]:
-        """i64 [P, E / P]: rows for every expert of each process, and from each for every own."""
-        send_PE = torch.tensor(plan.counts, device=device).view(-1, self.local.num_experts)
+        """i64 [P, E of a process]: rows for every expert of each process, zeros where it has fewer
+        than others; and rows from each process for every own expert."""
+        counts = iter(plan.counts)
+        most = self._sizes[0]
+        there = [[next(counts) for _ in range(size)] + [0] * (most - size) for size in self._sizes]
+        send_PE = torch.tensor(there, device=device)
         ones = [1] * len(send_PE)
         receive_PE, wait = self.processes.exchanging(send_PE, ones, ones)
         wait()
-        return send_PE, receive_PE
+        return send_PE, receive_PE[:, : self.local.num_experts]
 
     def _answered(self, rows: Tensor, receive_PE: Tensor, unit: Unit, backend: str) -> Tensor:
         """The local experts' answers to rows [A, ...] that lie process by process."""
@@ -139,24 +145,25 @@ class ExpertExchange:
         return answers + rows[:0].sum().to(answers.dtype)
 
 
-def split_experts(model: nn.Module, processes: Processes) -> set[str]:
-    """Keep this process's part of every pool that serves expert layers; names of what was cut.
+def split_experts(model: nn.Module, processes: Processes) -> dict[str, int]:
+    """Keep this process's part of every pool that serves expert layers; names of what was cut, and
+    how many experts it had.
 
-    ConfigError names the pool that cannot be cut into equal parts.
+    ConfigError names the pool that has fewer experts than there are processes.
     """
     degree, mine = processes.config.expert, processes.place["expert"]
-    cut: set[str] = set()
+    cut: dict[str, int] = {}
     for path, pool in routed_pools(model).items():
-        check_divides(path, pool.num_experts, degree)
-        size = pool.num_experts // degree
-        here = slice(mine * size, (mine + 1) * size)
+        check_enough(path, pool.num_experts, degree)
+        sizes = parts_of(pool.num_experts, degree)
+        here = slice(sum(sizes[:mine]), sum(sizes[: mine + 1]))
         for name in pool.names:
             whole = pool.get_parameter(name)
             part = nn.Parameter(whole.detach()[here].clone(), whole.requires_grad)
             if hasattr(whole, "use_decay"):
                 part.use_decay = whole.use_decay  # type: ignore[attr-defined]
             pool.register_parameter(name, part)
-            cut.add(f"{path}.{name}")
+            cut[f"{path}.{name}"] = pool.num_experts
         for name, table in list(pool.named_buffers(recurse=False)):
             pool._buffers[name] = table[here].clone()
         pool.exchange = ExpertExchange(pool, processes)
@@ -175,9 +182,9 @@ def routed_pools(model: nn.Module) -> dict[str, ExpertPool]:
     }
 
 
-def check_divides(path: str, num_experts: int, degree: int) -> None:
-    if num_experts % degree:
+def check_enough(path: str, num_experts: int, degree: int) -> None:
+    if num_experts < degree:
         raise ConfigError(
-            f"parallel: {path} has {num_experts} experts, which {degree} processes cannot share "
-            f"equally; use expert= a divisor of {num_experts}"
+            f"parallel: {path} has {num_experts} experts, fewer than {degree} processes; use "
+            f"expert= at most {num_experts}"
         )

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Set
+from collections.abc import Mapping
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 
+from coterie.train.parallel.config import parts_of
 from coterie.train.parallel.processes import Processes
 from coterie.train.parallel.sharding import is_sharded
 from coterie.train.placement import Groups
 
 
 class Cut(NamedTuple):
-    """Along which axes a tensor is cut in equal parts of its first dimension, experts first."""
+    """Along which axes a tensor is cut in parts of its first dimension, experts first."""
 
     expert: bool = False
     shard: bool = False
@@ -22,10 +24,11 @@ class Cut(NamedTuple):
 class Layout:
     """The cuts of a model's parameters, by name. What is not named here is whole everywhere."""
 
-    def __init__(self, processes: Processes, model: nn.Module, experts: Set[str]) -> None:
+    def __init__(self, processes: Processes, model: nn.Module, experts: Mapping[str, int]) -> None:
         self.processes = processes
         self._cuts: dict[str, Cut] = {}
         self._rows: dict[str, int] = {}  # of the part that shards cut
+        self._experts = experts  # how many, of the whole tensor
         for name, value in model.named_parameters(remove_duplicate=False):
             self._cuts[name] = Cut(name in experts, is_sharded(value))
             self._rows[name] = value.shape[0] if value.dim() else 1
@@ -58,14 +61,18 @@ class Layout:
             padded[: len(value)] = value
             value = self.processes.joined(padded, ("shard",))[:rows]
         if cut.expert:
-            value = self.processes.joined(value, ("expert",))
+            sizes = parts_of(self._experts[own], self.processes.config.expert)
+            padded = value.new_zeros(sizes[0], *value.shape[1:])
+            padded[: len(value)] = value
+            parts = self.processes.joined(padded, ("expert",)).split(sizes[0])
+            value = torch.cat([part[:size] for part, size in zip(parts, sizes)])
         return value.cpu() if self.processes.rank == 0 else value.new_empty(0)
 
     def _part(self, group: str, name: str, value: Tensor) -> Tensor:
         cut = self._cuts.get(_model_name(group, name), Cut()) if value.dim() else Cut()
         config, place = self.processes.config, self.processes.place
         if cut.expert:
-            value = value.chunk(config.expert)[place["expert"]]
+            value = value.tensor_split(config.expert)[place["expert"]]
         if cut.shard:
             parts = value.chunk(config.shard)
             value = parts[place["shard"]] if place["shard"] < len(parts) else value[:0]

@@ -1,6 +1,6 @@
 """A run spread over processes: the placement that answers for all of them.
 
-Every process has an equal run of each micro-batch. Experts lie in equal parts along ``expert``, and
+Every process has an equal run of each micro-batch. Experts lie in parts along ``expert``, and
 all parameters of the model (what an expert process holds among them) in equal parts of their first
 dimension along ``shard``. Gradients are the mean over all processes, as the loss is. Checkpoints
 hold whole tensors, as those of one process do.
@@ -52,7 +52,7 @@ class Spread(Placement):
     def place(self, model: nn.Module) -> None:
         config = self.processes.config
         check_apart(model)
-        experts = split_experts(model, self.processes) if config.expert > 1 else set()
+        experts = split_experts(model, self.processes) if config.expert > 1 else {}
         if config.shard > 1:
             shard_model(model, blocks_of(model), self.processes)
             self._model = model
