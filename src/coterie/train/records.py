@@ -62,10 +62,10 @@ def average(losses: Iterable[Losses]) -> dict[str, dict[str, float]]:
 def expert_load(routings: Iterable[Routing]) -> dict[str, dict[str, float]]:
     """Per router: largest load relative to the mean, and experts nobody chose in this step."""
     counts: dict[str, Tensor] = {}
-    for routing in routings:
+    made = list(routings)
+    for routing, own in zip(made, summed(*(routing.counts() for routing in made))):
         key = f"{routing.slot}/layer{routing.layer}"
         key += f"/round{routing.round}" if routing.round else ""
-        (own,) = summed(routing.counts())
         counts[key] = counts[key] + own if key in counts else own
     out = {}
     for key, load in counts.items():
