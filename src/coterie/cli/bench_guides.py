@@ -25,7 +25,7 @@ FOLLOWED = (
 @click.option("--quick", is_flag=True, help="Times only: nothing is trained.")
 def command(threads: int, rounds: int, out: Path | None, as_json: bool, quick: bool) -> None:
     """Time a guided call, and measure how samples follow a class, a map and the classes of pixels,
-    guided by a network as it is and by experts of noise ranges. About three minutes.
+    guided by a network as it is and by experts of noise ranges. Under three minutes.
 
     over_plain: time over that of the network as it is.
     """
