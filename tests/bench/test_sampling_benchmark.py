@@ -68,4 +68,4 @@ def test_folded_layers_answer_what_the_routed_one_does() -> None:
     exact = [row for row in made["goals"] if row["goal"] == "exact"]
     assert [row["met"] for row in exact] == [True]
     candidates = [row["candidate"] for row in made["rows"]]
-    assert candidates == ["routed", "every expert", "folded", "dense"]
+    assert candidates == ["routed", "every expert", "folded", "dense", "dense, served"]

@@ -197,7 +197,7 @@ class FoldedLayer(ExpertLayer):
             y = torch.cat(parts).index_select(0, torch.cat(rows).argsort())
         if self.adaptor is not None:
             y = self.adaptor(y)
-        y = y.to(x.dtype)
+        y = y if y.dtype == x.dtype else y.to(x.dtype)
         return y if self.shared is None else y + self.shared(x)
 
     def _answer(self, u: Tensor, round: int, step: int) -> Tensor:

@@ -29,7 +29,10 @@ def replaced(record: R, changes: dict[str, Any]) -> R:
     kind: Any = type(record)
     names, values = _names(kind), record.__dict__
     made = object.__new__(kind)
-    made.__dict__.update({name: values[name] for name in names})
+    if len(values) == len(names):
+        made.__dict__.update(values)
+    else:
+        made.__dict__.update({name: values[name] for name in names})
     if changes:
         made.__dict__.update(changes)
         if len(made.__dict__) != len(names):

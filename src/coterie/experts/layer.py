@@ -13,7 +13,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Literal, Self, cast
 
-import torch
 import torch.nn.functional as F
 from pydantic import NonNegativeInt, PositiveFloat, PositiveInt, SerializeAsAny, model_validator
 from torch import Generator, Tensor, nn
@@ -316,18 +315,19 @@ class ExpertLayer(nn.Module):
         return cast(Router, self.routers[round if self.config.round_routing == "own" else 0])
 
     def forward(self, h: Tensor, ctx: Context) -> ExpertOutput:
-        ctx = ctx.replace(pool_layers=self.pool_layers)
+        if ctx.pool_layers != self.pool_layers:
+            ctx = ctx.replace(pool_layers=self.pool_layers)
         if self.config.noise_tasks is not None:
             ctx = ctx.replace(task=noise_task(ctx, self.config.noise_tasks))
         if ctx.token_mask is not None:
             # Padding may hold anything, also NaN, which would reach every weight's gradient.
             h = h.masked_fill(~ctx.token_mask[:, :, None], 0.0)
-        x, state = h, ctx.state
-        total = torch.zeros_like(h)
+        x, total, state = h, h, ctx.state
         routings: list[Routing] = []
         for round in range(self.config.rounds):
             read = F.rms_norm(x, x.shape[-1:]) if self.config.inner_norm and round else x
-            routing = self._route(read, ctx.replace(round=round, state=state), routings)
+            own = ctx if round == ctx.round == 0 else ctx.replace(round=round, state=state)
+            routing = self._route(read, own, routings)
             routings.append(routing)
             state = state if routing.state is None else routing.state
             delta = self.combine(read, routing)

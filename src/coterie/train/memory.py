@@ -20,6 +20,7 @@ from coterie.core.errors import ConfigError, describe
 from coterie.core.prediction import Condition
 from coterie.denoiser import DenoiserConfig
 from coterie.experts import ExpertLayerConfig
+from coterie.experts.dispatch.native import library
 from coterie.train.run import RunConfig
 
 ITEM = 4  # bytes of a float32
@@ -108,12 +109,23 @@ def trunk_bytes(model: DenoiserConfig, batch: int) -> int:
         t = torch.empty(batch)
         label = torch.empty(batch, dtype=torch.long)
         replaced = {n for slot, _ in _slots(model) for n in slot.sites(trunk.depth)}
-        own = [block.ffn for n, block in enumerate(made.backbone.trunk.blocks) if n in replaced]
+        blocks = made.backbone.trunk.blocks
+        dense_rows = [_dense_row(block.ffn) for n, block in enumerate(blocks) if n not in replaced]
+        served = library().ready
+        own = [block.ffn for n, block in enumerate(blocks) if served or n in replaced]
         saved = _Saved(own, made)
         with saved_tensors_hooks(saved.pack, saved.unpack):
             answer = made(x, t, Condition(label=label)).value
         del answer
-    return saved.total
+    rows = batch * dense.backbone.tokens * ITEM
+    return saved.total + (rows * sum(dense_rows) if served else 0)
+
+
+def _dense_row(network: nn.Module) -> int:
+    """Numbers that a feed-forward network leaves per token where the native operator serves it: its
+    input, and the arguments of its activation."""
+    first: Any = next(iter(network.children()))
+    return int(first.in_features) + int(first.out_features)
 
 
 class _Saved:

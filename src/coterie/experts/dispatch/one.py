@@ -13,6 +13,8 @@ from coterie.experts.dispatch.plan import DispatchPlan
 from coterie.experts.kinds.base import ExpertKind
 from coterie.experts.kinds.pool import ExpertPool
 
+_TRAINED_ROWS = 32  # from which a backward pass of our own pays for what it costs to call
+
 
 class _Alone(NamedTuple):
     """What the operator reads of a pool, for an expert that stands in none."""
@@ -37,6 +39,8 @@ def run_one(kind: ExpertKind, x: Tensor, one: OneExpert) -> Tensor:
     if not keep and not op.watched():
         return op.run_one(x, made, one.parameters)
     rows = x.reshape(-1, x.shape[-1])
+    if len(rows) < _TRAINED_ROWS:
+        return kind.forward(x, one)
     gates = rows.new_ones(len(rows), 1)
     whole = DispatchPlan("token", gates.new_zeros(gates.shape, dtype=torch.long), gates, 1)
     alone = cast(ExpertPool, _Alone(kind, dict(one.parameters)))
