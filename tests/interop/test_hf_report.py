@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from coterie.cli.main import run
 from coterie.core.errors import CheckpointError, ConfigError, DataError
+from coterie.inspect.answers import ROWS
 from coterie.interop.transformers import MismatchError, find_moe_layers
 from coterie.interop.transformers.load import ModelFolder
 from coterie.interop.transformers.report import Reading
@@ -114,6 +115,34 @@ def test_a_report_from_the_command_line(folder_of, book: Path, tmp_path: Path, c
         assert printed in said.out
     text = re.sub(r"<style>.*?</style>|<[^>]+>", "", page.split('id="run"')[0], flags=re.DOTALL)
     assert "bits per token" in text and not re.search("noise|classes|condition|samples", text)
+
+
+@pytest.mark.parametrize("kind", ["olmoe", "diffusion_gemma"])
+def test_experts_are_asked_about_rows_that_chose_them(folder_of, book: Path, kind: str) -> None:
+    """One expert answers ten times as strongly: collapse, at its place, against plain products."""
+    reading = Reading.prepare(folder_of(kind), book, tokens=64, context=32)
+    model = reading.model
+    site = find_moe_layers(model)[-1]
+    calls: list[tuple[torch.Tensor, torch.Tensor]] = []
+    with torch.no_grad():
+        site.experts.down_proj[2].mul_(10.0)
+    handle = site.experts.register_forward_pre_hook(lambda m, args: calls.append(args[:2]))
+    data = reading.read()
+    handle.remove()
+    (found,) = (
+        answers
+        for place, answers in data.answers.items()
+        if (place.slot, place.layer) == (site.slot, site.layer)
+    )
+    gate, up, down = (part.detach().double() for part in site.expert(2))
+    rows = [h[(ids == 2).any(1)][:ROWS].double() for h, ids in calls]
+    x = torch.cat(rows)
+    inner = F.silu(x @ gate.T) if kind == "olmoe" else F.gelu(x @ gate.T, approximate="tanh")
+    scale = float((inner * (x @ up.T) @ down.T).square().mean().sqrt())
+    assert found.rows[2] == len(x) > 0
+    assert found.scale[2] == pytest.approx(scale, rel=1e-3)
+    assert found.scale.argmax() == 2
+    assert len(data.answers) == len(find_moe_layers(model))
 
 
 def test_a_tokenizer_is_used_and_begins_every_window(folder_of, book: Path, tmp_path) -> None:

@@ -6,6 +6,7 @@ Reads :class:`coterie.core.routing.Routing` records and nothing of a model.
 from coterie.inspect.amounts import Amounts, analyse_amounts
 from coterie.inspect.anomalies import Anomalies, Answers, analyse_anomalies
 from coterie.inspect.anomaly_verdicts import Verdict, verdicts
+from coterie.inspect.answers import AnswerSums
 from coterie.inspect.content import ReportData
 from coterie.inspect.findings import Finding, findings, sentences
 from coterie.inspect.pairs import PairStats, analyse_pairs
@@ -22,6 +23,7 @@ from coterie.inspect.words import label_name, noise_name
 __all__ = [
     "Amounts",
     "Anomalies",
+    "AnswerSums",
     "Answers",
     "Finding",
     "GateMaps",

@@ -64,7 +64,10 @@ def summary(said: Sequence[Verdict]) -> list[Finding]:
 def _collapse(found: Anomalies) -> Verdict:
     items = [item for item in found.collapse if not math.isnan(item.ratio)]
     if not items:
-        text = "not measured: the experts' answers were not looked at."
+        text = (
+            "not measured: no answers of an expert layer were looked at (experts that are whole "
+            "models, or their features, are in none)."
+        )
         return Verdict("Collapse", math.nan, 1.0, "note", text)
     empty = [item for item in items if item.zeros > ZEROS]
     worst = max(items, key=lambda item: item.ratio)

@@ -25,10 +25,11 @@ from coterie.core.errors import ConfigError, DataError, describe
 from coterie.core.machine import commit, hardware, hardware_line
 from coterie.core.routing import Routing
 from coterie.inspect import ReportData, Trace, write_report
+from coterie.interop.transformers.answers import watched_answers
 from coterie.interop.transformers.load import DType, ModelFolder
 from coterie.interop.transformers.losses import LEVELS, Answer, Blocks, causal
 from coterie.interop.transformers.selfcheck import selfcheck
-from coterie.interop.transformers.sites import tap
+from coterie.interop.transformers.sites import find_moe_layers, tap
 from coterie.interop.transformers.text import Tokens, Windows, read_tokens
 
 CONTEXT = 512
@@ -117,7 +118,8 @@ class Reading:
             return {**sizes, "projected_minutes": None, "note": note}
         _ = self.model  # loading and the first pass are not part of what is projected
         start = time.perf_counter()
-        next(self.answers(Trace(noise_bins=LEVELS)))
+        with watched_answers(find_moe_layers(self.model)):
+            next(self.answers(Trace(noise_bins=LEVELS)))
         seconds = (time.perf_counter() - start) * math.ceil(len(self.windows) / self.batch)
         return {**sizes, "projected_minutes": round(seconds / 60, 2)}
 
@@ -149,16 +151,18 @@ class Reading:
     def read(self, advance: Advance | None = None) -> ReportData:
         """Read all windows; ``advance(n)`` is told of every ``n`` that are done."""
         trace, totals = Trace(noise_bins=LEVELS), Totals()
-        for chosen, answer in self.answers(trace):
-            totals.add(answer)
-            if advance is not None:
-                advance(len(chosen))
+        with watched_answers(find_moe_layers(self.model)) as answers:
+            for chosen, answer in self.answers(trace):
+                totals.add(answer)
+                if advance is not None:
+                    advance(len(chosen))
         return ReportData(
             title=f"{self.folder.path.resolve().name}: who does what",
             trace=trace,
             loss_bins=totals.bins(),
             loss_unit="bits per token",
             metrics=totals.metrics(),
+            answers=answers.answers(),
             parameters=self.folder.parameters(),
             config={"reading": self.sizes(), "model": self.folder.config.to_dict()},
             hardware=hardware_line(),
