@@ -144,7 +144,7 @@ SHIFTED = {
         (of_config(use_dora=True), "use_dora: True"),
         (of_config(r="many"), r"rank"),
         (of_config(trainable_token_indices={"table": [1]}), r"tables: \[\] .*table"),
-        (lambda folder: (folder / "adapter_config.json").write_text("{"), "no adapter conf"),
+        (lambda folder: (folder / "adapter_config.json").write_text("{"), "not valid JSON"),
         (lambda folder: (folder / "adapter_config.json").unlink(), "no adapter configuration"),
         (lambda folder: (folder / "adapter_model.safetensors").write_bytes(b"x"), "safetensors"),
         (of_weights(lambda t: t[UP].fill_(float("nan"))), r"lora_B\.weight holds NaN"),

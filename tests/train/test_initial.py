@@ -22,6 +22,7 @@ from coterie.experts import Router
 from coterie.train import RunDir, Trainer, checkpoint, load_weights, read_metrics
 from coterie.train.evaluate import held_out
 from coterie.train.initial import InitConfig
+from coterie.train.pretrained import PretrainedConfig
 from coterie.train.run import (
     RunConfig,
     build_model,
@@ -138,6 +139,11 @@ def test_what_is_neither_a_run_nor_a_model_is_named(dense: Path, tmp_path: Path)
             (foreign / "config.json").write_text(content, encoding="utf-8")
         with pytest.raises(ConfigError, match=message):
             prepare(config.replace(init=InitConfig(path=str(path))), tmp_path / "run")
+    with pytest.raises(ConfigError, match=r"config\.json: not valid JSON"):
+        PretrainedConfig(path=str(foreign)).absent  # noqa: B018 - reading it is the test
+    (foreign / "config.json").write_text("[1]", encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"config\.json: not a JSON object"):
+        prepare(config.replace(init=InitConfig(path=str(foreign))), tmp_path / "run")
     shutil.copytree(dense, tmp_path / "untrained")
     shutil.rmtree(tmp_path / "untrained" / "checkpoints")
     with pytest.raises(CheckpointError, match="no checkpoint yet"):

@@ -18,7 +18,7 @@ from coterie.adapters.attach import Parts, adapters_of, attach, own_modules
 from coterie.adapters.config import LoraConfig
 from coterie.adapters.layers import LowRank, Rows, fits
 from coterie.core.errors import CheckpointError, ConfigError, describe, unknown
-from coterie.core.folder import atomic_folder, canonical
+from coterie.core.folder import atomic_folder, canonical, read_object
 from coterie.core.tensors import read_tensors, write_tensors
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -113,7 +113,7 @@ def read_adapter(folder: str | Path) -> AdapterFile:
     """CheckpointError for a folder that is not of this layout, asks for what is not here, or holds
     weights that are not finite."""
     folder = Path(folder)
-    data = _read_json(folder / CONFIG)
+    data = read_object(folder / CONFIG, "no adapter configuration")
     if data.get("peft_type") != "LORA" or data.get("bias", "none") != "none":
         found = (data.get("peft_type"), data.get("bias"))
         raise CheckpointError(describe(f"{folder / CONFIG}: peft_type, bias", found, "LORA, none"))
@@ -233,16 +233,6 @@ def _require_finite(tensors: dict[str, Tensor], where: str) -> None:
     for name, value in tensors.items():
         if not bool(torch.isfinite(value).all()):
             raise CheckpointError(f"{where}: {name} holds NaN or infinity")
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: no adapter configuration ({error})") from None
-    if not isinstance(data, dict):
-        raise CheckpointError(describe(str(path), type(data).__name__, "a JSON object"))
-    return data
 
 
 def _told(path: Path) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from importlib import metadata
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from coterie.core.errors import CheckpointError, describe
+from coterie.core.errors import CheckpointError, CoterieError, describe
 
 MANIFEST = "manifest.json"
 TEMPORARY = ".tmp-"
@@ -43,6 +43,22 @@ def file_digest(path: Path) -> str:
         while chunk := file.read(_CHUNK):
             hasher.update(chunk)
     return hasher.hexdigest()
+
+
+def read_object(
+    path: Path, missing: str = "", error: type[CoterieError] = CheckpointError
+) -> dict[str, Any]:
+    """The JSON object in a file; ``error`` where there is no such file (``missing``: what that
+    means), or something else in it."""
+    if not path.is_file():
+        raise error(f"{path}: missing" + (f"; {missing}" if missing else ""))
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as problem:
+        raise error(f"{path}: not valid JSON ({problem})") from None
+    if not isinstance(data, dict):
+        raise error(f"{path}: not a JSON object")
+    return data
 
 
 def sync(path: Path) -> None:

@@ -6,7 +6,6 @@ directory hold adapters alone.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from coterie.adapters import (
 from coterie.adapters.attach import Parts
 from coterie.adapters.files import CONFIG
 from coterie.core.errors import CheckpointError, ConfigError, describe
+from coterie.core.folder import read_object
 from coterie.core.tensors import assign, module_tensors
 from coterie.train import checkpoint
 
@@ -85,11 +85,7 @@ def _from_run(model: nn.Module, config: AdapterConfig, base: str) -> Parts:
 
 def _init_of(path: Path) -> dict[str, Any]:
     """``init`` of a run's configuration; {} if it has none."""
-    try:
-        data = json.loads((path / "config.json").read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ConfigError(f"{path / 'config.json'}: not valid JSON ({error})") from None
-    init = data.get("init") if isinstance(data, dict) else None
+    init = read_object(path / "config.json", error=ConfigError).get("init")
     return init if isinstance(init, dict) else {}
 
 

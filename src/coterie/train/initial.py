@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from coterie.convert import UpcycleConfig
 from coterie.core.batch import Source
 from coterie.core.config import Config
 from coterie.core.errors import CheckpointError, ConfigError, describe
-from coterie.core.folder import MANIFEST, file_digest
+from coterie.core.folder import MANIFEST, file_digest, read_object
 from coterie.core.machine import commit
 from coterie.core.registry import Part
 from coterie.core.rng import generator
@@ -82,11 +81,7 @@ def source_config(path: str | Path) -> Part:
     """Configuration of the model at ``path``; ConfigError if it is neither a run nor a model."""
     path = Path(path)
     if (path / "config.json").is_file():
-        try:
-            data = json.loads((path / "config.json").read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ConfigError(f"{path / 'config.json'}: not valid JSON ({error})") from None
-        found = model_config(data) if isinstance(data, dict) else None
+        found = model_config(_config_of(path))
     elif (path / MANIFEST).is_file():
         found = model_config(load_manifest(path).config)
     else:
@@ -147,15 +142,17 @@ def put_on_base(model: nn.Module, init: InitConfig) -> None:
 
 def init_of(path: str | Path) -> InitConfig | None:
     """Where the first weights of the run at ``path`` come from."""
-    data = json.loads((Path(path) / "config.json").read_text(encoding="utf-8"))
-    found = data.get("init") if isinstance(data, dict) else None
+    found = _config_of(path).get("init")
     return None if found is None else InitConfig.from_dict(found)
 
 
 def is_untrained(path: str | Path) -> bool:
     """Whether the run at ``path`` trains nothing: its model is what the configuration names."""
-    data = json.loads((Path(path) / "config.json").read_text(encoding="utf-8"))
-    return isinstance(data, dict) and data.get("train", {}).get("steps") == 0
+    return bool(_config_of(path).get("train", {}).get("steps") == 0)
+
+
+def _config_of(path: str | Path) -> dict[str, Any]:
+    return read_object(Path(path) / "config.json", error=ConfigError)
 
 
 def calibration(

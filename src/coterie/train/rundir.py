@@ -11,7 +11,7 @@ from typing import Any, TextIO
 
 from coterie.core.config import Config, ConfigT
 from coterie.core.errors import ConfigError, TrainingError, describe
-from coterie.core.folder import clean, digest, write_text
+from coterie.core.folder import clean, digest, read_object, write_text
 from coterie.train.checkpoint import FOLDER
 from coterie.train.config import TrainConfig
 
@@ -45,13 +45,7 @@ class RunDir:
         """The JSON of ``config.json`` as it stands, None for a new run."""
         if not self.config_path.is_file():
             return None
-        try:
-            data = json.loads(self.config_path.read_text(encoding="utf-8"))
-        except (ValueError, RecursionError) as error:
-            raise ConfigError(f"{self.config_path}: not valid JSON ({error})") from None
-        if not isinstance(data, dict):
-            raise ConfigError(f"{self.config_path}: not a JSON object")
-        return data
+        return read_object(self.config_path, error=ConfigError)
 
     def write_config(self, config: Mapping[str, Any], free: tuple[str, ...] = FREE) -> str:
         """Write the configuration once, or check that it is the one already there.

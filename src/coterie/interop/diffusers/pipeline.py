@@ -10,7 +10,6 @@ Of two networks, one is in memory at a time and the other is read meanwhile.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -22,6 +21,7 @@ from torch import Generator, Tensor, nn
 from coterie.backbones import unet_layers
 from coterie.backbones.taps import Layers, Topology
 from coterie.core.errors import CheckpointError, ConfigError, describe, unknown
+from coterie.core.folder import read_object
 from coterie.core.prediction import Condition, Prediction, View, check_times
 from coterie.core.registry import Part
 from coterie.core.tensors import copy_tensors
@@ -151,15 +151,7 @@ def load_noise_ranges(
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise CheckpointError(f"{path}: missing; {path.parent} is not a pipeline of diffusers")
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{path}: not valid JSON ({error})") from None
-    if not isinstance(data, dict):
-        raise CheckpointError(f"{path}: not a JSON object")
-    return data
+    return read_object(path, f"{path.parent} is not a pipeline of diffusers")
 
 
 def _networks(folder: Path, index: Mapping[str, Any]) -> list[str]:

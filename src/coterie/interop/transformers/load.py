@@ -6,7 +6,6 @@ Only safetensors are read, only from the folder, and no code that lies in it is 
 from __future__ import annotations
 
 import importlib.metadata
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from torch import nn
 
 from coterie.core.cost import Parameters, count_parameters
 from coterie.core.errors import CheckpointError, ConfigError, describe
+from coterie.core.folder import read_object
 from coterie.interop.transformers.sites import MoESite, find_moe_layers
 
 OLDEST = (5, 18)
@@ -85,7 +85,7 @@ class ModelFolder:
         """The safetensors files, all there; pickled weights are refused."""
         index = self.path / "model.safetensors.index.json"
         if index.is_file():
-            names = set(_read_json(index).get("weight_map", {}).values())
+            names = set(read_object(index).get("weight_map", {}).values())
             files = [self.path / name for name in sorted(map(str, names))]
         else:
             files = sorted(self.path.glob("*.safetensors"))
@@ -150,9 +150,7 @@ def _check_loaded(path: Path, found: Any) -> None:
 
 
 def _check_config(path: Path, known: set[str]) -> None:
-    if not (path / "config.json").is_file():
-        raise CheckpointError(f"{path / 'config.json'}: missing; not the folder of a model")
-    config = _read_json(path / "config.json")
+    config = read_object(path / "config.json", "not the folder of a model")
     kind = config.get("model_type")
     if kind not in known:
         if "auto_map" in config:
@@ -163,16 +161,6 @@ def _check_config(path: Path, known: set[str]) -> None:
     if config.get("quantization_config"):
         hint = "store it in float32, bfloat16 or float16"
         raise ConfigError(f"{path}: quantised weights are not read; {hint}")
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: not valid JSON ({error})") from None
-    if not isinstance(data, dict):
-        raise CheckpointError(f"{path}: not a JSON object")
-    return data
 
 
 def _skeleton(hf: Any, config: Any) -> nn.Module:
