@@ -2,8 +2,9 @@
 
 Two processes of this machine train the same model in turns under every layout; what a step sends is
 read off the loopback interface, the same way for all. The peer (``DistributedDataParallel``) steps
-the same model with the same objective on its half of the batch, with noise of its own and without
-the logs.
+the same model with the same objective on its half of the batch. It does less: noise of its own, a
+balance loss of its half alone (so its processes meet once a step, ours twice), no check of batch
+and loss, no logs.
 """
 
 from __future__ import annotations
