@@ -19,7 +19,7 @@ from coterie.adapters.config import LoraConfig
 from coterie.adapters.layers import LowRank, Rows, fits
 from coterie.core.errors import CheckpointError, ConfigError, describe, unknown
 from coterie.core.folder import atomic_folder, canonical, read_object
-from coterie.core.tensors import read_tensors, write_tensors
+from coterie.core.tensors import read_tensors, require_finite, write_tensors
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -61,7 +61,7 @@ def save_adapter(
             table = modules[path]
             assert isinstance(table, nn.Embedding)
             tensors[f"{PREFIX}{path}.{TOKENS}"] = table.weight[list(part.rows)] + part.change
-    _require_finite(tensors, f"adapter {name}")
+    require_finite(tensors, f"adapter {name}")
     with atomic_folder(folder, overwrite=overwrite) as work:
         write_tensors(work / WEIGHTS, tensors, _header(parts))
         (work / CONFIG).write_text(canonical(_peft(parts, base)), encoding="utf-8")
@@ -122,7 +122,7 @@ def read_adapter(folder: str | Path) -> AdapterFile:
             hint = "adapters here are plain sums of low-rank maps"
             raise CheckpointError(describe(f"{folder / CONFIG}: {name}", data[name], "none", hint))
     tensors = read_tensors(folder / WEIGHTS)
-    _require_finite(tensors, str(folder / WEIGHTS))
+    require_finite(tensors, str(folder / WEIGHTS))
     told = _told(folder / WEIGHTS)
     factors, tables = _sorted(tensors, str(folder / WEIGHTS))
     rows = data.get("trainable_token_indices") or {}
@@ -227,12 +227,6 @@ def _sorted(
         lonely = sorted(downs.keys() ^ ups.keys())
         raise CheckpointError(describe(f"{where}: modules", lonely, f"{DOWN} and {UP} for each"))
     return {path: (down, ups[path]) for path, down in downs.items()}, tables
-
-
-def _require_finite(tensors: dict[str, Tensor], where: str) -> None:
-    for name, value in tensors.items():
-        if not bool(torch.isfinite(value).all()):
-            raise CheckpointError(f"{where}: {name} holds NaN or infinity")
 
 
 def _told(path: Path) -> dict[str, Any]:

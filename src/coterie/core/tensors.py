@@ -71,6 +71,13 @@ def assign(own: Mapping[str, Tensor], values: Mapping[str, Tensor], origin: str)
         own[name].copy_(value)
 
 
+def require_finite(values: Mapping[str, Tensor], where: str) -> None:
+    """CheckpointError names the first tensor that holds what no answer can come from."""
+    for name, value in values.items():
+        if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+            raise CheckpointError(f"{where}: {name} holds NaN or infinity")
+
+
 def write_tensors(
     path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
 ) -> None:

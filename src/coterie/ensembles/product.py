@@ -31,10 +31,11 @@ import torch
 from pydantic import Field, SerializeAsAny, model_validator
 from torch import Generator, Tensor, nn
 
-from coterie.core.errors import CheckpointError, ConfigError, describe
+from coterie.core.errors import ConfigError, describe
 from coterie.core.prediction import Condition, DenoiserLike, Prediction, check_times
 from coterie.core.registry import Part
 from coterie.core.rng import SampleNoise
+from coterie.core.tensors import module_tensors, require_finite
 from coterie.ensembles.base import ENSEMBLES, Ensemble, EnsembleConfig, as_members, shared_view
 from coterie.ensembles.members import Members
 from coterie.ensembles.product_rates import (
@@ -328,9 +329,8 @@ def _check_finite(members: Members) -> None:
     """CheckpointError if an expert in memory has weights that no answer can come from."""
     for index, name in enumerate(members.names):
         expert = members.get(index)
-        for weight, value in expert.state_dict().items() if isinstance(expert, nn.Module) else ():
-            if value.is_floating_point() and not bool(torch.isfinite(value).all()):
-                raise CheckpointError(f"experts.{name}: {weight} holds NaN or infinity")
+        if isinstance(expert, nn.Module):
+            require_finite(module_tensors(expert, borrowed=True), f"experts.{name}")
 
 
 def _check_densities(members: Members, process: Process) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from coterie.core.errors import CheckpointError, ConfigError, describe
-from coterie.core.tensors import assign, module_tensors, read_tensors
+from coterie.core.tensors import assign, module_tensors, read_tensors, require_finite
 from coterie.hub.adapted import base_folder, is_adapted, put_on_base
 from coterie.hub.layout import ROUTER, TRUNK, Manifest, Split, load_manifest, model_config, split
 
@@ -221,6 +221,4 @@ def _check_finite(
     named = dict(flat)
     named |= {f"{pool}[{index}]": tensors for (pool, index), tensors in experts.items()}
     for where, tensors in named.items():
-        for name, value in tensors.items():
-            if value.is_floating_point() and not torch.isfinite(value).all():
-                raise CheckpointError(f"{path}: {where}: {name} holds NaN or infinity")
+        require_finite(tensors, f"{path}: {where}")

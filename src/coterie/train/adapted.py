@@ -10,8 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from coterie.adapters import (
     AdapterConfig,
@@ -25,7 +24,7 @@ from coterie.adapters.attach import Parts
 from coterie.adapters.files import CONFIG
 from coterie.core.errors import CheckpointError, ConfigError, describe
 from coterie.core.folder import read_object
-from coterie.core.tensors import assign, module_tensors
+from coterie.core.tensors import assign, module_tensors, require_finite
 from coterie.train import checkpoint
 
 PARTS = ".adapters.parts."
@@ -78,7 +77,7 @@ def _from_run(model: nn.Module, config: AdapterConfig, base: str) -> Parts:
         values = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
         own = module_tensors(part)
         cast = {k: v.to(own[k].dtype) if k in own else v for k, v in values.items()}
-        _require_finite(cast, f"{found.path}: {prefix}")
+        require_finite(cast, f"{found.path}: {module}")
         assign(own, cast, f"{found.path}: {module}")
     return parts
 
@@ -87,12 +86,6 @@ def _init_of(path: Path) -> dict[str, Any]:
     """``init`` of a run's configuration; {} if it has none."""
     init = read_object(path / "config.json", error=ConfigError).get("init")
     return init if isinstance(init, dict) else {}
-
-
-def _require_finite(tensors: dict[str, Tensor], where: str) -> None:
-    for name, value in tensors.items():
-        if not bool(torch.isfinite(value).all()):
-            raise CheckpointError(f"{where}{name} holds NaN or infinity")
 
 
 def described(model: nn.Module, base: str) -> dict[str, Any]:
