@@ -20,6 +20,8 @@ from typing import Any
 
 import torch
 
+from coterie.bench.goals import timed
+from coterie.bench.timing import ratio
 from coterie.core.errors import TrainingError
 from coterie.core.rng import generator
 from coterie.train.config import TrainConfig
@@ -44,8 +46,9 @@ Step = Callable[[], Any]
 
 def run_benchmark(
     config: RunConfig, processes: int = 2, rounds: int = 5, threads: int = 1
-) -> list[dict[str, Any]]:
-    """Rows ``{layout, processes, step_ms, steps_per_second, vs_one, vs_peer, cpu_ms, wire_bytes}``.
+) -> dict[str, Any]:
+    """``goals``, and ``rows`` {layout, processes, step_ms, steps_per_second, vs_one, vs_peer,
+    cpu_ms, wire_bytes}.
 
     ``vs_one``, ``vs_peer``: time of a step over that of one process with the whole batch, and over
     the peer's, median of the ratios within a round. ``cpu_ms``: processor time of the first
@@ -65,7 +68,15 @@ def run_benchmark(
         if trouble is not None:
             raise TrainingError(f"bench parallel: {trouble}")
         measured = json.loads(out.read_text(encoding="utf-8"))
-    return [_row(name, measured, processes) for name in measured]
+    times = {name: found["seconds"] for name, found in measured.items()}
+    ours, what = (
+        f"data={processes}",
+        f"{config.recipe or 'run'} in {processes} processes: step, over {PEER}",
+    )
+    return {
+        "rows": [_row(name, measured, processes) for name in measured],
+        "goals": [timed("parallel", what, times, ours, [PEER], 1.05)],
+    }
 
 
 def work(task: dict[str, Any]) -> None:
@@ -167,20 +178,15 @@ def _wire_bytes() -> int | None:
 
 
 def _row(name: str, measured: dict[str, Any], processes: int) -> dict[str, Any]:
-    seconds = measured[name]["seconds"]
-
-    def against(other: str) -> float:
-        theirs = measured[other]["seconds"]
-        return round(statistics.median(a / b for a, b in zip(seconds, theirs)), 3)
-
-    step, sent = statistics.median(seconds), measured[name]["bytes"]
+    times = {layout: found["seconds"] for layout, found in measured.items()}
+    step, sent = statistics.median(times[name]), measured[name]["bytes"]
     return {
         "layout": name,
         "processes": 1 if name == ONE else processes,
         "step_ms": round(1e3 * step, 2),
         "steps_per_second": round(1 / step, 2),
-        "vs_one": against(ONE),
-        "vs_peer": against(PEER),
+        "vs_one": ratio(times, name, [ONE]),
+        "vs_peer": ratio(times, name, [PEER]),
         "cpu_ms": round(1e3 * statistics.median(measured[name]["cpu"]), 2),
         "wire_bytes": int(statistics.median(sent)) if sent and name != ONE else None,
     }

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from coterie.cli.bench_options import show, timing_options
+from coterie.cli.bench_options import GOALS, show, timing_options
 
 SHOWN = (
     "layout",
@@ -46,6 +46,6 @@ def command(
         "batch": config.train.batch,
         "peer": f"{PEER} of torch {torch.__version__}",
         "clock": "wall",
-        "rows": run_benchmark(config, processes, rounds, threads),
+        **run_benchmark(config, processes, rounds, threads),
     }
-    show(result, SHOWN, out, as_json)
+    show(result, SHOWN, out, as_json, [("goals", GOALS)])
