@@ -27,7 +27,7 @@ NOINLINE void hidden(const Call *c, i64 count, const float *gate, const float *u
 }
 
 /* Hidden units [f0, f0 + n) of one panel: act[n][pw]; their values before act go to `saved`. */
-static void first_layer(const Call *c, i64 e, i64 f0, i64 n, const float *x, i64 pw, float *act, float *saved) {
+static void first_layer(const Call *c, i64 e, i64 f0, i64 n, const float *x, i64 pw, float *act, float *saved, Ahead *ahead, i64 lines) {
     const i64 D = c->width, F = c->hidden, H = inner(c);
     const float *w = c->w1 + (e * H + f0) * D, *b = c->b1 ? c->b1 + e * H + f0 : 0;
     const enum start start = b ? BIAS : ZERO;
@@ -37,8 +37,8 @@ static void first_layer(const Call *c, i64 e, i64 f0, i64 n, const float *x, i64
         const i64 r = MIN(step, n - i);
         float *g = saved ? saved + (f0 + i) * pw : gate;
         float *u = !c->gated ? 0 : saved ? saved + (F + f0 + i) * pw : up;
-        product(r, D, w + i * D, D, x, pw, g, start, b ? b + i : 0);
-        if (u) product(r, D, w + (F + i) * D, D, x, pw, u, start, b ? b + F + i : 0);
+        product(r, D, w + i * D, D, x, pw, g, start, b ? b + i : 0, ahead + 0, lines);
+        if (u) product(r, D, w + (F + i) * D, D, x, pw, u, start, b ? b + F + i : 0, ahead + 1, lines);
         hidden(c, r * pw, g, u, act + i * pw);
     }
 }
@@ -50,25 +50,61 @@ static i64 hidden_chunk(i64 F) {
 
 #define WEIGHT_ROWS 48 /* rows of a weight that stay in the cache while panels pass */
 
+static i64 lines_of(const Ahead *a) { return a->rows * ((a->length + LINE - 1) / LINE); }
+
+/* What is read after hidden units [.., f) of a chunk: more of them, or the first rows of w2. Lines. */
+static i64 after_first(const Call *c, i64 e, i64 f0, i64 f, i64 fc, Ahead *ahead) {
+    const i64 D = c->width, F = c->hidden;
+    if (f < fc) {
+        const float *w = c->w1 + (e * inner(c) + f0 + f) * D;
+        const i64 rows = MIN(WEIGHT_ROWS / 2, fc - f);
+        ahead[0] = (Ahead){w, D, D, rows, 0};
+        ahead[1] = (Ahead){w + F * D, D, D, c->gated ? rows : 0, 0};
+    } else {
+        const float *w = c->w2 + e * D * F + f0;
+        const i64 rows = MIN(WEIGHT_ROWS, D) / 2;
+        ahead[0] = (Ahead){w, F, fc, rows, 0};
+        ahead[1] = (Ahead){w + rows * F, F, fc, rows, 0};
+    }
+    return lines_of(ahead);
+}
+
+/* After rows [.., d) of w2: more of them, the next chunk, or the next block's expert. */
+static i64 after_second(const Call *c, i64 e, i64 next, i64 f0, i64 fc, i64 d, Ahead *ahead) {
+    const i64 D = c->width, F = c->hidden, H = inner(c);
+    if (d < D) *ahead = (Ahead){c->w2 + (e * D + d) * F + f0, F, fc, MIN(WEIGHT_ROWS, D - d), 0};
+    else if (f0 + fc < F) *ahead = (Ahead){c->w1 + (e * H + f0 + fc) * D, D, D, MIN(WEIGHT_ROWS / 2, F - f0 - fc), 0};
+    else *ahead = (Ahead){c->w1 + next * H * D, D, D, next == e ? 0 : MIN(WEIGHT_ROWS / 2, F), 0};
+    return lines_of(ahead);
+}
+
 static void forward_block(const Work *w, const Block *b, float *scratch) {
     const Call *c = w->call;
     const i64 D = c->width, F = c->hidden, e = b->expert, chunk = hidden_chunk(F), P = PANELS(b);
+    const i64 next = b + 1 < w->blocks + w->num_blocks ? b[1].expert : e;
     float *x = scratch, *act = x + P * PW * D, *out = act + P * PW * chunk;
     const float *bias = c->b2 ? c->b2 + e * D : 0;
     gather_panels(w, b, c->x, x);
     for (i64 f0 = 0; f0 < F; f0 += chunk) {
         const i64 fc = MIN(chunk, F - f0);
-        for (i64 f = 0; f < fc; f += WEIGHT_ROWS / 2)
+        for (i64 f = 0; f < fc; f += WEIGHT_ROWS / 2) {
+            const i64 m = MIN(WEIGHT_ROWS / 2, fc - f);
+            Ahead ahead[2];
+            const i64 lines = after_first(c, e, f0, f + m, fc, ahead) * TR / (m * P) + 1;
             EACH_PANEL(b) {
                 float *saved = c->saved ? c->saved + b->saved + p * PW * inner(c) : 0;
-                first_layer(c, e, f0 + f, MIN(WEIGHT_ROWS / 2, fc - f), x + p * PW * D, pw,
-                            act + p * PW * chunk + f * pw, saved);
+                first_layer(c, e, f0 + f, m, x + p * PW * D, pw, act + p * PW * chunk + f * pw, saved, ahead, lines);
             }
+        }
         const enum start start = f0 ? ADD : bias ? BIAS : ZERO;
-        for (i64 d = 0; d < D; d += WEIGHT_ROWS)
+        for (i64 d = 0; d < D; d += WEIGHT_ROWS) {
+            const i64 m = MIN(WEIGHT_ROWS, D - d);
+            Ahead ahead;
+            const i64 lines = after_second(c, e, next, f0, fc, d + m, &ahead) * TR / (m * P) + 1;
             EACH_PANEL(b)
-                product(MIN(WEIGHT_ROWS, D - d), fc, c->w2 + (e * D + d) * F + f0, F, act + p * PW * chunk,
-                        pw, out + p * PW * D + d * pw, start, bias ? bias + d : 0);
+                product(m, fc, c->w2 + (e * D + d) * F + f0, F, act + p * PW * chunk, pw, out + p * PW * D + d * pw,
+                        start, bias ? bias + d : 0, &ahead, lines);
+        }
     }
     EACH_PANEL(b) {
         float *rows[PW], scale[PW];

@@ -108,12 +108,32 @@ NOINLINE void packed_1(i64 K, const float *w, const float *x, float *c, enum sta
     STARTS(TR, 1, 1, TR)
 }
 
-/* c[i][0..pw) of n weight rows from w, row stride rs, against one panel of width pw. */
+/* Weights to be used next, fetched into the cache a few lines at a time between products. */
+typedef struct {
+    const float *w;       /* rows [0, rows) of `length` floats, `stride` apart */
+    i64 stride, length, rows, at;
+} Ahead;
+
+INLINE void fetch(Ahead *a, i64 lines) {
+    for (; lines > 0 && a->rows > 0; lines--) {
+        __builtin_prefetch(a->w + a->at, 0, 3);
+        a->at += LINE;
+        if (a->at >= a->length) {
+            a->at = 0;
+            a->w += a->stride;
+            a->rows--;
+        }
+    }
+}
+
+/* c[i][0..pw) of n weight rows from w, row stride rs, against one panel of width pw; `lines` of what
+ * comes next are fetched with every tile. */
 INLINE void product(i64 n, i64 K, const float *w, i64 rs, const float *x, i64 pw, float *c,
-                    enum start start, const float *bias) {
+                    enum start start, const float *bias, Ahead *ahead, i64 lines) {
     const i64 step = pw == PW ? TR : 12;
     for (i64 i = 0; i < n; i += step) {
         const i64 r = n - i < step ? n - i : step;
+        fetch(ahead, lines * r / TR);
         (pw == PW ? DIRECT_WIDE : DIRECT_SLIM)[r - 1](K, w + i * rs, rs, x, c + i * pw, start,
                                                       bias ? bias + i : 0);
     }
