@@ -217,7 +217,7 @@ static void whole_body(void *data) {
     free(memory);
 }
 
-#define ROW_PANELS 8 /* panels of one item: fewer would pack weights too often */
+#define ROW_PANELS 16 /* panels of one item: fewer would pack weights too often */
 static void rows_body(void *data) {
     Back *b = data;
     float *scratch = take(row_floats(b->work.call, ROW_PANELS));
