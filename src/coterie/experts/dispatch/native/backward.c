@@ -181,9 +181,21 @@ typedef struct {
     i64 *experts, num_experts;  /* with rows [0, ..): longest first */
     i64 *first_part;            /* [E + 1] */
     i64 *items, num_items;      /* of the phase at hand: part and panel, or expert and row */
+    float *memory;              /* [held], of the experts that threads share */
+    i64 held;
 } Back;
 
 static i64 rows_of(const Work *w, i64 e) { return w->ends[e + 1] - w->ends[e]; }
+
+/* At least `floats` at *memory, of which *held are there; 0 where there is no room. */
+static int reserve(float **memory, i64 *held, i64 floats) {
+    if (floats > *held) {
+        free(*memory);
+        *memory = take(floats);
+        *held = *memory ? floats : 0;
+    }
+    return *memory != 0;
+}
 
 /* One expert by one thread, its parts one after the other. */
 static int whole_expert(Back *b, i64 e, float **memory, i64 *held) {
@@ -196,11 +208,7 @@ static int whole_expert(Back *b, i64 e, float **memory, i64 *held) {
     for (i64 i = b->first_part[e]; i < b->first_part[e + 1]; i++) {
         Part *part = b->parts + i;
         const i64 panels = PANELS(&part->block), own = part_floats(c, part->block.rows);
-        if (own + row_floats(c, panels) > *held) {
-            free(*memory);
-            *held = own + row_floats(c, panels);
-            if (!(*memory = take(*held))) return 1;
-        }
+        if (!reserve(memory, held, own + row_floats(c, panels))) return 1;
         place(c, part, *memory);
         row_gradients(w, part, 0, panels, *memory + own);
         weight_gradients(w, part, 0, inner(c) + c->width);
@@ -242,7 +250,9 @@ static void weights_body(void *data) {
     }
 }
 
-#define GROUP_FLOATS (24 << 20) /* memory of experts that threads share at a time */
+/* Memory of experts that threads share at a time: what one phase leaves is read by the next, from a
+ * cache if it is not too much; and fresh memory costs its first touch, so one piece serves all. */
+#define GROUP_FLOATS (8 << 20)
 
 /* Experts [first, ..) of the list that fit into one piece of memory, by all threads together. */
 static i64 shared_experts(Back *b, i64 first, i64 last) {
@@ -256,11 +266,11 @@ static i64 shared_experts(Back *b, i64 first, i64 last) {
         if (end > first && floats + own > GROUP_FLOATS) break;
         floats += own;
     }
-    float *memory = take(floats), *at = memory;
-    if (!memory) {
+    if (!reserve(&b->memory, &b->held, floats)) {
         b->work.failed = 1;
         return last;
     }
+    float *at = b->memory;
     for (i64 i = first; i < end; i++)
         for (i64 p = b->first_part[b->experts[i]]; p < b->first_part[b->experts[i] + 1]; p++) {
             Part *part = b->parts + p;
@@ -282,7 +292,6 @@ static i64 shared_experts(Back *b, i64 first, i64 last) {
         }
     b->num_items = items;
     in_parallel(&b->work, weights_body, items);
-    free(memory);
     return end;
 }
 
@@ -341,6 +350,7 @@ int coterie_experts_backward(const Call *c) {
     int failed = sort_rows(&b.work) || make_parts(&b);
     if (!failed && c->dx) failed = !(b.work.parts = take(c->rows * c->slots * c->width));
     if (!failed) run(&b);
+    free(b.memory);
     free(b.parts);
     free(b.first_part);
     free(b.items);
