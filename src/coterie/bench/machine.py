@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
+from torch import Tensor
 
 from coterie.bench.timing import Place, interleaved
 
@@ -16,7 +19,7 @@ def read_bandwidth(place: Place, rounds: int = 3) -> float:
     values = torch.ones(_BYTES // 4, device=place.device)
     first, second = values.chunk(2)
     matrix, vector = values.view(-1, _ROW), values[:_ROW].clone()
-    readers = {
+    readers: dict[str, Callable[[], Tensor]] = {
         "sum": values.sum,
         "dot": lambda: first.dot(second),
         "matrix times vector": lambda: matrix.mv(vector),

@@ -49,7 +49,7 @@ def command(
         **stamp("experts", place, rounds, ("transformers",)),
         **run_benchmark(cases or tuple(CASES), threads=threads, rounds=rounds),
     }
-    tables = [("goals", GOALS)]
+    tables: list[tuple[str, tuple[str, ...]]] = [("goals", GOALS)]
     if growth:
         result["growth"] = expert_growth.growth(rounds, threads)
         result["laws"] = result["growth"].pop("laws")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, cast
-
 import torch
 from torch import Tensor
 
@@ -11,19 +9,8 @@ from coterie.experts.dispatch import native
 from coterie.experts.dispatch.backends import OneExpert
 from coterie.experts.dispatch.plan import DispatchPlan
 from coterie.experts.kinds.base import ExpertKind
-from coterie.experts.kinds.pool import ExpertPool
 
 _TRAINED_ROWS = 32  # from which a backward pass of our own pays for what it costs to call
-
-
-class _Alone(NamedTuple):
-    """What the operator reads of a pool, for an expert that stands in none."""
-
-    kind: ExpertKind
-    tensors: dict[str, Tensor]
-
-    def stacks(self) -> dict[str, Tensor]:
-        return {name: tensor[None] for name, tensor in self.tensors.items()}
 
 
 def run_one(kind: ExpertKind, x: Tensor, one: OneExpert) -> Tensor:
@@ -43,5 +30,5 @@ def run_one(kind: ExpertKind, x: Tensor, one: OneExpert) -> Tensor:
         return kind.forward(x, one)
     gates = rows.new_ones(len(rows), 1)
     whole = DispatchPlan("token", gates.new_zeros(gates.shape, dtype=torch.long), gates, 1)
-    alone = cast(ExpertPool, _Alone(kind, dict(one.parameters)))
-    return op.experts(rows, whole, alone, made).view(x.shape)
+    stacks = {name: weight[None] for name, weight in one.parameters.items()}
+    return op.experts(rows, whole, kind, stacks).view(x.shape)

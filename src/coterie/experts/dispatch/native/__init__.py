@@ -58,11 +58,10 @@ def run_native(x: Tensor, plan: DispatchPlan, pool: ExpertPool, float32: bool) -
     """x [R, D], or [B, N, D] with one routing per sample."""
     from coterie.experts.dispatch.native.op import experts
 
-    made = pool.kind.feed_forward()
-    assert made is not None
     if x.dim() == 3:
         plan = plan.per_token(x.shape[1])
-    return experts(x.reshape(-1, x.shape[-1]), plan, pool, made).view(x.shape)
+    rows = x.reshape(-1, x.shape[-1])
+    return experts(rows, plan, pool.kind, pool.stacks()).view(x.shape)
 
 
 __all__ = ["library", "run_native", "serves", "serves_one"]

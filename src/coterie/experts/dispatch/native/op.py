@@ -17,8 +17,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from coterie.experts.dispatch.native.build import library
 from coterie.experts.dispatch.plan import DispatchPlan
-from coterie.experts.kinds.base import FeedForward
-from coterie.experts.kinds.pool import ExpertPool
+from coterie.experts.kinds.base import ExpertKind, FeedForward
 
 ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3}
 """As ``activation.h`` numbers them."""
@@ -37,22 +36,26 @@ class _Call(ctypes.Structure):
     ]
 
 
-def experts(x: Tensor, plan: DispatchPlan, pool: ExpertPool, made: FeedForward) -> Tensor:
-    """x f32 [R, D] -> [R, D] by the plan's R rows."""
-    stacks = pool.stacks()
+def experts(
+    x: Tensor, plan: DispatchPlan, kind: ExpertKind, stacks: Mapping[str, Tensor]
+) -> Tensor:
+    """x f32 [R, D] -> [R, D] by the plan's R rows; ``stacks``: the weights [E, ...] of the kind,
+    which is a feed-forward network."""
+    made = kind.feed_forward()
+    assert made is not None
     names = (made.up, made.up_bias, made.down, made.down_bias)
     weights: list[Any] = [None if name is None else stacks[name] for name in names]
     leaves = (x, plan.gates, *(weight for weight in weights if weight is not None))
     keep = torch.is_grad_enabled() and any(leaf.requires_grad for leaf in leaves)
-    kind = ACTIVATIONS[made.activation]
+    activation = ACTIVATIONS[made.activation]
     rows, ids, gates = x.contiguous(), plan.ids.contiguous(), plan.gates.contiguous()
     if watched():
-        y: Tensor = native_experts(rows, gates, ids, *weights, kind, made.gated, keep)[0]
+        y: Tensor = native_experts(rows, gates, ids, *weights, activation, made.gated, keep)[0]
         return y
-    given: list[Any] = [rows, gates, ids, *weights, kind, made.gated]
+    given: list[Any] = [rows, gates, ids, *weights, activation, made.gated]
     if not keep:
         return run_forward(*[*given, False])[0]
-    y = _Experts.apply(*given, (pool.kind, names))
+    y = _Experts.apply(*given, (kind, names))
     return y
 
 
