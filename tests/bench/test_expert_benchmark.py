@@ -42,6 +42,9 @@ def test_rows_hold_every_backend_with_finite_figures() -> None:
         name for name in tiny if name.startswith("transformers")
     }
     assert goals["tiny-decode: over the plain loop"]["peer"] == "loop"
+    share = goals["tiny-decode: bytes of touched experts per second, of what the machine reads"]
+    assert share["peer"].startswith("read: ") and share["figure"] > 0
+    assert not any(row["backend"].startswith("read: ") for row in rows)
 
 
 def test_the_dense_layer_has_the_same_active_cost() -> None:

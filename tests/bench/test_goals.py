@@ -108,7 +108,7 @@ def _times(**seconds: float) -> timing.Times:
 
 
 def test_expert_goals_hold_times_against_those_of_others() -> None:
-    made = expert_goals("fine64", _times(auto=1.2), _times(auto=0.2, grouped=0.25), 1.0)
+    made = expert_goals("fine64", _times(auto=1.2), _times(auto=0.2, grouped=0.25))
     rows = {(row["goal"], row["what"]): row for row in made}
     floor = rows["P1", "fine64: forward, over the bare experts"]
     assert floor["figure"] == 1.2 and floor["met"] is False and floor["peer"] == FLOOR
@@ -122,7 +122,8 @@ def test_expert_goals_hold_times_against_those_of_others() -> None:
 def test_decoding_is_held_against_reading_and_against_the_loop() -> None:
     times = _times(auto=1.25, loop=1.0)
     del times[ONE_THREAD]
-    made = [row for row in expert_goals("decode8", times, {}, 1.0) if row["goal"] == "P6"]
+    times |= {"read: sum": [1.5, 1.5], "read: dot": [1.0, 1.0]}
+    made = [row for row in expert_goals("decode8", times, {}) if row["goal"] == "P6"]
     assert [(row["figure"], row["met"]) for row in made] == [(0.8, True), (1.25, False)]
 
 

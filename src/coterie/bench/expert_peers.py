@@ -136,6 +136,11 @@ def _same(run: Callable[[], Tensor], setup: Setup, name: str) -> None:
         raise CoterieError(f"{name} answers otherwise than ours at {setup.case.name}: {error:.1e}")
 
 
+def is_limit(name: str) -> bool:
+    """A way to read memory, which no layer that reads as much can undercut by much."""
+    return name.startswith("read: ")
+
+
 def is_peer(name: str) -> bool:
     """A way that others have: the plain loop, torch's grouped product, another library."""
     return name in ("loop", "grouped") or name.startswith(PACKAGE)

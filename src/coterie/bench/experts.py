@@ -19,10 +19,11 @@ from coterie.bench.expert_peers import (
     PRODUCTS,
     Sorted,
     dense_layer,
+    is_limit,
     is_peer,
     transformers_calls,
 )
-from coterie.bench.machine import read_bandwidth
+from coterie.bench.machine import readers
 from coterie.bench.timing import Place, Times, interleaved, milliseconds, ratio, ratios, spread
 from coterie.core.errors import ConfigError, unknown
 from coterie.experts.dispatch import choose
@@ -57,14 +58,13 @@ def run_benchmark(
     if tokens is not None:
         chosen = [replace(case, tokens=tokens) for case in chosen]
     with Place(device, dtype, threads).entered() as place:
-        bandwidth = read_bandwidth(place)
-        made = [_run_case(case, place, rounds, bandwidth) for case in chosen]
+        made = [_run_case(case, place, rounds) for case in chosen]
     rows, goals = ([row for rows in parts for row in rows] for parts in zip(*made))
-    return {"read_bytes_per_second": bandwidth, "rows": rows, "goals": goals}
+    return {"rows": rows, "goals": goals}
 
 
 def _run_case(
-    case: Case, place: Place, rounds: int, bandwidth: float
+    case: Case, place: Place, rounds: int
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     setup = Setup(case, place)
     calls = {DENSE_LAYER: dense_layer(setup), **setup.backends(), **transformers_calls(setup)}
@@ -77,18 +77,19 @@ def _run_case(
     if place.threads > 1:
         forward[ONE_THREAD] = _on_one_thread(forward["auto"], place)
         train[ONE_THREAD] = _on_one_thread(train["auto"], place)
-    times = {"": interleaved(forward, place, rounds)}
+    touched = _touched_bytes(setup)
+    limits = {} if case.train else readers(touched, place.device)
+    times = {"": interleaved({**forward, **limits}, place, rounds)}
     if case.train:
         times["train_"] = interleaved(train, place, rounds)
     with torch.no_grad():
         choices = {"forward": choose(setup.x, setup.plan, setup.pool)}
     choices["train"] = choose(setup.x, setup.plan, setup.pool)
     rows = [_row(case, name, times) for name in forward]
-    touched = _touched_bytes(setup)
     for row in rows:
         if row["backend"] == "auto":
             row.update(choice=choices, touched_bytes=touched)
-    return rows, expert_goals(case.name, times[""], times.get("train_", {}), touched / bandwidth)
+    return rows, expert_goals(case.name, times[""], times.get("train_", {}))
 
 
 def _touched_bytes(setup: Setup) -> int:
@@ -110,7 +111,7 @@ def _row(case: Case, name: str, timed: dict[str, Times]) -> dict[str, Any]:
     row: dict[str, Any] = {"case": case.name, "backend": name}
     for prefix in ("", "train_"):
         times = timed.get(prefix, {})
-        rivals = [other for other in times if other not in (*_NO_RIVAL, name)]
+        rivals = [n for n in times if n not in (*_NO_RIVAL, name) and not is_limit(n)]
         row[f"{prefix or 'forward_'}ms"] = milliseconds(times, name)
         row[f"{prefix}vs_dense"] = ratio(times, name, [DENSE_LAYER])
         row[f"{prefix}vs_floor"] = ratio(times, name, [FLOOR])
