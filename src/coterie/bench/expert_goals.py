@@ -22,10 +22,9 @@ def expert_goals(case: str, forward: Times, train: Times) -> list[Row]:
     and the bounds against a dense layer too. Where decoding is timed, ``forward`` has the times of
     reading as many bytes as the chosen experts have.
     """
-    made = [*_one_thread_or_more(case, forward, train)]
-    if "decode" in case:
+    made = [*_on_any_threads(case, forward, train)]
+    if limits := [name for name in forward if is_limit(name)]:
         what = f"{case}: bytes of touched experts per second, of what the machine reads"
-        limits = [name for name in forward if is_limit(name)]
         made.append(timed("P6", what, forward, "auto", limits, 0.8, at_most=False))
         made.append(timed("P6", f"{case}: over the plain loop", forward, "auto", ["loop"], 1.0))
     if ONE_THREAD in forward:
@@ -33,7 +32,7 @@ def expert_goals(case: str, forward: Times, train: Times) -> list[Row]:
     return made
 
 
-def _one_thread_or_more(case: str, forward: Times, train: Times) -> Iterator[Row]:
+def _on_any_threads(case: str, forward: Times, train: Times) -> Iterator[Row]:
     if case in LARGE:
         for name, passes, times, bound in _both("P1", "P4", forward, train, 1.08, 1.10):
             yield timed(

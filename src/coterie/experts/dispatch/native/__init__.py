@@ -19,7 +19,7 @@ from coterie.experts.dispatch.transforms import transformed
 from coterie.experts.kinds.pool import ExpertPool
 
 _PLAIN = (Tensor, torch.nn.Parameter)
-_FLOAT = torch.float32
+_FLOAT = torch.float32  # what the C sources compute in, whatever a caller has put in its place
 
 
 def serves(x: Tensor, plan: DispatchPlan, pool: ExpertPool) -> bool:
