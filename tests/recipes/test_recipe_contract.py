@@ -8,7 +8,7 @@ import pytest
 
 from coterie.core.cost import count_parameters
 from coterie.core.errors import ConfigError
-from coterie.experts import ExpertPool, Router
+from coterie.experts import ExpertLayer, ExpertPool, Router
 from coterie.recipes import get_recipe
 from coterie.recipes.common import DDPM, RECTIFIED_FLOW
 from coterie.train.run import RunConfig, build_model
@@ -222,6 +222,16 @@ def test_segmentation_keeps_expert_parameters_and_active_ones(modality: str) -> 
     for total, active in whole.values():
         assert total == pytest.approx(whole[f"{modality}-gshard"][0], rel=0.02)
         assert active == pytest.approx(whole[f"{modality}-gshard"][1], rel=0.05)
+
+
+@pytest.mark.parametrize(("modality", "std"), [("text", 0.02), ("image", 0.1)])
+def test_pieces_start_as_large_as_what_they_are_cut_from(modality: str, std: float) -> None:
+    for arm in ("gshard", "fine"):
+        model = build_model(get_recipe("deepseekmoe").arms()[f"{modality}-{arm}"])
+        layers = [m for m in model.modules() if isinstance(m, ExpertLayer)]
+        assert layers
+        for name, weight in layers[0].named_parameters():
+            assert weight.std().item() == pytest.approx(std, rel=0.1), (arm, name)
 
 
 @pytest.mark.parametrize("name", RECIPES)

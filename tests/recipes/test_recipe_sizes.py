@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from coterie.core.cost import Parameters, count_parameters
+from coterie.experts import RouterConfig, Segmentation
+from coterie.experts.kinds import SwiGLU
 from coterie.recipes import deepseekmoe, dit, dit_moe, dtr, promoe, switch_dit
 from coterie.recipes.common import SIZES
 from coterie.train.run import RunConfig
@@ -88,10 +90,9 @@ def test_deepseekmoe_has_the_printed_numbers_of_experts() -> None:
 
 @pytest.mark.parametrize(("base", "k", "segment", "shared"), [(16, 2, 4, 1), (8, 2, 1, 0)])
 def test_segments_follow_the_rule(base: int, k: int, segment: int, shared: int) -> None:
-    from coterie.experts import Segmentation
-
     rule = Segmentation(
         base_experts=base, base_k=k, base_hidden=128, segment=segment, shared=shared
     )
     ours = deepseekmoe.slot(base, k, 128, segment=segment, shared=shared).expert
-    assert ours.replace(balance=()) == rule.layer()
+    router = RouterConfig(score={"kind": "linear", "init_std": 0.02})
+    assert ours.replace(balance=()) == rule.layer(SwiGLU(init_std=0.02), router)
