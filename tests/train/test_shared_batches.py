@@ -72,8 +72,8 @@ def test_the_mean_of_parts_is_the_whole(name):
         assert float(mean) == pytest.approx(float(expected.main[key].detach()), rel=2e-5), key
     assert len(expected.aux) == len(found[0].aux)
     for item, *parts in zip(expected.aux, *(one.aux for one in found)):
-        for one in parts:  # a balance loss is that of the whole batch in every process
-            torch.testing.assert_close(one.value, item.value, rtol=1e-4, atol=1e-6)
+        mean = torch.stack([one.value.detach() for one in parts]).mean()
+        torch.testing.assert_close(mean, item.value.detach(), rtol=1e-4, atol=1e-6)
     whole_gradients = gradients(models[-1])
     parts_gradients = [gradients(model) for model in models[:PARTS]]
     assert whole_gradients.keys() == parts_gradients[0].keys()
@@ -150,6 +150,17 @@ def test_a_norm_over_the_batch_is_refused_by_name():
     with pytest.raises(ConfigError, match=r"parallel: backbone\..* normalises over its batch"):
         check_apart(model)
     check_apart(build_model(small("dit-moe")))
+
+
+def test_what_experts_remember_of_a_batch_is_refused_by_name(monkeypatch):
+    def statistics(self: Any, width: int) -> dict[str, torch.Tensor]:
+        return {"seen": torch.zeros(3)}
+
+    config = small("dit-moe")
+    slot = config.model.backbone.trunk.slots[0]
+    monkeypatch.setattr(type(slot.expert.kind), "statistics", statistics)
+    with pytest.raises(ConfigError, match=r"^parallel: backbone\..*\.seen is moved by the rows"):
+        check_apart(build_model(config))
 
 
 @pytest.mark.parametrize("text", ["data", "data=0", "rows=2", "data=2,data=2", "data=-1", ""])

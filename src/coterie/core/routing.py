@@ -8,6 +8,7 @@ never a global list, never a side effect of a logging flag.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Self
 
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from coterie.core.records import replaced
+from coterie.core.share import summed
 
 Unit = Literal["token", "sample"]
 
@@ -113,3 +115,10 @@ class Routing:
             if isinstance(value, Tensor) and item.name != "inputs":
                 changes[item.name] = value.detach()
         return self.replace(**changes)
+
+
+def loads(routings: Sequence[Routing]) -> list[tuple[Tensor, Tensor]]:
+    """Of the whole batch, for each routing: choices f32 [E], and rows that count, f32 []."""
+    own = [value for r in routings for value in (r.counts(), r.rows_mask().float().sum())]
+    totals = summed(*own)
+    return list(zip(totals[::2], totals[1::2]))

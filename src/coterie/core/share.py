@@ -75,7 +75,7 @@ def summed(*values: Tensor) -> tuple[Tensor, ...]:
     of the whole batch is; the tensors are of one floating type.
     """
     share = _share.get()
-    if share is None:
+    if share is None or not values:
         return values
     flat: Tensor = _Summed.apply(torch.cat([value.flatten() for value in values]), share)
     parts = flat.split([value.numel() for value in values])
@@ -85,11 +85,14 @@ def summed(*values: Tensor) -> tuple[Tensor, ...]:
 def over_batch(sums: Tensor, counts: Tensor) -> Tensor:
     """``sums / counts`` where both are of the whole batch, as a part of which the processes' mean
     is that: own sums over the mean of all counts, at least 1 in all."""
-    share = _share.get()
-    if share is None:
-        return sums / counts.clamp_min(1)
     (total,) = summed(counts.to(sums.dtype))
-    return sums * share.count / total.clamp_min(1)
+    return over_total(sums, total)
+
+
+def over_total(sums: Tensor, total: Tensor) -> Tensor:
+    """As :func:`over_batch`, where ``total`` is the count of the whole batch already."""
+    share = _share.get()
+    return (sums if share is None else sums * share.count) / total.clamp_min(1)
 
 
 def largest(value: int, device: torch.device | str = "cpu") -> int:

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from coterie.core.batch import Losses
-from coterie.core.routing import Routing
-from coterie.core.share import summed
+from coterie.core.routing import Routing, loads
 
 
 class NoiseBins:
@@ -63,7 +62,7 @@ def expert_load(routings: Iterable[Routing]) -> dict[str, dict[str, float]]:
     """Per router: largest load relative to the mean, and experts nobody chose in this step."""
     counts: dict[str, Tensor] = {}
     made = list(routings)
-    for routing, own in zip(made, summed(*(routing.counts() for routing in made))):
+    for routing, (own, _) in zip(made, loads(made)):
         key = f"{routing.slot}/layer{routing.layer}"
         key += f"/round{routing.round}" if routing.round else ""
         counts[key] = counts[key] + own if key in counts else own

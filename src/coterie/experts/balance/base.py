@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Generator, Tensor
 
 from coterie.core.registry import Part, Registry
-from coterie.core.routing import Aux, Routing
-from coterie.core.share import summed
+from coterie.core.routing import Aux, Routing, loads
+from coterie.core.share import over_total
 from coterie.experts.routers import Router, RouterConfig
 
 BALANCES = Registry("balance", "coterie.balances")
@@ -53,16 +53,14 @@ def by_sequence(routing: Routing, values: Tensor, apart: bool) -> Tensor:
 
 
 def mean_rows(routings: Sequence[Routing], values: Iterable[Tensor]) -> list[Tensor]:
-    """Mean over the batch's rows that count of the values [R] of each routing; 0 where none
-    does."""
-    sums: list[Tensor] = []
-    for routing, each in zip(routings, values):
-        keep = routing.rows_mask().to(each.dtype)
+    """Mean over the batch's rows that count of the values [R] of each routing, 0 where none does;
+    a part of it that processes average where they share the batch."""
+    made: list[Tensor] = []
+    for routing, each, (_, rows) in zip(routings, values, loads(routings)):
         # NaN in a masked row must not spread.
-        kept = torch.where(keep > 0, each, torch.zeros_like(each))
-        sums += [kept.sum(), keep.sum()]
-    totals = summed(*sums) if sums else ()
-    return [t / count.clamp_min(1.0) for t, count in zip(totals[::2], totals[1::2])]
+        kept = torch.where(routing.rows_mask(), each, torch.zeros_like(each))
+        made.append(over_total(kept.sum(), rows))
+    return made
 
 
 def stack(routings: Sequence[Routing]) -> Routing:

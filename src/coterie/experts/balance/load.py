@@ -10,8 +10,8 @@ from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import Generator, Tensor
 
 from coterie.core.errors import ConfigError, describe
-from coterie.core.routing import Aux, Routing
-from coterie.core.share import summed
+from coterie.core.routing import Aux, Routing, loads
+from coterie.core.share import over_total, summed
 from coterie.experts.balance.base import (
     BALANCES,
     BalancePart,
@@ -64,36 +64,39 @@ class SwitchBalance(BalancePart):
         return self.values([routing])[0]
 
     def values(self, routings: Sequence[Routing]) -> list[Tensor]:
-        """That of each; processes that share the batch add up once for all."""
+        """That of each: parts that processes average where they share the batch, whose f is of the
+        whole of it."""
         if self.statistics == "sequence" and routings[0].unit == "token":
-            parts = [part for r in routings for part in self._of(*self._sums(r, True))]
-            totals = summed(*parts)
-            return [t / groups.clamp_min(1) for t, groups in zip(totals[::2], totals[1::2])]
-        flat = summed(*(part for r in routings for part in self._sums(r, False)))
-        each = [self._of(*flat[i : i + 3]) for i in range(0, len(flat), 3)]
-        return [total / groups.clamp_min(1) for total, groups in each]
+            rows = [by_sequence(r, r.rows_mask().float(), True).sum(dim=1) for r in routings]
+            counts = summed(*((rows_S > 0).float().sum() for rows_S in rows))
+            each = [self._of_sequences(r, rows_S) for r, rows_S in zip(routings, rows)]
+            return [over_total(total, count) for total, count in zip(each, counts)]
+        return [self._of_batch(r, *load) for r, load in zip(routings, loads(routings))]
 
-    def _sums(self, routing: Routing, apart: bool) -> tuple[Tensor, Tensor, Tensor]:
-        """Over the rows of each sequence, or of all: choices [S, E], shares [S, E], rows [S]."""
+    def _of_sequences(self, routing: Routing, rows_S: Tensor) -> Tensor:
+        """Scalar: added up over the sequences."""
         chosen = scored_columns(routing, routing.one_hot())
-        share = scored_columns(routing, self._importance(routing))
-        keep = routing.rows_mask().float()
-        share = torch.where(keep[:, None] > 0, share, torch.zeros_like(share))
-        return (
-            by_sequence(routing, chosen, apart).sum(dim=1),
-            by_sequence(routing, share, apart).sum(dim=1),
-            by_sequence(routing, keep, apart).sum(dim=1),
-        )
+        counts_SE = by_sequence(routing, chosen, True).sum(dim=1)
+        sums_SE = by_sequence(routing, self._shares(routing), True).sum(dim=1)
+        return self._of(counts_SE, sums_SE / rows_S.clamp_min(1.0)[:, None], rows_S)
 
-    def _of(self, counts_SE: Tensor, sums_SE: Tensor, rows_S: Tensor) -> tuple[Tensor, Tensor]:
-        """Scalars: the sum over sequences, and how many have rows."""
+    def _of_batch(self, routing: Routing, counts_E: Tensor, rows: Tensor) -> Tensor:
+        p = over_total(self._shares(routing).sum(dim=0), rows)
+        return self._of(counts_E[None, : routing.num_scored], p[None], rows[None])
+
+    def _shares(self, routing: Routing) -> Tensor:
+        """[R, E], 0 in rows that do not count."""
+        share = scored_columns(routing, self._importance(routing))
+        return torch.where(routing.rows_mask()[:, None], share, torch.zeros_like(share))
+
+    def _of(self, counts_SE: Tensor, p_SE: Tensor, rows_S: Tensor) -> Tensor:
         choices_S = counts_SE.sum(dim=1) if self.per_choice else rows_S
         f = counts_SE / choices_S.clamp_min(1.0)[:, None] * counts_SE.shape[1]
-        p = sums_SE / rows_S.clamp_min(1.0)[:, None]
+        p = p_SE
         if self.groups is not None:
             f = f.unflatten(1, (self.groups, -1)).mean(dim=2)
             p = p.unflatten(1, (self.groups, -1)).sum(dim=2)
-        return (f * p).sum(dim=1).sum(), (rows_S > 0).float().sum()
+        return (f * p).sum(dim=1).sum()
 
     def _importance(self, routing: Routing) -> Tensor:
         if self.importance == "probs":
@@ -179,17 +182,17 @@ class SelectionBiasUpdate(BalancePart):
             return
         if len(places) != len(routers):
             raise ValueError(f"{len(routers)} routers for {len(places)} (layer, round) pairs")
-        loads: dict[int, Tensor] = {}
+        total: dict[int, Tensor] = {}
         owners: dict[int, Router] = {}
-        same = [[r for r in routings if (r.layer, r.round) == place] for place in places]
-        stacks = [torch.stack([r.counts()[: r.num_scored] for r in these]) for these in same]
-        for router, load in zip(routers, summed(*(counts.sum(dim=0) for counts in stacks))):
+        of_place = dict(zip(places, routers))
+        for routing, (counts, _) in zip(routings, loads(routings)):
+            router, load = of_place[routing.layer, routing.round], counts[: routing.num_scored]
             owners[id(router)] = router
-            loads[id(router)] = loads.get(id(router), torch.zeros_like(load)) + load
+            total[id(router)] = total.get(id(router), torch.zeros_like(load)) + load
         for key, router in owners.items():
             if router.selection_bias is None:
                 raise ValueError("a router without selection_bias cannot be updated")
-            load = loads[key]
+            load = total[key]
             with torch.no_grad():
                 step = self.rate * torch.sign(load.mean() - load)
                 router.selection_bias += step.to(router.selection_bias)

@@ -1,5 +1,5 @@
-"""Gradients of the whole batch from those of its parts: the mean over all processes, of which most
-are on their way while the backward pass goes on."""
+"""Gradients of the whole batch from those of its parts: the sum over all processes, most of which
+is on its way while the backward pass goes on."""
 
 from __future__ import annotations
 
@@ -11,75 +11,77 @@ from torch import Tensor, nn
 from coterie.train.parallel.layout import Cut, Layout
 from coterie.train.parallel.processes import Processes
 
-LEAST, MOST = 2**18, 2**23
+LEAST, MOST = 2**19, 2**23
 """Numbers in one message: an eighth of all, within these bounds."""
 
 
-class GradientMean:
-    """Averages gradients over the processes that have the same parameter.
+class GradientSum:
+    """Adds gradients up over the processes that have the same parameter.
 
-    An expert has the gradients of rows from all of its group, added up, where the mean over as many
-    processes is wanted. Where some process has no gradient its part of the mean is 0; where none
-    has one, there is none after it. Messages are sent in one order, that in which backward passes
-    mostly meet the parameters; one that waits for a gradient holds up those behind it, and none
-    waits for longer than the backward pass.
+    Every process goes back from its part of the loss, so the sum is the gradient of the whole; an
+    expert has those of rows from all of its group already. Where some process has no gradient its
+    part of the sum is 0; where none has one, there is none after it. Messages are sent in one
+    order, that in which backward passes mostly meet the parameters; one that waits for a gradient
+    holds up those behind it, and none waits for longer than the backward pass. A message is dear
+    however short it is, so what processes have to say besides travels with the first one that goes
+    to all of them.
     """
 
     def __init__(
         self, parameters: Mapping[str, nn.Parameter], layout: Layout, processes: Processes
     ) -> None:
         self._buckets: list[_Bucket] = []
-        self._alone: list[tuple[list[nn.Parameter], int]] = []
         self._open = False  # whether the next gradients are complete
-        config = processes.config
         for cut, members in by_cut(parameters, layout).items():
             axes = [("data", True), ("shard", not cut.shard), ("expert", not cut.expert)]
-            group = tuple(axis for axis, averaged in axes if averaged)
-            parts = config.data * config.expert * (1 if cut.shard else config.shard)
+            group = tuple(axis for axis, whole in axes if whole)
             if group in processes.groups:
                 for together in buckets(members[::-1]):
-                    self._buckets.append(_Bucket(together, group, parts, processes))
-            elif parts > 1:
-                self._alone.append((members, parts))
+                    self._buckets.append(_Bucket(together, group, processes))
         place = {parameter: number for number, parameter in enumerate(parameters.values())}
         self._buckets.sort(key=lambda bucket: -min(place[p] for p in bucket.members))
         self._next = 0
+        self._carrier = next((b for b in self._buckets if b.carries), None)
+        self._processes = processes
+        self._said: Callable[[], Tensor] = lambda: torch.empty(0)
         for bucket in self._buckets:
-            for number, parameter in enumerate(bucket.members):
-                parameter.register_post_accumulate_grad_hook(self._hook(bucket, number))
+            for parameter in bucket.members:
+                parameter.register_post_accumulate_grad_hook(self._hook(bucket))
 
-    def start(self) -> None:
-        """The next backward pass completes the gradients."""
+    def start(self, said: Tensor) -> None:
+        """The next backward pass completes the gradients; ``said`` f32 [N] is for all processes."""
         self._next, self._open = 0, True
         for bucket in self._buckets:
-            bucket.clear()
+            bucket.missing = len(bucket.members)
+        if self._carrier is None:
+            self._said = self._processes.joining(said[None])
+        else:
+            self._said = self._carrier.carry(said)
 
     @torch.no_grad()
-    def finish(self) -> None:
-        """Send what is left, wait for all, and leave the means in the parameters."""
+    def finish(self) -> Tensor:
+        """Send what is left, wait for all, and leave the sums in the parameters. What each process
+        said, f32 [P, N]."""
         self._open = False
-        for bucket in self._buckets:
-            bucket.fill()
-        self._send(everything=True)
+        for bucket in self._buckets[self._next :]:
+            bucket.send()
         for bucket in self._buckets:
             bucket.receive()
-        for members, parts in self._alone:
-            torch._foreach_div_([p.grad for p in members if p.grad is not None], parts)
+        return self._said()
 
-    def _hook(self, bucket: _Bucket, number: int) -> Callable[[Tensor], None]:
+    def _hook(self, bucket: _Bucket) -> Callable[[Tensor], None]:
         def hook(_: Tensor) -> None:
             if self._open:
-                bucket.put(number)
-                self._send()
+                bucket.missing -= 1
+                if not bucket.missing:
+                    self._send()
 
         return hook
 
-    def _send(self, everything: bool = False) -> None:
-        while self._next < len(self._buckets):
-            bucket = self._buckets[self._next]
-            if bucket.missing and not everything:
-                break
-            bucket.send()
+    @torch.no_grad()
+    def _send(self) -> None:
+        while self._next < len(self._buckets) and not self._buckets[self._next].missing:
+            self._buckets[self._next].send()
             self._next += 1
 
 
@@ -87,53 +89,59 @@ class _Bucket:
     """One message: the gradients of some parameters, and which of them there are."""
 
     def __init__(
-        self,
-        members: list[nn.Parameter],
-        group: tuple[str, ...],
-        parts: int,
-        processes: Processes,
+        self, members: list[nn.Parameter], group: tuple[str, ...], processes: Processes
     ) -> None:
         self.members = members
-        self._group, self._parts, self._processes = group, parts, processes
-        sizes = [parameter.numel() for parameter in members]
-        self._flat = members[0].detach().new_empty(sum(sizes) + len(members))
-        *flats, self._there = self._flat.split([*sizes, len(members)])
-        self._views = [flat.view_as(parameter) for flat, parameter in zip(flats, members)]
-        self.missing: set[int] = set()
+        self.missing = 0
+        """Gradients that the backward pass has not met; some come by another way, or never."""
+        self._group, self._processes = group, processes
+        self._lay_out(0)
+        self._absent: list[int] = []
         self._wait: Callable[[], object] = lambda: None
 
-    def clear(self) -> None:
-        """Before the gradients of a step."""
-        self.missing = set(range(len(self.members)))
-        self._there.fill_(1)
+    @property
+    def carries(self) -> bool:
+        """Whether it can carry what is said to all processes."""
+        return self._group == self._processes.config.axes and self._flat.dtype == torch.float32
 
-    @torch.no_grad()
-    def put(self, number: int) -> None:
-        """The gradient of a parameter is complete; it lives in the message from now on."""
-        parameter, view = self.members[number], self._views[number]
-        assert parameter.grad is not None
-        torch.div(parameter.grad, self._parts, out=view)
-        parameter.grad = view
-        self.missing.remove(number)
+    def _lay_out(self, said: int) -> None:
+        sizes = [parameter.numel() for parameter in self.members]
+        rows = self._processes.config.processes
+        own = [*sizes, len(self.members), rows * said]
+        self._flat = self.members[0].detach().new_empty(sum(own))
+        *flats, self._there, carried = self._flat.split(own)
+        self._views = [flat.view_as(parameter) for flat, parameter in zip(flats, self.members)]
+        self._carried = carried.view(rows, said)
 
-    def fill(self) -> None:
-        """Put what has come by another way than a backward pass, and zeros where nothing has."""
-        for number in sorted(self.missing):
-            if self.members[number].grad is not None:
-                self.put(number)
-            else:
-                self._views[number].zero_()
-                self._there[number] = 0
+    def carry(self, said: Tensor) -> Callable[[], Tensor]:
+        """Rows are added up where all but one are 0; read when the message has come."""
+        if len(said) != self._carried.shape[1]:
+            self._lay_out(len(said))
+        self._carried.zero_()
+        self._carried[self._processes.rank] = said
+        return lambda: self._carried.clone()
 
     def send(self) -> None:
+        """Gradients live in the message from now on."""
+        self._absent = [n for n, parameter in enumerate(self.members) if parameter.grad is None]
+        here = [(v, p.grad) for v, p in zip(self._views, self.members) if p.grad is not None]
+        if here:
+            torch._foreach_copy_([view for view, _ in here], [grad for _, grad in here])
+        self._there.fill_(1)
+        for number in self._absent:
+            self._views[number].zero_()
+            self._there[number] = 0
+        for parameter, view in zip(self.members, self._views):
+            parameter.grad = view
         self._wait = self._processes.reducing(self._flat, self._group)
 
     def receive(self) -> None:
         self._wait()
-        if self.missing:
+        if self._absent:
             there = self._there.tolist()
-            for number in self.missing:
-                self.members[number].grad = self._views[number] if there[number] else None
+            for number in self._absent:
+                if not there[number]:
+                    self.members[number].grad = None
 
 
 def by_cut(parameters: Mapping[str, nn.Parameter], layout: Layout) -> dict[Cut, list[nn.Parameter]]:

@@ -31,7 +31,11 @@ def shard_model(model: nn.Module, blocks: list[nn.Module], processes: Processes)
         read_later = any(name.endswith("prototypes") for name, _ in block.named_parameters())
         again = not read_later and block is not blocks[-1]
         fully_shard(block, mesh=mesh, reshard_after_forward=again, ignored_params=kept)
-    fully_shard(model, mesh=mesh, ignored_params=kept)
+    whole = fully_shard(model, mesh=mesh, ignored_params=kept)
+    for module in (whole, *blocks):
+        # Gradients are added up, not averaged, as those of whole parameters are.
+        cast(Any, module).set_gradient_divide_factor(1.0)
+        cast(Any, module).set_force_sum_reduction_for_comms(True)
 
 
 def sync_gradients(model: nn.Module, last: bool) -> None:

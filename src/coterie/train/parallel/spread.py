@@ -2,14 +2,15 @@
 
 Every process has an equal run of each micro-batch. Experts lie in parts along ``expert``, and
 all parameters of the model (what an expert process holds among them) in equal parts of their first
-dimension along ``shard``. Gradients are the mean over all processes, as the loss is. Checkpoints
-hold whole tensors, as those of one process do.
+dimension along ``shard``. The loss is the mean over all processes: each goes back from its part of
+that, and gradients are added up. Checkpoints hold whole tensors, as those of one process do.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from coterie.core.tensors import local
 from coterie.train import checkpoint
 from coterie.train.checkpoint import Checkpoint
 from coterie.train.parallel.exchange import routed_pools, split_experts
-from coterie.train.parallel.gradients import GradientMean, total_norm
+from coterie.train.parallel.gradients import GradientSum, total_norm
 from coterie.train.parallel.layout import Layout
 from coterie.train.parallel.processes import Processes
 from coterie.train.parallel.sharding import blocks_of, is_sharded, shard_model, sync_gradients
@@ -37,7 +38,11 @@ class Spread(Placement):
     """This process's part of a run."""
 
     layout: Layout
-    _mean: GradientMean
+    _sum: GradientSum
+    _said: Tensor
+    """What this process has to say about the step, f32 [N]."""
+    _heard: Tensor
+    """What all said, f32 [P, N]."""
 
     def __init__(self, processes: Processes) -> None:
         self.processes = processes
@@ -69,7 +74,7 @@ class Spread(Placement):
         replaced = {id(value): held[name] for name, value in parameters.items()}
         for group in optimizer.param_groups:
             group["params"] = [replaced[id(value)] for value in group["params"]]
-        self._mean = GradientMean(held, self.layout, self.processes)
+        self._sum = GradientSum(held, self.layout, self.processes)
         return held
 
     def watch(self, signals: StopSignals) -> None:
@@ -89,14 +94,14 @@ class Spread(Placement):
         if self._model is not None:
             sync_gradients(self._model, last)
         if last:
-            self._mean.start()
-        return loss
+            self._sum.start(self._said)
+        return loss / self.count
 
     def collect(self, parameters: Mapping[str, nn.Parameter]) -> None:
         for whole, part in self._sharded:
             part.grad = None if whole.grad is None else local(whole.grad)
             whole.grad = None
-        self._mean.finish()
+        self._heard = self._sum.finish()
 
     def norm(self, parameters: Mapping[str, nn.Parameter]) -> Tensor:
         return total_norm(parameters, self.layout, self.processes)
@@ -104,17 +109,17 @@ class Spread(Placement):
     def joining(
         self, total: Tensor, losses: list[Losses]
     ) -> Callable[[], tuple[Tensor, list[Losses]]]:
-        """One message says all of it, and which signal came, while the backward pass goes on."""
+        """All of it, and which signal came, travels with the gradients."""
         received = (self._signals and self._signals.received) or 0
         said = [total.new_tensor([received]), total[None]]
         for one in losses:
             said += [value[None] for value in one.main.values()]
+            said += [aux.value[None] for aux in one.aux]
             said += [value for value in (one.per_sample, one.noise) if value is not None]
-        mine = torch.cat([value.float() for value in said])
-        everyone = self.processes.joining(mine[None])
+        self._said = torch.cat([value.float() for value in said])
 
         def read() -> tuple[Tensor, list[Losses]]:
-            parts = iter(everyone().split([len(value) for value in said], dim=1))
+            parts = iter(self._heard.split([len(value) for value in said], dim=1))
             self._received = int(next(parts).max()) or None
             return next(parts).mean(), [self._read(one, parts) for one in losses]
 
@@ -123,7 +128,7 @@ class Spread(Placement):
     def _read(self, losses: Losses, parts: Iterator[Tensor]) -> Losses:
         return Losses(
             main={name: next(parts).mean() for name in losses.main},
-            aux=losses.aux,  # the same in every process
+            aux=tuple(replace(aux, value=next(parts).mean()) for aux in losses.aux),
             per_sample=None if losses.per_sample is None else next(parts).flatten(),
             noise=None if losses.noise is None else next(parts).flatten(),
         )
@@ -162,13 +167,19 @@ class Spread(Placement):
 
 
 def check_apart(model: nn.Module) -> None:
-    """ConfigError where a sample's answer depends on samples that other processes have."""
+    """ConfigError where a sample's answer, or what experts remember, depends on samples that other
+    processes have."""
     for path, module in model.named_modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             raise ConfigError(_not_apart(path))
     for path, pool in routed_pools(model).items():
         if pool.kind.batch_statistics:
             raise ConfigError(_not_apart(path))
+        for name in pool.moving:
+            raise ConfigError(
+                f"parallel: {path}.{name} is moved by the rows of the batch, which no process has "
+                "whole; train it in one process"
+            )
 
 
 def _not_apart(path: str) -> str:

@@ -1,4 +1,4 @@
-"""Gradients that several processes average while they go back, whoever has one."""
+"""Gradients that several processes add up while they go back, whoever has one."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from together import Threads, in_threads
 from torch import Tensor, nn
 
-from coterie.train.parallel.gradients import LEAST, GradientMean, buckets
+from coterie.train.parallel.gradients import LEAST, GradientSum, buckets
 from coterie.train.parallel.layout import Cut
 from coterie.train.parallel.processes import Beat, read_beats
 
@@ -41,18 +41,18 @@ def loss(own: dict[str, nn.Parameter], rank: int, used: tuple[int, ...]) -> Tens
 
 @pytest.mark.parametrize("micro_batches", [1, 2])
 @pytest.mark.parametrize("uses", USES)
-def test_the_mean_of_what_processes_have(uses, micro_batches):
+def test_the_sum_of_what_processes_have(uses, micro_batches):
     def part(thread: Threads) -> list[Tensor | None]:
         own = parameters()
-        mean = GradientMean(own, Whole(), thread)  # type: ignore[arg-type]
+        total = GradientSum(own, Whole(), thread)  # type: ignore[arg-type]
         for _ in range(2):  # nothing is left over from the step before
             for parameter in own.values():
                 parameter.grad = None
             for micro in range(micro_batches):
                 if micro == micro_batches - 1:
-                    mean.start()
+                    total.start(torch.tensor([thread.rank, 0.5]))
                 loss(own, thread.rank, USES[uses][thread.rank]).backward()
-            mean.finish()
+            assert total.finish().tolist() == [[0.0, 0.5], [1.0, 0.5]]
         return [None if p.grad is None else p.grad.clone() for p in own.values()]
 
     expected: list[Any] = [None, None]
@@ -60,7 +60,7 @@ def test_the_mean_of_what_processes_have(uses, micro_batches):
         own = list(parameters().values())
         for i in used:
             (grad,) = torch.autograd.grad(loss({"": own[i]}, rank, (0,)), own[i])
-            grad = grad * micro_batches / 2
+            grad = grad * micro_batches
             expected[i] = grad if expected[i] is None else expected[i] + grad
     for found in in_threads(2, part):
         for one, wanted in zip(found, expected, strict=True):
@@ -72,15 +72,15 @@ def test_the_mean_of_what_processes_have(uses, micro_batches):
 def test_a_gradient_of_an_earlier_micro_batch_counts():
     def part(thread: Threads) -> Tensor | None:
         own = parameters()
-        mean = GradientMean(own, Whole(), thread)  # type: ignore[arg-type]
+        total = GradientSum(own, Whole(), thread)  # type: ignore[arg-type]
         loss(own, 0, (0, 1)).backward()
-        mean.start()
+        total.start(torch.tensor([thread.rank, 0.5]))
         loss(own, 0, (0,)).backward()
-        mean.finish()
+        total.finish()
         return own["model.1"].grad
 
     for found in in_threads(2, part):
-        assert found is not None and found.tolist() == [4.0] * 3
+        assert found is not None and found.tolist() == [8.0] * 3
 
 
 def test_messages_leave_before_the_backward_pass_ends(monkeypatch):
@@ -88,7 +88,7 @@ def test_messages_leave_before_the_backward_pass_ends(monkeypatch):
 
     def part(thread: Threads) -> tuple[int, int]:
         own = parameters()
-        mean = GradientMean(own, Whole(), thread)  # type: ignore[arg-type]
+        total = GradientSum(own, Whole(), thread)  # type: ignore[arg-type]
         sent: list[int] = []
         reducing = thread.reducing
 
@@ -97,10 +97,10 @@ def test_messages_leave_before_the_backward_pass_ends(monkeypatch):
             return reducing(values, axes)
 
         thread.reducing = seen  # type: ignore[method-assign]
-        mean.start()
+        total.start(torch.tensor([thread.rank, 0.5]))
         loss(own, 0, (0, 1)).backward()
         before = len(sent)
-        mean.finish()
+        total.finish()
         return before, len(sent)
 
     assert in_threads(2, part) == [(2, 2), (2, 2)]
