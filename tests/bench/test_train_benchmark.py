@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +14,8 @@ from coterie.bench.train import TimedSource, trainer_of, training_goals, with_th
 from coterie.core.config import override
 from coterie.core.cost import count_parameters
 from coterie.core.errors import ConfigError
+from coterie.experts.dispatch import native as operator
+from coterie.experts.shared import SharedConfig
 from coterie.recipes.dit_moe import arms
 from coterie.train.memory import expert_rows, training_memory
 from coterie.train.run import RunConfig, build_model
@@ -45,6 +48,31 @@ def test_memory_counted_from_shapes_is_what_a_step_uses(arm: str) -> None:
     )
     assert counted.weights == weights and counted.optimizer == pytest.approx(moments, rel=0.01)
     assert counted.peak == counted.persistent + max(begin, counted.gradients + counted.updates)
+
+
+def test_memory_is_counted_for_the_device_that_is_meant(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the native operator does not serve dense networks, torch keeps more of them."""
+    monkeypatch.setattr(operator, "_may", lambda: False)
+    trainer = trainer_of(config("dense"), Place())
+    trainer.train_step()
+    with LiveBytes() as live:
+        trainer.train_step()
+    gpu = override(config("dense"), {"train.device": "cuda:1"})  # which need not be here
+    counted = training_memory(gpu, count_parameters(trainer.model).total)
+    assert live.peak == pytest.approx(counted.trunk, rel=0.1)
+    here = override(gpu, {"train.device": "cpu"})
+    monkeypatch.setattr("coterie.train.memory.library", lambda: SimpleNamespace(ready=True))
+    assert training_memory(here, 1).trunk < 0.9 * counted.trunk
+    monkeypatch.setattr("coterie.train.memory.library", lambda: SimpleNamespace(ready=False))
+    assert training_memory(here, 1).trunk == counted.trunk
+
+
+def test_shared_experts_leave_more_where_torch_serves_them() -> None:
+    plain = config("moe").model.backbone.trunk.slots[0].expert.replace(shared=None)
+    shared = plain.replace(shared=SharedConfig(hidden=24, count=2))
+    for native, halves in ((True, 2), (False, 4)):  # and, of torch's: silu(gate), the product
+        more = expert_rows(shared, 64, native) - expert_rows(plain, 64, native)
+        assert more == halves * 48
 
 
 def test_memory_grows_by_chosen_rows_and_not_by_experts() -> None:

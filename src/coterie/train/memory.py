@@ -3,7 +3,9 @@
 What persists: weights, the optimiser's two moments, averages. What comes and goes: what the forward
 pass leaves for the backward pass, and gradients, whose peaks lie at the two ends of the backward
 pass. Of an expert layer every chosen row leaves its input and the two halves of SwiGLU, k (D + 2 F)
-numbers per token. Legend: T tokens, D width, F hidden, k experts per token.
+numbers per token, by the native operator on a CPU and by the kernels of a GPU. Networks that every
+token passes are the operator's as well where it serves; on other devices, torch's. Legend: T
+tokens, D width, F hidden, k experts per token.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from coterie.core.prediction import Condition
 from coterie.denoiser import DenoiserConfig
 from coterie.experts import ExpertLayerConfig
 from coterie.experts.dispatch.native import library
+from coterie.train.precision import resolve_device
 from coterie.train.run import RunConfig
 
 ITEM = 4  # bytes of a float32
@@ -54,16 +57,17 @@ class TrainingMemory:
 
 
 def training_memory(config: RunConfig, parameters: int) -> TrainingMemory:
-    """Of one optimiser step of an image transformer in float32; ``parameters`` as
-    ``count_parameters(model).total``. ConfigError for other models."""
+    """Of one optimiser step of an image transformer in float32 on the configuration's device, which
+    need not be here; ``parameters`` as ``count_parameters(model).total``. ConfigError for other
+    models."""
     model = config.model
     if not isinstance(model, DenoiserConfig) or model.backbone.kind != "dit":
         kind = getattr(model, "backbone", model).kind
         raise ConfigError(describe("model.backbone.kind", kind, "dit"))
     batch = config.train.batch // config.train.accumulate
-    weights = parameters * ITEM
+    weights, native = parameters * ITEM, served_natively(config.train.device)
     experts = sum(
-        expert_rows(slot.expert, model.backbone.trunk.width) * layers
+        expert_rows(slot.expert, model.backbone.trunk.width, native) * layers
         for slot, layers in _slots(model)
     )
     return TrainingMemory(
@@ -71,10 +75,16 @@ def training_memory(config: RunConfig, parameters: int) -> TrainingMemory:
         optimizer=2 * weights,
         averages=len(config.train.ema) * weights,
         gradients=weights,
-        trunk=trunk_bytes(model, batch),
+        trunk=trunk_bytes(model, batch, native),
         experts=experts * batch * model.backbone.tokens * ITEM,
         updates=weights,
     )
+
+
+def served_natively(device: str) -> bool:
+    """Whether the native operator serves networks that every token passes on this device."""
+    meant = resolve_device(device) if device == "auto" else torch.device(device)
+    return meant.type == "cpu" and library().ready
 
 
 def _slots(model: DenoiserConfig) -> list[tuple[Any, int]]:
@@ -84,9 +94,10 @@ def _slots(model: DenoiserConfig) -> list[tuple[Any, int]]:
     return [(slot, len(slot.sites(trunk.depth))) for slot in ours]
 
 
-def expert_rows(config: ExpertLayerConfig, width: int) -> int:
+def expert_rows(config: ExpertLayerConfig, width: int, native: bool = True) -> int:
     """Numbers that an expert layer leaves per token: its input D, k (D + 2 F) of routed experts,
-    2 F of shared ones, E logits and E probabilities. ConfigError for kinds without an F."""
+    2 F of shared ones where they are served natively, E logits and E probabilities. ConfigError for
+    kinds without an F."""
     inner = getattr(config.kind, "size", None)
     if inner is None:
         allowed = "experts with an inner size, such as swiglu"
@@ -95,11 +106,23 @@ def expert_rows(config: ExpertLayerConfig, width: int) -> int:
     chosen = config.router.select_part.expected(count) * config.rounds
     total = width + chosen * (width + 2 * inner(width)) + 2 * count
     if config.shared is not None:
-        total += 2 * config.shared.hidden * config.shared.count
+        shared = config.shared
+        total += 2 * shared.hidden * shared.count if native else _shared_row(config, width)
     return round(total)
 
 
-def trunk_bytes(model: DenoiserConfig, batch: int) -> int:
+def _shared_row(config: ExpertLayerConfig, width: int) -> int:
+    """Numbers that shared experts leave per token where torch serves them, but for their input."""
+    assert config.shared is not None
+    with torch.device("meta"):
+        network, x = config.shared.build(config.kind, width), torch.empty(1, width)
+    saved = _Saved((), network)
+    with saved_tensors_hooks(saved.pack, saved.unpack):
+        network(x)
+    return saved.total // ITEM - width
+
+
+def trunk_bytes(model: DenoiserConfig, batch: int, native: bool) -> int:
     """What everything but the networks in expert slots leaves for the backward pass."""
     trunk = model.backbone.trunk
     dense = model.replace(backbone=model.backbone.replace(trunk=trunk.replace(slots=())))
@@ -111,14 +134,13 @@ def trunk_bytes(model: DenoiserConfig, batch: int) -> int:
         replaced = {n for slot, _ in _slots(model) for n in slot.sites(trunk.depth)}
         blocks = made.backbone.trunk.blocks
         dense_rows = [_dense_row(block.ffn) for n, block in enumerate(blocks) if n not in replaced]
-        served = library().ready
-        own = [block.ffn for n, block in enumerate(blocks) if served or n in replaced]
+        own = [block.ffn for n, block in enumerate(blocks) if native or n in replaced]
         saved = _Saved(own, made)
         with saved_tensors_hooks(saved.pack, saved.unpack):
             answer = made(x, t, Condition(label=label)).value
         del answer
     rows = batch * dense.backbone.tokens * ITEM
-    return saved.total + (rows * sum(dense_rows) if served else 0)
+    return saved.total + (rows * sum(dense_rows) if native else 0)
 
 
 def _dense_row(network: nn.Module) -> int:
