@@ -20,7 +20,15 @@ from together import in_processes
 
 from coterie.core.errors import ConfigError, TrainingError
 from coterie.train import Interrupted, Trainer, checkpoint, read_metrics
-from coterie.train.parallel import Hung, ParallelConfig, Processes, Spread, launch, supervisor
+from coterie.train.parallel import (
+    Hung,
+    ParallelConfig,
+    Processes,
+    Spread,
+    launch,
+    sharding,
+    supervisor,
+)
 from coterie.train.placement import ALONE, Placement
 from coterie.train.run import RunConfig, load_run, make_trainer, start
 from coterie.train.rundir import RunDir
@@ -105,8 +113,9 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run
 
 
-def test_two_processes_train_what_one_does(tmp_path, alone):
+def test_two_processes_train_what_one_does(tmp_path, alone, monkeypatch):
     """Copies, shards, experts apart; stopped and resumed; begun and ended by one process."""
+    monkeypatch.setattr(sharding, "LEAST", 1)  # every block a message of its own
     train(tmp_path / "both", stop=15)
 
     def work(laid_out: Callable[..., Processes]) -> None:

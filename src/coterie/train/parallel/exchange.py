@@ -1,9 +1,12 @@
 """Expert parallelism: rows travel to the process that has their expert, and answers back.
 
-Counts are sent first, then the rows, sorted by expert and so by process. What arrives lies process
+In one of two ways, by what they send. Where rows have few choices, each travels to those alone:
+counts are sent first, then the rows, sorted by expert and so by process. What arrives lies process
 by process; the ordinary dispatch sorts it by expert and serves it with the local ones. Answers go
-back the way the rows came, and are weighed by their gates at home. Legend: R rows, A assignments,
-E experts, P processes.
+back the way the rows came, and are weighed by their gates at home. Where rows have as many choices
+as there are processes, all travel to all, with their choices: nothing need be counted, the local
+experts' answers come weighed and added up, and are added up once more at home.
+Legend: R rows, A assignments, K choices, E experts, P processes.
 """
 
 from __future__ import annotations
@@ -24,18 +27,20 @@ from coterie.experts.kinds import ExpertPool
 from coterie.train.parallel.config import parts_of
 from coterie.train.parallel.processes import Processes
 
+Send = Callable[[Tensor], Callable[[], Tensor]]
+
 
 class _Trip:
     """Rows to other processes, and their gradient back: what is computed between ``depart`` and
     ``arrive`` takes its time from the journey, both ways.
 
+    ``go`` and ``go_back`` send a tensor; their answer, called, waits for what comes in its place.
     A tensor without elements stands for what is on its way: it ties the two ends in the graph.
     """
 
-    def __init__(self, processes: Processes, send: Sequence[int], receive: Sequence[int]) -> None:
-        self._processes, self._send, self._receive = processes, send, receive
-        self._out: Tensor | None = None
-        self._wait: Callable[[], object] = lambda: None
+    def __init__(self, go: Send, go_back: Send) -> None:
+        self.go, self.go_back = go, go_back
+        self.arrived: Callable[[], Tensor] | None = None
 
     def depart(self, rows: Tensor) -> Tensor:
         away: Tensor = _Depart.apply(rows, self)
@@ -45,24 +50,17 @@ class _Trip:
         rows: Tensor = _Arrive.apply(away, self)
         return rows
 
-    def go(self, rows: Tensor) -> None:
-        self._out, self._wait = self._processes.exchanging(rows, self._send, self._receive)
-
-    def go_back(self, grad: Tensor) -> None:
-        self._out, self._wait = self._processes.exchanging(grad, self._receive, self._send)
-
     def end(self) -> Tensor:
-        self._wait()
-        out, self._out = self._out, None
-        assert out is not None
-        return out
+        arrived, self.arrived = self.arrived, None
+        assert arrived is not None
+        return arrived()
 
 
 class _Depart(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, trip: _Trip) -> Tensor:
         ctx.trip = trip
-        trip.go(rows)
+        trip.arrived = trip.go(rows)
         return rows.new_empty(0)
 
     @staticmethod
@@ -78,7 +76,7 @@ class _Arrive(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        ctx.trip.go_back(grad)
+        ctx.trip.arrived = ctx.trip.go_back(grad)
         return grad.new_empty(0), None
 
 
@@ -108,18 +106,95 @@ class ExpertExchange:
         with torch.autocast(device, enabled=False):
             if plan.unit == "token" and plan.num_rows > len(x):
                 x = x.repeat_interleave(plan.num_rows // len(x), dim=0)
-            rows = x.index_select(0, plan.rows)
-            send_PE, receive_PE = self._counts(plan, rows.device)
-            send, receive = torch.stack([send_PE.sum(1), receive_PE.sum(1)]).tolist()
-            there = _Trip(self.processes, send, receive)
-            away = there.depart(rows)
-            shared = None if always is None else pool.kind.forward(x, OneExpert(always, {}))
-            answers = self._answered(there.arrive(away), receive_PE, plan.unit, backend)
-            home = _Trip(self.processes, receive, send)
-            back = home.arrive(home.depart(answers))
-            values = scale_rows(back, plan.sorted_gates, float32)
-            y = values.new_zeros(pool.kind.output_shape(x.shape)).index_add(0, plan.rows, values)
+
+            def meanwhile() -> Tensor | None:
+                return None if always is None else pool.kind.forward(x, OneExpert(always, {}))
+
+            serve = self._all_to_all if self._many_choices(x, plan) else self._to_their_experts
+            y, shared = serve(x, plan, backend, float32, meanwhile)
             return (y if shared is None else y + shared).to(dtype)
+
+    def _many_choices(self, x: Tensor, plan: DispatchPlan) -> bool:
+        """Whether all rows in float32 are no more to send than each choice of a row in its type."""
+        return len(self._sizes) * 4 <= plan.ids.shape[1] * x.element_size()
+
+    def _all_to_all(
+        self,
+        x: Tensor,
+        plan: DispatchPlan,
+        backend: str,
+        float32: bool,
+        meanwhile: Callable[[], Tensor | None],
+    ) -> tuple[Tensor, Tensor | None]:
+        """The routed answer, and what is computed meanwhile."""
+        choices = [plan.gates.float(), plan.ids.float()]
+        told = torch.cat([x.flatten(1).float(), *choices], dim=1)
+        there = _Trip(self._gathering, self._adding)
+        away = there.depart(told)
+        shared = meanwhile()
+        everything = there.arrive(away)
+        K = plan.ids.shape[1]
+        rows, gates, ids = everything.split([everything.shape[1] - 2 * K, K, K], dim=1)
+        here = ids.detach().long() - sum(self._sizes[: self.processes.place["expert"]])
+        nobody = self.local.num_experts
+        here = torch.where((here >= 0) & (here < nobody), here, nobody)
+        local = plan_choices(here, gates, nobody, unit=plan.unit)
+        self.local.training = False
+        answers = dispatch(
+            rows.to(x.dtype).view(-1, *x.shape[1:]), local, self.local, backend, True
+        )
+        home = _Trip(self._adding, self._gathering)
+        # Every process must send gradients back, also one whose experts nobody asked.
+        back = home.depart(answers.float().flatten(1) + everything[:0].sum())
+        y = home.arrive(back).view(self.local.kind.output_shape(x.shape))
+        return y if float32 else y.to(x.dtype), shared
+
+    def _gathering(self, rows: Tensor) -> Callable[[], Tensor]:
+        """[R, ...] -> [P R, ...]: those of every process."""
+        return self.processes.joining(rows, ("expert",))
+
+    def _adding(self, rows: Tensor) -> Callable[[], Tensor]:
+        """[P R, ...] -> [R, ...]: own rows, added up over the processes."""
+        parts = len(self._sizes)
+        each = [len(rows) // parts] * parts
+        out, wait = self.processes.exchanging(rows, each, each)
+
+        def added() -> Tensor:
+            wait()
+            return out.unflatten(0, (parts, each[0])).sum(0)
+
+        return added
+
+    def _to_their_experts(
+        self,
+        x: Tensor,
+        plan: DispatchPlan,
+        backend: str,
+        float32: bool,
+        meanwhile: Callable[[], Tensor | None],
+    ) -> tuple[Tensor, Tensor | None]:
+        """The routed answer, and what is computed meanwhile."""
+        send_PE, receive_PE = self._counts(plan, x.device)
+        send, receive = torch.stack([send_PE.sum(1), receive_PE.sum(1)]).tolist()
+        there, home = self._sending(send, receive), self._sending(receive, send)
+        away = there.depart(x.index_select(0, plan.rows))
+        shared = meanwhile()
+        answers = self._answered(there.arrive(away), receive_PE, plan.unit, backend)
+        values = scale_rows(home.arrive(home.depart(answers)), plan.sorted_gates, float32)
+        shape = self.local.kind.output_shape(x.shape)
+        return values.new_zeros(shape).index_add(0, plan.rows, values), shared
+
+    def _sending(self, send: Sequence[int], receive: Sequence[int]) -> _Trip:
+        def go(rows: Tensor, out: Sequence[int], back: Sequence[int]) -> Callable[[], Tensor]:
+            made, wait = self.processes.exchanging(rows, out, back)
+
+            def arrived() -> Tensor:
+                wait()
+                return made
+
+            return arrived
+
+        return _Trip(lambda rows: go(rows, send, receive), lambda grad: go(grad, receive, send))
 
     def _counts(self, plan: DispatchPlan, device: torch.device) -> tuple[Tensor, Tensor]:
         """i64 [P, E of a process]: rows for every expert of each process, zeros where it has fewer
