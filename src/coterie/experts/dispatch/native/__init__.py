@@ -8,40 +8,46 @@ first use (:mod:`.build`); where that is impossible the other backends serve, wi
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
 
 from coterie.experts.dispatch.native.build import library
+from coterie.experts.dispatch.native.memory import kept
 from coterie.experts.dispatch.plan import DispatchPlan
 from coterie.experts.dispatch.transforms import transformed
 from coterie.experts.kinds.pool import ExpertPool
 
 _PLAIN = (Tensor, torch.nn.Parameter)
-_FLOAT = torch.float32  # what the C sources compute in, whatever a caller has put in its place
+_FLOAT = torch.float32  # what the C sources read and write
 
 
 def serves(x: Tensor, plan: DispatchPlan, pool: ExpertPool) -> bool:
     """A feed-forward kind in float32 on a CPU, contiguous weights, a compiler, and no transform
     that wants to see inside (``torch.func``, forward-mode gradients)."""
-    if x.device.type != "cpu" or x.dtype != torch.float32 or pool.kind.feed_forward() is None:
+    if pool.kind.feed_forward() is None:
         return False
-    if plan.gates.dtype != torch.float32:
-        return False
-    return all(map(_readable, pool.stacks().values())) and _may()
+    return _serve((x, plan.gates), pool.stacks().values())
 
 
 def serves_one(x: Tensor, weights: Mapping[str, Tensor]) -> bool:
     """The same for the weights of one feed-forward expert, outside autocast, which
     :func:`coterie.experts.dispatch.dispatch` has left already."""
-    if x.device.type != "cpu" or x.dtype != _FLOAT or torch.is_autocast_enabled("cpu"):
-        return False
-    return all(map(_readable, weights.values())) and _may()
+    return not torch.is_autocast_enabled("cpu") and _serve((x,), weights.values())
 
 
-def _readable(weight: Tensor) -> bool:
-    return weight.dtype == _FLOAT and weight.is_contiguous() and type(weight) in _PLAIN
+def _serve(rows: Iterable[Tensor], weights: Iterable[Tensor]) -> bool:
+    """Rows are made contiguous where they are not; weights are read where they lie."""
+    for value in rows:
+        if value.dtype != _FLOAT or value.device.type != "cpu":
+            return False
+    for value in weights:
+        if value.dtype != _FLOAT or value.device.type != "cpu" or not value.is_contiguous():
+            return False
+        if type(value) not in _PLAIN:
+            return False
+    return _may()
 
 
 def _may() -> bool:
@@ -64,4 +70,9 @@ def run_native(x: Tensor, plan: DispatchPlan, pool: ExpertPool, float32: bool) -
     return experts(rows, plan, pool.kind, pool.stacks()).view(x.shape)
 
 
-__all__ = ["library", "run_native", "serves", "serves_one"]
+def release_memory() -> int:
+    """Give memory kept from one step to the next (:mod:`.memory`) back to the system; bytes."""
+    return kept.release()
+
+
+__all__ = ["library", "release_memory", "run_native", "serves", "serves_one"]

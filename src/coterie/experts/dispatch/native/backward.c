@@ -345,10 +345,9 @@ static void run(Back *b) {
 
 /* 0, or 1 where memory ran out. */
 int coterie_experts_backward(const Call *c) {
-    Back b = {.work = {.call = c}};
+    Back b = {.work = {.call = c, .parts = c->slots == 1 ? c->dx : c->parts}};
     memset(c->dgates, 0, c->rows * c->slots * sizeof(float));
-    int failed = sort_rows(&b.work) || make_parts(&b);
-    if (!failed && c->dx) failed = !(b.work.parts = take(c->rows * c->slots * c->width));
+    const int failed = sort_rows(&b.work) || make_parts(&b);
     if (!failed) run(&b);
     free(b.memory);
     free(b.parts);

@@ -249,9 +249,8 @@ static void sum_forward(void *data) {
 
 /* 0, or 1 where memory ran out. */
 int coterie_experts_forward(const Call *c) {
-    Work w = {.call = c};
-    int failed = sort_rows(&w) || make_blocks(&w, block_limit(&w, 256));
-    if (!failed) failed = !(w.parts = take(c->rows * c->slots * c->width));
+    Work w = {.call = c, .parts = c->slots == 1 ? c->y : c->parts};
+    const int failed = sort_rows(&w) || make_blocks(&w, block_limit(&w, 256));
     if (!failed) {
         in_parallel(&w, forward_body, w.num_blocks);
         in_parallel(&w, sum_forward, (c->rows + SUM_ROWS - 1) / SUM_ROWS);

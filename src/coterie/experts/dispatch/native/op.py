@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from coterie.experts.dispatch.native.build import library
+from coterie.experts.dispatch.native.memory import kept
 from coterie.experts.dispatch.plan import DispatchPlan
 from coterie.experts.kinds.base import ExpertKind, FeedForward
 
@@ -23,7 +24,7 @@ ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3}
 """As ``activation.h`` numbers them."""
 
 _NUMBERS = ("rows", "slots", "experts", "width", "hidden", "gated", "activation", "threads")
-_TENSORS = ("x", "gates", "w1", "b1", "w2", "b2", "ids", "y", "saved", "dy")
+_TENSORS = ("x", "gates", "w1", "b1", "w2", "b2", "ids", "y", "saved", "parts", "dy")
 _GRADIENTS = ("dx", "dgates", "dw1", "db1", "dw2", "db2")
 
 
@@ -77,7 +78,7 @@ def run_forward(
     keep: bool,
 ) -> tuple[Tensor, Tensor]:
     """y [R, D] and, with ``keep``, the arguments of the activations, for the backward."""
-    y, saved = torch.empty_like(x), x.new_empty(saved_size(ids, w1) if keep else 0)
+    y, saved = torch.empty_like(x), kept.empty((saved_size(ids, w1) if keep else 0,))
     given = {"x": x, "gates": gates, "w1": w1, "b1": b1, "w2": w2, "b2": b2, "ids": ids, "y": y}
     _call("forward", activation, gated, given | {"saved": saved if keep else None})
     return y, saved
@@ -100,7 +101,7 @@ def run_backward(
 ) -> list[Tensor]:
     """Gradients of x, gates, w1, b1, w2, b2; [0] where there is none or none was asked for."""
     wanted = [x if rows else None, gates, *((w1, b1, w2, b2) if weights else (None,) * 4)]
-    found = [None if value is None else torch.empty_like(value) for value in wanted]
+    found = [None if value is None else kept.empty(value.shape) for value in wanted]
     given = {
         "x": x,
         "gates": gates,
@@ -159,6 +160,8 @@ def _call(which: str, activation: int, gated: bool, tensors: dict[str, Tensor | 
     threads = torch.get_num_threads() if built.parallel else 1
     numbers = (*ids.shape, w1.shape[0], w1.shape[2], w2.shape[2], gated, activation, threads)
     call = _Call(*numbers, parallel=built.openmp)
+    if ids.shape[1] > 1:  # an answer per choice, or a gradient of x, before they are summed
+        tensors["parts"] = kept.empty((ids.numel() * w1.shape[2],))
     for name, tensor in tensors.items():
         if tensor is not None:
             setattr(call, name, tensor.data_ptr())

@@ -24,6 +24,7 @@ typedef struct {
     const float *x, *gates, *w1, *b1, *w2, *b2;
     const i64 *ids;
     float *y, *saved; /* saved: activations before act, for the backward; or null */
+    float *parts; /* [R * S][D] for what is summed over slots; not looked at where S = 1 */
     const float *dy;
     float *dx, *dgates, *dw1, *db1, *dw2, *db2; /* null where not asked for */
 } Call;
@@ -38,7 +39,7 @@ typedef struct {
     i64 *ends;   /* [E + 1]: where experts start in `order` */
     i64 *saved;  /* [E]: where their panels start in `saved`, in floats */
     i64 *order;  /* [A]: row * S + slot, by expert, rows ascending */
-    float *parts; /* [R * S][D]: an answer (a gradient of x) per choice */
+    float *parts; /* [R * S][D]: an answer (a gradient of x) per choice; their sum itself if S = 1 */
     Block *blocks;
     i64 num_blocks, next, failed;
 } Work;
@@ -159,8 +160,8 @@ static void sum_rows(const Work *w, i64 first, i64 end, float *out) {
                 for (i64 d = 0; d < D; d++) to[d] = to[d] + from[0][d] + from[1][d];
             else if (waiting == 1 && begun)
                 for (i64 d = 0; d < D; d++) to[d] += from[0][d];
-            else if (waiting == 1) memcpy(to, from[0], D * sizeof(float));
-            else if (!begun) memset(to, 0, D * sizeof(float));
+            else if (waiting == 1 && from[0] != to) memcpy(to, from[0], D * sizeof(float));
+            else if (!waiting && !begun) memset(to, 0, D * sizeof(float));
             begun = begun || waiting;
             waiting = 0;
         }
@@ -173,7 +174,6 @@ static void release(Work *w) {
     free(w->ends);
     free(w->order);
     free(w->blocks);
-    free(w->parts);
 }
 
 #endif
