@@ -175,7 +175,7 @@ def missing() -> list[str]:
     return sorted({library for library in LIBRARIES.values() if not find_spec(library)})
 
 
-NO_SLOTS = ("predictor", "multitask", "reader", "guide")
+NO_SLOTS = ("predictor", "multitask", "reader", "guide", "diffusers_network")
 """Parts in which no expert layer is put by configuration: their levels are their own."""
 
 

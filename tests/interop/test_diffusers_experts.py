@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,9 @@ from coterie.core.context import NULL_LABEL
 from coterie.core.errors import CheckpointError, ConfigError, DataError
 from coterie.core.prediction import Condition
 from coterie.core.rng import SampleNoise
-from coterie.ensembles import EnsembleModelConfig, MemberConfig, compose
-from coterie.interop.diffusers import DiffusersConfig
+from coterie.ensembles import AggregateConfig, EnsembleModelConfig, MemberConfig, compose
+from coterie.hub import load_member, load_pretrained, save_ensemble
+from coterie.interop.diffusers import DiffusersConfig, DiffusersNetworkConfig
 from coterie.process import PROCESSES
 from coterie.solvers import GRIDS, SOLVERS, sample
 from coterie.train.run import load_run
@@ -219,6 +221,35 @@ def test_networks_are_fused_from_the_command_line(
     assert not any(torch.equal(found.value, one(x, T, Condition()).value) for one in alone)
     for own, one in zip(made.networks, alone, strict=True):  # they stay as they are
         assert all(map(torch.equal, own.parameters(), one.parameters()))
+
+
+def test_a_model_directory_needs_its_networks_no_more(saved: Path, tmp_path: Path) -> None:
+    """Neither their folders nor the file of the prompt, whole or a member alone."""
+    prompt = tmp_path / "prompt.safetensors"
+    save_file({"tokens": TOKENS[0]}, str(prompt))
+    built = {}
+    for name in ("0", "1"):
+        shutil.copytree(saved / f"UNet2DConditionModel-{name}", tmp_path / name)
+        built[name] = expert(tmp_path / name, tokens=str(prompt)).build()
+    settings = AggregateConfig.from_dict(
+        {"aggregator": {"width": 8, "layers": 1, "heads": 2, "groups": 4}}
+    )
+    made = settings.build(built).eval()
+    x = rand(3, 1, 8, 8)
+    answer = made(x, T, Condition()).value
+    alone = made.networks[1](x, T, Condition()).value
+    save_ensemble(made, tmp_path / "model")
+    for name in built:
+        shutil.rmtree(tmp_path / name)
+    prompt.unlink()
+    assert torch.equal(load_pretrained(tmp_path / "model")(x, T, Condition()).value, answer)
+    assert torch.equal(load_member(tmp_path / "model", "1")(x, T, Condition()).value, alone)
+
+
+def test_a_network_of_no_known_class() -> None:
+    config = DiffusersNetworkConfig(network={"_class_name": "DDIMScheduler"})
+    with pytest.raises(ConfigError, match=r"_class_name.*'DDIMScheduler'.*a model of diffusers"):
+        config.build()
 
 
 def test_pipelines_are_fused_and_probed(saved: Path, tmp_path: Path) -> None:

@@ -3,6 +3,8 @@
 Two directories are read: a pipeline (``model_index.json``; its scheduler names the process and what
 the network answers) and what ``save_pretrained`` of one network writes, of which both must be said.
 UNet2DModel, UNet2DConditionModel, DiTTransformer2DModel and others of their signature will do.
+What is read there is a network by its configuration, with weights; a model directory stores the two
+apart, and needs neither the pipeline nor its prompt any more.
 Shapes: B batch, M tokens of a prompt, C their width.
 """
 
@@ -29,11 +31,12 @@ from coterie.interop.diffusers.pipeline import (
     DiffusersDenoiser,
     component,
     network_files,
+    new_network,
     read_json,
     read_network,
     scheduler_process,
 )
-from coterie.process import PROCESSES, Process
+from coterie.process import PROCESSES
 
 TOKENS = "tokens"
 
@@ -56,13 +59,33 @@ class NetworkFacts:
     kind: str
 
 
-@dataclass(frozen=True)
-class _Resolved:
-    """What is known of the network before its weights are read."""
+@MODELS.register
+class DiffusersNetworkConfig(Part):
+    """A network of diffusers by its own configuration (``config.json``), with fresh weights.
 
-    process: Part
-    view: View
-    backbone: NetworkFacts
+    ``null_label`` as in :class:`DiffusersConfig`; ``prompt``: [M, C] of the tokens it holds for
+    samples that bring none, zeros until weights are read.
+    """
+
+    kind: Literal["diffusers_network"] = "diffusers_network"
+    network: dict[str, Any] = Field(default_factory=lambda: {"_class_name": "UNet2DModel"})
+    process: Annotated[SerializeAsAny[Part], PROCESSES.validator] = "ddpm"  # type: ignore[assignment]
+    view: View = "eps"
+    null_label: int | None = Field(None, ge=0)
+    prompt: tuple[int, int] | None = None
+
+    @property
+    def backbone(self) -> NetworkFacts:
+        return _facts(self.network)
+
+    def build(self) -> DiffusersExpert:
+        return self.around(new_network(self.network))
+
+    def around(self, network: nn.Module, tokens: Tensor | None = None) -> DiffusersExpert:
+        """The denoiser whose network is ``network``, and its prompt ``tokens`` [M, C]."""
+        if tokens is None and self.prompt is not None:
+            tokens = torch.zeros(self.prompt)
+        return DiffusersExpert(network, self, tokens)
 
 
 @MODELS.register
@@ -92,13 +115,12 @@ class DiffusersConfig(Part):
         return ""
 
     @property
-    def model(self) -> _Resolved:
-        """ConfigError where process or view are not known, or said twice."""
-        folder, name, _ = component(self.path)
-        config = read_json(folder / name / "config.json")
+    def model(self) -> DiffusersNetworkConfig:
+        """The network there; ConfigError where process or view are not known, or said twice."""
+        _, network = component(self.path)
         process, view = self.process, self.view
         if (Path(self.path) / INDEX).is_file():
-            known, told = scheduler_process(folder)
+            known, told = scheduler_process(Path(self.path))
             for field, value in (("process", process), ("view", view)):
                 if value is not None:
                     hint = "its scheduler says so"
@@ -109,30 +131,32 @@ class DiffusersConfig(Part):
                 hint = f"{self.path} has no scheduler beside it"
                 raise ConfigError(describe(field, None, f"the {field} it was trained in", hint))
         assert process is not None and view is not None
-        return _Resolved(process, view, _facts(config))
+        return DiffusersNetworkConfig(
+            network=network, process=process, view=view, null_label=self.null_label
+        )
 
     @property
     def backbone(self) -> NetworkFacts:
-        folder, name, _ = component(self.path)
-        return _facts(read_json(folder / name / "config.json"))
+        return _facts(component(self.path)[1])
 
     def pinned(self) -> DiffusersConfig:
         """With the digest of the weights that lie there now."""
         return self.replace(digest=self._found_digest())
 
     def _found_digest(self) -> str:
-        folder, name, _ = component(self.path)
-        return "+".join(file_digest(file) for file in network_files(folder / name))
+        folder, _ = component(self.path)
+        return "+".join(file_digest(file) for file in network_files(folder))
 
     def build(self) -> DiffusersExpert:
         """CheckpointError if the weights are damaged, or others than those of ``digest``."""
         known = self.model
         if self.digest and self.digest != self._found_digest():
             raise CheckpointError(f"{self.path}: holds other weights than when it was named")
-        folder, name, kind = component(self.path)
-        network = read_network(folder, name, kind)
         tokens = None if self.tokens is None else _tokens(self.tokens)
-        made = DiffusersExpert(network, known.process.build(), known.view, self, tokens)
+        if tokens is not None:
+            known = known.replace(prompt=tuple(tokens.shape))
+        folder, _ = component(self.path)
+        made = known.around(read_network(folder, known.network), tokens)
         return made.eval().requires_grad_(False)
 
 
@@ -160,14 +184,12 @@ class DiffusersExpert(DiffusersDenoiser):
     def __init__(
         self,
         network: nn.Module,
-        process: Process,
-        view: View,
-        config: DiffusersConfig,
+        config: DiffusersNetworkConfig,
         tokens: Tensor | None = None,
     ) -> None:
-        super().__init__(network, process, view)
+        super().__init__(network, config.process.build(), config.view)
         self.config = config
-        self.register_buffer(TOKENS, tokens, persistent=False)
+        self.register_buffer(TOKENS, tokens)
         self.facts = config.backbone
         self.null_label = config.null_label
         if self.null_label is None and hasattr(network, "transformer_blocks"):

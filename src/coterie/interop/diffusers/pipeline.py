@@ -168,25 +168,33 @@ def _networks(folder: Path, index: Mapping[str, Any]) -> list[str]:
     )
 
 
-def component(path: str | Path) -> tuple[Path, str, str]:
-    """(folder, name, class) of the one network at ``path``: a pipeline with one, or itself.
-
-    ConfigError where there are several, or the network is of other code.
-    """
+def component(path: str | Path) -> tuple[Path, dict[str, Any]]:
+    """The folder of the one network at ``path``, a pipeline with one or itself, and its
+    configuration. ConfigError where there are several, or the network is of other code."""
     folder = Path(path)
     if not (folder / INDEX).is_file():
-        return folder.parent, folder.name, str(read_json(folder / "config.json")["_class_name"])
+        return folder, read_json(folder / "config.json")
     index = read_json(folder / INDEX)
     names = _networks(folder, index)
     if len(names) > 1:
         hint = "load_noise_ranges reads two as one ensemble"
         raise ConfigError(describe(f"{folder / INDEX}: components", names, "one network", hint))
-    return folder, names[0], _own(folder, names[0], index[names[0]])
+    return folder / names[0], _config(folder, names[0], index[names[0]])
 
 
-def read_network(folder: Path, name: str, kind: str) -> nn.Module:
-    """A network of diffusers with its weights, as stored, in eval mode."""
-    blueprint, files = _blueprint(folder, name, kind), network_files(folder / name)
+def _config(folder: Path, name: str, stored: Any) -> dict[str, Any]:
+    """Of a component that the pipeline's index says is of class ``stored``; ConfigError unless
+    that is one of diffusers itself."""
+    library, kind = stored
+    if library != "diffusers":
+        hint = "networks of other code are not run"
+        raise ConfigError(describe(f"{folder / INDEX}: {name}", library, "diffusers", hint))
+    return {**read_json(folder / name / "config.json"), "_class_name": str(kind)}
+
+
+def read_network(folder: Path, config: Mapping[str, Any]) -> nn.Module:
+    """A network of diffusers with the weights in ``folder``, as stored, in eval mode."""
+    blueprint, files = _blueprint(config), network_files(folder)
     values = {key: value for file in files for key, value in copy_tensors(file).items()}
     return blueprint.make(values, str(files[0]))
 
@@ -222,40 +230,33 @@ def _loader(
     view: View,
     dtype: torch.dtype | None,
 ) -> Loader:
-    kind = _own(folder, name, stored)
-    config = read_json(folder / name / "config.json")
+    config = _config(folder, name, stored)
     shared = ("in_channels", "out_channels", "sample_size", "text_dim", "num_embeds_ada_norm")
     traits = {key: config[key] for key in shared if config.get(key) is not None}
     files = network_files(folder / name)
-    read = partial(_load, _blueprint(folder, name, kind), files, process, view, dtype)
+    read = partial(_load, _blueprint(config), files, process, view, dtype)
     size = sum(file.stat().st_size for file in files)
     return Loader(MemberFacts(name, process, view, traits), read, size)
 
 
-def _own(folder: Path, name: str, stored: Any) -> str:
-    """The class of a component; ConfigError unless it is one of diffusers itself."""
-    library, kind = stored
-    if library != "diffusers":
-        hint = "networks of other code are not run"
-        raise ConfigError(describe(f"{folder / INDEX}: {name}", library, "diffusers", hint))
-    return str(kind)
-
-
-def _blueprint(folder: Path, name: str, kind: str) -> Blueprint:
-    config = read_json(folder / name / "config.json")
+def _blueprint(config: Mapping[str, Any]) -> Blueprint:
     with torch.random.fork_rng(devices=[]):
-        return Blueprint.of(_class(folder, name, kind).from_config(config))
+        return Blueprint.of(new_network(config))
 
 
-def _class(folder: Path, name: str, kind: str) -> Any:
+def new_network(config: Mapping[str, Any]) -> nn.Module:
+    """The network that its ``config.json`` describes, with fresh weights; ConfigError unless that
+    is a model of diffusers."""
     try:
         import diffusers
     except ImportError:
         raise ConfigError("diffusers: not installed; pip install 'coterie[diffusers]'") from None
-    found = getattr(diffusers, kind, None)
+    kind = config.get("_class_name")
+    found = getattr(diffusers, str(kind), None)
     if not (isinstance(found, type) and issubclass(found, diffusers.ModelMixin)):
-        raise ConfigError(describe(f"{folder / INDEX}: {name}", kind, "a model of diffusers"))
-    return found
+        raise ConfigError(describe("_class_name", kind, "a model of diffusers"))
+    made: nn.Module = found.from_config(dict(config))
+    return made
 
 
 def network_files(folder: Path) -> list[Path]:
