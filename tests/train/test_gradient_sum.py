@@ -122,3 +122,35 @@ def test_two_layouts_of_one_process_beat_in_one_file(tmp_path: Path):
     assert read_beats(tmp_path, 1)[0][0] == 5
     second()
     assert read_beats(tmp_path, 1)[0][0] == 1
+
+
+def test_what_is_said_goes_alone_where_no_gradients_can_carry_it():
+    def part(thread: Threads) -> Tensor | None:
+        own = {"model.0": nn.Parameter(torch.ones(2, dtype=torch.float64))}
+        total = GradientSum(own, Whole(), thread)  # type: ignore[arg-type]
+        for said in ([0.5], [2.5, 7.0]):
+            own["model.0"].grad = None
+            total.start(torch.tensor([thread.rank, *said]))
+            own["model.0"].sum().backward()
+            assert total.finish().tolist() == [[0.0, *said], [1.0, *said]]
+        return own["model.0"].grad
+
+    for found in in_threads(2, part):
+        assert found is not None and found.tolist() == [2.0, 2.0]
+
+
+def test_more_may_be_said_from_step_to_step():
+    def part(thread: Threads) -> list[Tensor | None]:
+        own = parameters()
+        total = GradientSum(own, Whole(), thread)  # type: ignore[arg-type]
+        for said in ([0.5], [2.5, 7.0]):
+            for parameter in own.values():
+                parameter.grad = None
+            total.start(torch.tensor([thread.rank, *said]))
+            loss(own, 0, (0, 1)).backward()
+            assert total.finish().tolist() == [[0.0, *said], [1.0, *said]]
+        return [p.grad for p in own.values()]
+
+    for first, second in in_threads(2, part):
+        assert first is not None and second is not None
+        assert first.tolist() == [4.0] * 2 and second.tolist() == [8.0] * 3

@@ -47,7 +47,7 @@ class Threads:
         said = values.clone()
         return lambda: values.copy_(torch.stack(self.said(said)).sum(0))
 
-    def joining(self, values: Tensor, axes: tuple[str, ...]) -> Callable[[], Tensor]:
+    def joining(self, values: Tensor, axes: tuple[str, ...] = ()) -> Callable[[], Tensor]:
         said = values.clone()
         return lambda: torch.cat(self.said(said))
 
