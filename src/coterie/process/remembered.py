@@ -46,7 +46,7 @@ class Remembered(Process):
     def _look_up(self, name: str, work_out: Callable[[Tensor], Tensor], t: Tensor) -> Tensor:
         if not _of_grid(t):
             return work_out(t)
-        key = (name, float(t))
+        key = name, float(t)
         value = self._known.get(key)
         if value is None:
             if len(self._known) >= _MOST:
@@ -59,8 +59,9 @@ class Remembered(Process):
         self, work_out: Callable[..., Sequence[Tensor]], at: Sequence[Number], told: Sequence[Any]
     ) -> Sequence[Number]:
         """See :func:`weights`."""
-        if not all(isinstance(value, float) or _of_grid(value) for value in at):
-            return work_out(self, *at, *told)
+        for value in at:
+            if not _of_grid(value):
+                return work_out(self, *at, *told)
         key = (work_out, *map(float, at), *told)
         made = self._weights.get(key)
         if made is None:
@@ -107,10 +108,10 @@ class Remembered(Process):
 
 
 def _of_grid(t: Number) -> bool:
-    """Whether this is one time of a grid, which comes again."""
-    if isinstance(t, float) or t.dim() or t.requires_grad:
-        return False
-    return t.is_cpu and t.dtype == torch.float64
+    """Whether this is one number on the CPU, a time of a grid, which comes again."""
+    if isinstance(t, float):
+        return True
+    return t.dtype is torch.float64 and t.is_cpu and not t.dim() and not t.requires_grad
 
 
 def weights(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Self
 
 import torch
@@ -21,36 +20,45 @@ from coterie.process import Number, Process, affine, expand, remembered, weights
 SOLVERS = Registry("solver", "coterie.solvers")
 
 
-@dataclass(frozen=True, eq=False)
 class Estimate:
     """A prediction at (x, t) in every view a solver may want; converted at most once each."""
 
-    process: Process
-    x: Tensor
-    t: Tensor
-    prediction: Prediction
+    __slots__ = ("_views", "prediction", "process", "t", "x")
+
+    def __init__(self, process: Process, x: Tensor, t: Tensor, prediction: Prediction) -> None:
+        self.process, self.x, self.t, self.prediction = process, x, t, prediction
+        self._views: dict[str, Tensor] = {}
 
     def _as(self, view: str) -> Tensor:
-        value, source = self.prediction.value, self.prediction.view
-        if view == source:
-            return value.to(self.x.dtype)
-        return self.mixed(*weights(self.process, affine, self.t, told=(source, view)))
+        made = self._views.get(view)
+        if made is None:
+            value, source = self.prediction.value, self.prediction.view
+            if view == source:
+                made = _typed(value, self.x)
+            else:
+                made = self.mixed(*weights(self.process, affine, self.t, told=(source, view)))
+            self._views[view] = made
+        return made
 
     def mixed(self, of_x: Number, of_value: Number) -> Tensor:
         """``of_x`` x + ``of_value`` times what was predicted, in the type of x."""
-        return combined((of_x, self.x), (of_value, self.prediction.value)).to(self.x.dtype)
+        return _typed(combined((of_x, self.x), (of_value, self.prediction.value)), self.x)
 
-    @cached_property
+    @property
     def x0(self) -> Tensor:
         return self._as("x0")
 
-    @cached_property
+    @property
     def eps(self) -> Tensor:
         return self._as("eps")
 
-    @cached_property
+    @property
     def flow(self) -> Tensor:
         return self._as("flow")
+
+
+def _typed(value: Tensor, like: Tensor) -> Tensor:
+    return value if value.dtype is like.dtype else value.to(like.dtype)
 
 
 class Query:

@@ -142,7 +142,7 @@ class DPMSolverPP(Solver):
             if state.valid is not None:  # rows without a past keep D
                 own = torch.as_tensor(change, dtype=torch.float64, device=state.valid.device)
                 change = torch.where(state.valid, own, 0.0)
-            terms.append((change, estimate.x0 - state.previous))
+            terms[1:] = [(gain + change, estimate.x0), (-change, state.previous)]
         if self.stochastic:
             terms.append((spread, draw(noise, x)))
         moved = combined(*terms)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from itertools import pairwise
 
 import torch
@@ -50,8 +51,23 @@ def sample(
     built = solver if isinstance(solver, Solver) else solver.build()
     if isinstance(steps, Sequence):
         return _sample_apart(denoiser, x, cond, built, grid, list(steps), noise, callback)
-    times = grid.build(denoiser.process, steps)
+    times = _times(denoiser.process, grid, steps)
     return integrate(denoiser, x, cond, times, built, noise, callback)
+
+
+@lru_cache(maxsize=64, typed=True)
+def _kept_times(process: Process, grid: Part, steps: int) -> Tensor:
+    built: Tensor = grid.build(process, steps)
+    return built
+
+
+def _times(process: Process, grid: Part, steps: int) -> Tensor:
+    """Of a grid, built once: run after run has the same."""
+    try:
+        return _kept_times(process, grid, steps)
+    except TypeError:  # one of them cannot be hashed
+        built: Tensor = grid.build(process, steps)
+        return built
 
 
 def _sample_apart(
@@ -69,7 +85,7 @@ def _sample_apart(
     if callback is not None:
         hint = "samples of different numbers of steps have no step in common"
         raise ConfigError(describe("callback", "given", "None", hint))
-    grids = {count: grid.build(denoiser.process, count) for count in sorted(set(steps))}
+    grids = {count: _times(denoiser.process, grid, count) for count in sorted(set(steps))}
     stepper = Stepper(denoiser, solver)
     stepper.admit(x, cond, [grids[count] for count in steps], noise, ids=range(len(x)))
     made = torch.empty_like(x)
@@ -122,12 +138,13 @@ def integrate(
     check_run(denoiser.process, x, cond, times, solver, noise)
     query, state = Query(denoiser, prepared(denoiser, cond)), SolverState()
     steps = len(times) - 1
+    lands = float(query.process.sigma(times[-1])) == 0.0
     for step, (start, u) in enumerate(pairwise(times.unbind())):
         x, t = solver.perturb(query.process, x, start, steps, noise)
         estimate = query(x, t)
         if callback is not None:
             callback(step, float(t), x, estimate.prediction)
-        if float(query.process.sigma(u)) == 0.0:
+        if lands and step == steps - 1:
             x = solver.land(query, estimate, state, noise)
         else:
             x, state = solver.step(query, estimate, u, state, noise)
