@@ -6,8 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from coterie.experts import dense
-from coterie.experts.dispatch import native
+from coterie.experts import ExpertPool, dense, dispatch
+from coterie.experts.dispatch import native, plan_choices
+from coterie.experts.kinds import GeluMLP, SwiGLU
+from coterie.experts.shared import SharedConfig
 from coterie.nn import mlp
 
 PAIRS = [
@@ -114,3 +116,52 @@ def test_a_copy_stands_alone():
         x = torch.randn(4, 24)
         torch.testing.assert_close(twin(x), theirs(x), rtol=1e-5, atol=1e-6)
         assert not ours(x).any()
+
+
+def count_calls(monkeypatch):
+    """The rows of every call that the operator serves for one expert."""
+    from coterie.experts.dispatch.native import op
+
+    asked = []
+    for name in ("run_one", "experts"):
+        run = getattr(op, name)
+        monkeypatch.setattr(op, name, lambda x, *rest, r=run: asked.append(x.shape) or r(x, *rest))
+    return asked
+
+
+@needs_native
+@pytest.mark.parametrize("gate", ["one", "self"])
+@pytest.mark.parametrize("kind", [SwiGLU(), GeluMLP()])
+def test_shared_experts_are_served(monkeypatch, kind, gate):
+    """float64 is torch's own, and the same function."""
+    torch.manual_seed(0)
+    shared = SharedConfig(hidden=20, count=2, gate=gate).build(kind, 24)
+    expected = copy.deepcopy(shared).double()
+    x = torch.randn(5, 9, 24)
+    asked = count_calls(monkeypatch)
+    made = []
+    for module, leaf in ((shared, x.clone()), (expected, x.double())):
+        leaf.requires_grad_()
+        y = module(leaf)
+        grads = torch.autograd.grad(y.sin().sum(), [leaf, *module.parameters()])
+        with torch.no_grad():
+            made.append((module(leaf), y, *grads))
+    calls = 1 if gate == "one" else 2
+    assert asked == [(45, 24)] * calls + [(5, 9, 24)] * calls
+    for a, b in zip(*made):
+        torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=1e-5)
+
+
+@needs_native
+def test_an_expert_that_is_always_on_is_served(monkeypatch):
+    torch.manual_seed(0)
+    pool, x = ExpertPool(SwiGLU(hidden=20), 4, 24), torch.randn(50, 24)
+    one = dense.SwiGLU(24, 32)
+    always = {"gate_up": one.gate_up.weight, "down": one.down.weight}
+    chosen = plan_choices(torch.randint(0, 4, (50, 2)), torch.rand(50, 2), 4)
+    expected = dispatch(x, chosen, pool, "loop") + mlp.SwiGLU.forward(one, x)
+    asked = count_calls(monkeypatch)
+    with torch.no_grad():
+        y = dispatch(x, chosen, pool, always=always)
+    assert asked[-1] == (50, 24) and len(asked) <= 2
+    torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)

@@ -10,6 +10,7 @@ from torch import Generator, Tensor, nn
 
 from coterie.core.config import Config
 from coterie.experts.dispatch.backends import experts_of
+from coterie.experts.dispatch.one import run_one
 from coterie.experts.kinds import ExpertKind, ExpertPool
 from coterie.experts.routers.scores import init_linear, linear_f32
 
@@ -50,7 +51,7 @@ class SharedExperts(nn.Module):
             init_linear(self.gate, None, rng)
 
     def forward(self, x: Tensor) -> Tensor:
-        answers = [self.pool.kind.forward(x, weights) for weights in experts_of(self.pool)]
+        answers = [run_one(self.pool.kind, x, weights) for weights in experts_of(self.pool)]
         if self.gate is None:
             return answers[0] if self.scale == 1.0 else self.scale * answers[0]
         with torch.autocast(device_type=x.device.type, enabled=False):

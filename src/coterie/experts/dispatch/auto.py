@@ -10,6 +10,7 @@ from torch import Tensor
 
 from coterie.experts.dispatch import native
 from coterie.experts.dispatch.backends import BACKENDS, OneExpert, available, run_fold, run_once
+from coterie.experts.dispatch.one import run_one
 from coterie.experts.dispatch.plan import DispatchPlan
 from coterie.experts.dispatch.triton import serves
 from coterie.experts.kinds.pool import ExpertPool
@@ -126,7 +127,7 @@ def _run(
         if name == "fold":
             return run_fold(x, plan, pool, float32, always)
         y = BACKENDS[name](x, plan, pool, float32)
-    return y if always is None else y + pool.kind.forward(x, OneExpert(always, {}))
+    return y if always is None else y + run_one(pool.kind, x, OneExpert(always, {}))
 
 
 def attach(y: Tensor, plan: DispatchPlan, pool: ExpertPool) -> Tensor:

@@ -185,41 +185,110 @@ DOTS(1, 1) DOTS(1, 2) DOTS(1, 3) DOTS(4, 1) DOTS(4, 2) DOTS(4, 3)
 static dots_fn *const DOTS_ONE[] = {dots_1_1, dots_1_2, dots_1_3};
 static dots_fn *const DOTS_STREAMS[] = {dots_4_1, dots_4_2, dots_4_3};
 
-/* out[j][n] of m rows x[j] and n rows of weights. */
+/* out[j * ld + i] of m rows x[j] and n rows of weights. */
 static void few_products(i64 n, i64 K, const float *w, const float *const *x, i64 m, const float *bias,
-                         float *out) {
+                         float *out, i64 ld) {
     const i64 apart = n / STREAMS, turns = (m + TOGETHER - 1) / TOGETHER;
     for (i64 i = 0; i < n; i = i + 1 == apart ? STREAMS * apart : i + 1)
         for (i64 turn = turns, j = 0, rows; turn; turn--, j += rows) {
             rows = (m - j + turn - 1) / turn;
             (i < apart ? DOTS_STREAMS : DOTS_ONE)[rows - 1](K, w + i * K, apart, x + j, bias ? bias + i : 0,
-                                                            out + j * n + i, n);
+                                                            out + j * ld + i, ld);
         }
 }
 
-static i64 few_floats(const Call *c) { return FEW * (inner(c) + c->hidden + c->width + VW); }
+static i64 few_floats(const Call *c) { return FEW * (inner(c) + c->hidden + c->width + VW) + VW; }
 
-static void forward_few(const Work *w, const Block *b, float *scratch) {
+/* Where a block's rows are before act, after it, and after the second layer. */
+typedef struct {
+    float *h, *act, *out;
+    i64 ld; /* of act */
+} Few;
+
+static Few few_of(const Call *c, float *memory) {
+    const i64 ld = (c->hidden + VW - 1) / VW * VW;
+    return (Few){memory, memory + FEW * inner(c) + VW, memory + FEW * (inner(c) + ld) + VW, ld};
+}
+
+/* Hidden units [f0, f1): all, or whole vectors. */
+static void few_first(const Work *w, const Block *b, Few t, i64 f0, i64 f1) {
     const Call *c = w->call;
     const i64 D = c->width, F = c->hidden, H = inner(c), e = b->expert, m = b->rows;
-    const i64 Fv = (F + VW - 1) / VW * VW;
-    float *h = scratch, *act = h + FEW * H + VW, *out = act + FEW * Fv;
-    const float *rows[FEW], *acts[FEW];
+    const i64 whole = f1 - f0 == F, n = whole ? H : f1 - f0;
+    const float *rows[FEW];
     row_pointers(w, b->first, m, c->x, c->slots, rows);
-    few_products(H, D, c->w1 + e * H * D, rows, m, c->b1 ? c->b1 + e * H : 0, h);
+    for (i64 f = f0; f < H; f += whole ? H : F)
+        few_products(n, D, c->w1 + (e * H + f) * D, rows, m, c->b1 ? c->b1 + e * H + f : 0, t.h + f, H);
     for (i64 j = 0; j < m; j++) {
-        hidden(c, Fv, h + j * H, c->gated ? h + j * H + F : 0, act + j * Fv);
-        acts[j] = act + j * Fv;
+        const float *h = t.h + j * H + f0;
+        hidden(c, f1 - f0, h, c->gated ? h + F : 0, t.act + j * t.ld + f0);
     }
     if (c->saved)
-        for (i64 i = 0; i < H; i++)
-            for (i64 j = 0, pw = m > VW ? PW : VW; j < pw; j++)
-                c->saved[b->saved + i * pw + j] = h[MIN(j, m - 1) * H + i];
-    few_products(D, F, c->w2 + e * D * F, acts, m, c->b2 ? c->b2 + e * D : 0, out);
+        for (i64 f = f0; f < H; f += F)
+            for (i64 i = f; i < f + f1 - f0; i++)
+                for (i64 j = 0, pw = m > VW ? PW : VW; j < pw; j++)
+                    c->saved[b->saved + i * pw + j] = t.h[MIN(j, m - 1) * H + i];
+}
+
+/* Columns [d0, d1) of the answer. */
+static void few_second(const Work *w, const Block *b, Few t, i64 d0, i64 d1) {
+    const Call *c = w->call;
+    const i64 D = c->width, F = c->hidden, e = b->expert, m = b->rows;
+    const float *acts[FEW];
+    for (i64 j = 0; j < m; j++) acts[j] = t.act + j * t.ld;
+    few_products(d1 - d0, F, c->w2 + (e * D + d0) * F, acts, m, c->b2 ? c->b2 + e * D + d0 : 0, t.out + d0, D);
     for (i64 j = 0; j < m; j++) {
         const i64 q = w->order[b->first + j];
-        for (i64 d = 0; d < D; d++) w->parts[q * D + d] = c->gates[q] * out[j * D + d];
+        for (i64 d = d0; d < d1; d++) w->parts[q * D + d] = c->gates[q] * t.out[j * D + d];
     }
+}
+
+static void forward_few(const Work *w, const Block *b, float *scratch) {
+    const Few t = few_of(w->call, scratch);
+    few_first(w, b, t, 0, w->call->hidden);
+    few_second(w, b, t, 0, w->call->width);
+}
+
+/* ---- fewer such experts than threads: every thread reads a share of each one's weights ---- */
+
+#define WORTH_SHARING (1 << 18) /* weights of an expert, from which on threads gain more than they cost */
+
+static int shares_few(const Work *w) {
+    const Call *c = w->call;
+    const i64 weights = (inner(c) + c->hidden) * c->width;
+    if (c->width % VW || c->hidden % VW || weights < WORTH_SHARING) return 0;
+    return w->num_blocks && w->num_blocks < c->threads && w->blocks[0].rows <= FEW;
+}
+
+/* Where share i of n begins: at a whole vector, so that every number is summed as without shares. */
+static i64 share(i64 n, i64 i, i64 of) { return n / VW * i / of * VW; }
+
+static void shared_first(void *data) {
+    Work *w = data;
+    const Call *c = w->call;
+    const i64 T = c->threads, F = c->hidden;
+    for (i64 i; (i = next_of(w)) < w->num_blocks * T;)
+        few_first(w, w->blocks + i / T, few_of(c, w->shared + i / T * few_floats(c)), share(F, i % T, T),
+                  share(F, i % T + 1, T));
+}
+
+static void shared_second(void *data) {
+    Work *w = data;
+    const Call *c = w->call;
+    const i64 T = c->threads, D = c->width;
+    for (i64 i; (i = next_of(w)) < w->num_blocks * T;)
+        few_second(w, w->blocks + i / T, few_of(c, w->shared + i / T * few_floats(c)), share(D, i % T, T),
+                   share(D, i % T + 1, T));
+}
+
+static int forward_shared(Work *w) {
+    const i64 items = w->num_blocks * w->call->threads;
+    w->shared = take(w->num_blocks * few_floats(w->call));
+    if (!w->shared) return 1;
+    in_parallel(w, shared_first, items);
+    in_parallel(w, shared_second, items);
+    free(w->shared);
+    return 0;
 }
 
 static i64 longest(const Work *w) { return w->num_blocks ? w->blocks[0].rows + PW : 0; }
@@ -250,9 +319,10 @@ static void sum_forward(void *data) {
 /* 0, or 1 where memory ran out. */
 int coterie_experts_forward(const Call *c) {
     Work w = {.call = c, .parts = c->slots == 1 ? c->y : c->parts};
-    const int failed = sort_rows(&w) || make_blocks(&w, block_limit(&w, 256));
+    int failed = sort_rows(&w) || make_blocks(&w, block_limit(&w, 256));
+    if (!failed && shares_few(&w)) failed = forward_shared(&w);
+    else if (!failed) in_parallel(&w, forward_body, w.num_blocks);
     if (!failed) {
-        in_parallel(&w, forward_body, w.num_blocks);
         in_parallel(&w, sum_forward, (c->rows + SUM_ROWS - 1) / SUM_ROWS);
     }
     release(&w);

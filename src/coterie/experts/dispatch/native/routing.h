@@ -40,6 +40,7 @@ typedef struct {
     i64 *saved;  /* [E]: where their panels start in `saved`, in floats */
     i64 *order;  /* [A]: row * S + slot, by expert, rows ascending */
     float *parts; /* [R * S][D]: an answer (a gradient of x) per choice; their sum itself if S = 1 */
+    float *shared; /* what threads that share an expert make together, block by block */
     Block *blocks;
     i64 num_blocks, next, failed;
 } Work;
