@@ -54,10 +54,14 @@ def _may() -> bool:
     return _ready() if torch.compiler.is_compiling() else _ready() and not transformed()
 
 
-@torch.compiler.assume_constant_result
 def _ready() -> bool:
     built = library()
     return built.ready and (built.parallel or torch.get_num_threads() == 1)
+
+
+# What torch.compiler.assume_constant_result sets, which imports the compiler first: 2 s of every
+# start, of which most never compile.
+_ready._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def run_native(x: Tensor, plan: DispatchPlan, pool: ExpertPool, float32: bool) -> Tensor:
