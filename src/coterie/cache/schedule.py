@@ -5,8 +5,7 @@ Shapes: B samples, S steps of the schedule.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cached_property
@@ -82,11 +81,19 @@ def current() -> Steps:
     return steps
 
 
-@contextmanager
-def at(steps: Steps) -> Iterator[None]:
-    """Inside the block every cached part answers for these steps; local to thread and task."""
-    token = _STEPS.set(steps)
-    try:
-        yield
-    finally:
-        _STEPS.reset(token)
+class at:
+    """Inside the block every cached part answers for these steps; local to thread and task.
+
+    A class, not a generator: it stands around every call, also of networks of a few rows.
+    """
+
+    __slots__ = ("_steps", "_token")
+
+    def __init__(self, steps: Steps) -> None:
+        self._steps = steps
+
+    def __enter__(self) -> None:
+        self._token = _STEPS.set(self._steps)
+
+    def __exit__(self, *error: object) -> None:
+        _STEPS.reset(self._token)
