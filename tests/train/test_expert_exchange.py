@@ -85,6 +85,39 @@ def test_rows_find_their_experts_and_come_back(kind, parts):
         torch.testing.assert_close(torch.cat(grads), whole, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("parts", [2, 3, 4, 6])  # 6: more than choices, so that rows are sorted
+def test_rows_with_many_choices_travel_to_all(parts):
+    rng = torch.Generator().manual_seed(7)
+    x, weight = torch.randn(2, ROWS, WIDTH, generator=rng)
+    ids, gates = (
+        torch.randint(EXPERTS + 1, (ROWS, 4), generator=rng),
+        torch.rand(ROWS, 4, generator=rng),
+    )
+    alone, types = pooled(), set()
+    expected = answered(alone, x, ids, gates, weight)
+
+    def part(thread: Threads) -> tuple[tuple[Tensor, ...], ExpertPool]:
+        exchanging = thread.exchanging
+
+        def seen(rows: Tensor, *splits: Any) -> Any:
+            types.add(rows.dtype)
+            return exchanging(rows, *splits)
+
+        thread.exchanging = seen
+        pool = torch.nn.Sequential(pooled())
+        split_experts(pool, thread)
+        here = slice(*(ROWS // parts * (thread.rank + i) for i in (0, 1)))
+        return answered(pool[0], x[here], ids[here], gates[here], weight[here]), pool[0]
+
+    found = in_threads(parts, part)
+    assert (torch.int64 in types) == (parts > 4)  # nothing is counted
+    for whole, *own in zip(expected, *(answers for answers, _ in found)):
+        torch.testing.assert_close(torch.cat(own), whole, rtol=1e-6, atol=2e-6)
+    for name in alone.names:
+        grads = torch.cat([pool.get_parameter(name).grad for _, pool in found])
+        torch.testing.assert_close(grads, alone.get_parameter(name).grad, rtol=1e-5, atol=2e-6)
+
+
 def test_whole_samples_travel_too():
     rng = torch.Generator().manual_seed(3)
     x, weight = torch.randn(2, 8, 3, WIDTH, generator=rng)

@@ -4,8 +4,9 @@ In one of two ways, by what they send. Where rows have few choices, each travels
 counts are sent first, then the rows, sorted by expert and so by process. What arrives lies process
 by process; the ordinary dispatch sorts it by expert and serves it with the local ones. Answers go
 back the way the rows came, and are weighed by their gates at home. Where rows have as many choices
-as there are processes, all travel to all, with their choices: nothing need be counted, the local
-experts' answers come weighed and added up, and are added up once more at home.
+as there are processes, all travel to all, with their choices: nothing need be counted, and answers
+come weighed and added up. While rows travel shared experts compute, and while answers do, a process
+serves its own rows.
 Legend: R rows, A assignments, K choices, E experts, P processes.
 """
 
@@ -80,6 +81,21 @@ class _Arrive(torch.autograd.Function):
         return grad.new_empty(0), None
 
 
+def _sending(processes: Processes, send: Sequence[int], receive: Sequence[int]) -> _Trip:
+    """``send[r]`` rows to each process r, ``receive[r]`` from it."""
+
+    def go(rows: Tensor, out: Sequence[int], back: Sequence[int]) -> Callable[[], Tensor]:
+        made, wait = processes.exchanging(rows, out, back)
+
+        def arrived() -> Tensor:
+            wait()
+            return made
+
+        return arrived
+
+    return _Trip(lambda rows: go(rows, send, receive), lambda grad: go(grad, receive, send))
+
+
 class ExpertExchange:
     """Serves a pool of which this process has E / P experts; called as ``dispatch`` is."""
 
@@ -116,7 +132,8 @@ class ExpertExchange:
 
     def _many_choices(self, x: Tensor, plan: DispatchPlan) -> bool:
         """Whether all rows in float32 are no more to send than each choice of a row in its type."""
-        return len(self._sizes) * 4 <= plan.ids.shape[1] * x.element_size()
+        processes = len(self._sizes)
+        return processes > 1 and processes * 4 <= plan.ids.shape[1] * x.element_size()
 
     def _all_to_all(
         self,
@@ -129,39 +146,51 @@ class ExpertExchange:
         """The routed answer, and what is computed meanwhile."""
         choices = [plan.gates.float(), plan.ids.float()]
         told = torch.cat([x.flatten(1).float(), *choices], dim=1)
-        there = _Trip(self._gathering, self._adding)
+        there, home = _Trip(self._hearing, self._adding), _Trip(self._adding, self._hearing)
         away = there.depart(told)
         shared = meanwhile()
-        everything = there.arrive(away)
+        theirs = there.arrive(away)
         K = plan.ids.shape[1]
-        rows, gates, ids = everything.split([everything.shape[1] - 2 * K, K, K], dim=1)
-        here = ids.detach().long() - sum(self._sizes[: self.processes.place["expert"]])
-        nobody = self.local.num_experts
-        here = torch.where((here >= 0) & (here < nobody), here, nobody)
-        local = plan_choices(here, gates, nobody, unit=plan.unit)
-        self.local.training = False
-        answers = dispatch(
-            rows.to(x.dtype).view(-1, *x.shape[1:]), local, self.local, backend, True
-        )
-        home = _Trip(self._adding, self._gathering)
+        rows, gates, ids = theirs.split([theirs.shape[1] - 2 * K, K, K], dim=1)
+        rows = rows.to(x.dtype).reshape(-1, *x.shape[1:])
+        answers = self._here(rows, gates, ids.detach().long(), plan.unit, backend)
         # Every process must send gradients back, also one whose experts nobody asked.
-        back = home.depart(answers.float().flatten(1) + everything[:0].sum())
-        y = home.arrive(back).view(self.local.kind.output_shape(x.shape))
+        back = home.depart(answers.flatten(1) + theirs[:0].sum())
+        own = self._here(x, plan.gates, plan.ids, plan.unit, backend)
+        y = own + home.arrive(back).view(own.shape)
         return y if float32 else y.to(x.dtype), shared
 
-    def _gathering(self, rows: Tensor) -> Callable[[], Tensor]:
-        """[R, ...] -> [P R, ...]: those of every process."""
-        return self.processes.joining(rows, ("expert",))
+    def _here(self, rows: Tensor, gates: Tensor, ids: Tensor, unit: Unit, backend: str) -> Tensor:
+        """f32 [R, ...]: what the local experts among those chosen answer, weighed and added up."""
+        nobody = self.local.num_experts
+        local = ids - sum(self._sizes[: self.processes.place["expert"]])
+        local = torch.where((local >= 0) & (local < nobody), local, nobody)
+        self.local.training = False
+        plan = plan_choices(local, gates, nobody, unit=unit)
+        return dispatch(rows, plan, self.local, backend, float32=True).float()
+
+    def _hearing(self, rows: Tensor) -> Callable[[], Tensor]:
+        """[R, ...] -> [(P - 1) R, ...]: those of the other processes."""
+        mine = self.processes.place["expert"] * len(rows)
+        arrived = self.processes.joining(rows, ("expert",))
+
+        def heard() -> Tensor:
+            everyone = arrived()
+            return torch.cat([everyone[:mine], everyone[mine + len(rows) :]])
+
+        return heard
 
     def _adding(self, rows: Tensor) -> Callable[[], Tensor]:
-        """[P R, ...] -> [R, ...]: own rows, added up over the processes."""
-        parts = len(self._sizes)
-        each = [len(rows) // parts] * parts
+        """[(P - 1) R, ...], for the other processes -> [R, ...]: what they have for this one, added
+        up."""
+        others = len(self._sizes) - 1
+        each = [len(rows) // others] * (others + 1)
+        each[self.processes.place["expert"]] = 0
         out, wait = self.processes.exchanging(rows, each, each)
 
         def added() -> Tensor:
             wait()
-            return out.unflatten(0, (parts, each[0])).sum(0)
+            return out.unflatten(0, (others, -1)).sum(0)
 
         return added
 
@@ -176,25 +205,14 @@ class ExpertExchange:
         """The routed answer, and what is computed meanwhile."""
         send_PE, receive_PE = self._counts(plan, x.device)
         send, receive = torch.stack([send_PE.sum(1), receive_PE.sum(1)]).tolist()
-        there, home = self._sending(send, receive), self._sending(receive, send)
+        there = _sending(self.processes, send, receive)
+        home = _sending(self.processes, receive, send)
         away = there.depart(x.index_select(0, plan.rows))
         shared = meanwhile()
         answers = self._answered(there.arrive(away), receive_PE, plan.unit, backend)
         values = scale_rows(home.arrive(home.depart(answers)), plan.sorted_gates, float32)
         shape = self.local.kind.output_shape(x.shape)
         return values.new_zeros(shape).index_add(0, plan.rows, values), shared
-
-    def _sending(self, send: Sequence[int], receive: Sequence[int]) -> _Trip:
-        def go(rows: Tensor, out: Sequence[int], back: Sequence[int]) -> Callable[[], Tensor]:
-            made, wait = self.processes.exchanging(rows, out, back)
-
-            def arrived() -> Tensor:
-                wait()
-                return made
-
-            return arrived
-
-        return _Trip(lambda rows: go(rows, send, receive), lambda grad: go(grad, receive, send))
 
     def _counts(self, plan: DispatchPlan, device: torch.device) -> tuple[Tensor, Tensor]:
         """i64 [P, E of a process]: rows for every expert of each process, zeros where it has fewer
