@@ -198,6 +198,11 @@ def test_importing_the_package_loads_nothing_heavy() -> None:
     assert not loaded & {"torch", "numpy", "matplotlib", "scipy", "pydantic"}
 
 
+def test_recipes_do_not_import_the_compiler() -> None:
+    loaded = modules_after("import coterie.recipes.base")
+    assert "torch" in loaded and "torch._dynamo" not in loaded
+
+
 def test_the_help_of_the_command_line_is_quick() -> None:
     code = "from coterie.cli.main import main\ntry:\n    main(['--help'])\nexcept SystemExit: pass"
     start = time.perf_counter()
