@@ -32,19 +32,19 @@ TOKENS = (1, 10, 320)
 WIDTH, HIDDEN, EXPERTS, CHOSEN = 256, 1024, 4, 2
 
 
-def run_benchmark(rounds: int = 5, threads: int = 1) -> dict[str, Any]:
-    """``rows``, one per cache, size and candidate, and ``goals``."""
+def run_benchmark(
+    rounds: int = 5, threads: int = 1, caches: tuple[str, ...] = ("references", "folding")
+) -> dict[str, Any]:
+    """``rows``, one per cache, size and candidate, and ``goals``; ``caches``: of ``CACHES``."""
     rows: list[dict[str, Any]] = []
     goals: list[dict[str, Any]] = []
     with Place(threads=threads).entered() as place, torch.no_grad():
-        for count in REFERENCES:
-            made = references(count, place, rounds)
-            rows += made["rows"]
-            goals += made["goals"]
-        for tokens in TOKENS:
-            made = folding(tokens, place, rounds)
-            rows += made["rows"]
-            goals += made["goals"]
+        for cache in caches:
+            timed_at, sizes = CACHES[cache]
+            for size in sizes:
+                made = timed_at(size, place, rounds)
+                rows += made["rows"]
+                goals += made["goals"]
     return {"rows": rows, "goals": goals}
 
 
@@ -173,3 +173,10 @@ def _with(layer: nn.Module, config: Any, run: Callable[[], Any]) -> Any:
         return run()
     finally:
         layer.config = before
+
+
+CACHES: dict[str, tuple[Callable[[int, Place, int], dict[str, Any]], tuple[int, ...]]] = {
+    "references": (references, REFERENCES),
+    "folding": (folding, TOKENS),
+}
+"""What is timed, at which sizes."""
