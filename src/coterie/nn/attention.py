@@ -95,8 +95,8 @@ class SelfAttention(nn.Module):
             q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         mask = None if token_mask_BN is None else self._key_mask(token_mask_BN)
         if memory is not None:
-            kept = memory.keys_values.unflatten(3, (self.kv_heads, -1)).transpose(2, 3)
-            k, v = torch.cat([kept[:, 0], k], dim=2), torch.cat([kept[:, 1], v], dim=2)
+            kept = memory.keys_values.unflatten(3, (self.kv_heads, -1)).unbind(1)
+            k, v = (_after(*pair) for pair in zip(kept, (k, v)))
             mask = self._with_memory(mask, memory, N)
         causal = self.causal and mask is None
         grouped = self.kv_heads < self.heads
@@ -124,3 +124,8 @@ class SelfAttention(nn.Module):
         eye = torch.eye(N, dtype=torch.bool, device=token_mask_BN.device)
         allowed = token_mask_BN[:, None, None, :] | eye
         return allowed & torch.ones_like(eye).tril() if self.causal else allowed
+
+
+def _after(kept_BMGd: Tensor, own_BGNd: Tensor) -> Tensor:
+    """[B, G, M + N, d], stored token by token as both are, so that what was kept is one copy."""
+    return torch.cat([kept_BMGd, own_BGNd.transpose(1, 2)], dim=1).transpose(1, 2)
