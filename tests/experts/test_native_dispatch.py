@@ -91,6 +91,7 @@ def check_close(ours: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 
 FEWER_THAN_THREADS = ((1, 1, 1, 64, 2048), (11, 1, 1, 64, 2048), (5, 2, 2, 64, 2048))
 """Experts so large and so few that threads share the weights of each."""
+SHARED = (SHAPES[3], SHAPES[5], (600, 16, 2, 24, 40), (90, 1, 1, 24, 40), *FEWER_THAN_THREADS)
 
 
 @needs_operator
@@ -106,7 +107,7 @@ def test_operator_equals_the_loop(kind: str, shape: tuple[int, ...], load: str) 
 @needs_operator
 @pytest.mark.parametrize("load", ["even", "skewed"])
 @pytest.mark.parametrize("kind", ["gelu_mlp", "swiglu"])
-@pytest.mark.parametrize("shape", [SHAPES[3], SHAPES[5], (600, 16, 2, 24, 40), *FEWER_THAN_THREADS])
+@pytest.mark.parametrize("shape", SHARED)
 def test_results_do_not_depend_on_the_number_of_threads(
     kind: str, shape: tuple[int, ...], load: str
 ) -> None:
@@ -136,6 +137,27 @@ def test_relu_experts_equal_torch() -> None:
         made = op.run_backward(dy, saved, x, gates, ids, w1, None, w2, None, 3, False, True, False)
     torch.testing.assert_close(made[0], dx, atol=1e-5, rtol=1e-5)
     assert made[2].numel() == 0  # weights were not asked for
+
+
+@needs_operator
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize(
+    ("rows", "slots", "nobody"), [(0, 2, 0), (5, 0, 0), (5, 2, 7), (5, 1, -1), (5, 1, 3)]
+)
+def test_where_nobody_is_chosen_all_is_zero(
+    rows: int, slots: int, nobody: int, threads: int
+) -> None:
+    """No rows, no choices, ids past the experts: memory is filled, whatever was there."""
+    torch.set_num_threads(threads)
+    rng = torch.Generator().manual_seed(0)
+    x, dy = torch.randn(2, rows, 16, generator=rng)
+    w1, w2 = torch.randn(3, 16, 16, generator=rng), torch.randn(3, 16, 8, generator=rng)
+    ids, gates = torch.full((rows, slots), nobody), torch.ones(rows, slots)
+    weights = (w1, torch.ones(3, 16), w2, torch.ones(3, 16))
+    y, saved = op.run_forward(x, gates, ids, *weights, 0, True, True)
+    found = op.run_backward(dy, saved, x, gates, ids, *weights, 0, True, True, True)
+    assert [v.shape for v in found] == [v.shape for v in (x, gates, *weights)]
+    assert not any(bool(value.any()) for value in (y, *found))
 
 
 @needs_operator

@@ -346,7 +346,7 @@ static void run(Back *b) {
 /* 0, or 1 where memory ran out. */
 int coterie_experts_backward(const Call *c) {
     Back b = {.work = {.call = c, .parts = c->slots == 1 ? c->dx : c->parts}};
-    memset(c->dgates, 0, c->rows * c->slots * sizeof(float));
+    if (c->rows * c->slots) memset(c->dgates, 0, c->rows * c->slots * sizeof(float));
     const int failed = sort_rows(&b.work) || make_parts(&b);
     if (!failed) run(&b);
     free(b.memory);
