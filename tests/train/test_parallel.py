@@ -12,13 +12,14 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from small_runs import short
 from together import in_processes
 
-from coterie.core.errors import ConfigError, TrainingError
+from coterie.core.errors import CheckpointError, ConfigError, CoterieError, TrainingError
 from coterie.train import Interrupted, Trainer, checkpoint, read_metrics
 from coterie.train.parallel import (
     Hung,
@@ -106,6 +107,21 @@ def assert_same_weights(run: Path, reference: Path, tolerance: float) -> None:
                 torch.testing.assert_close(own, value, rtol=0, atol=tolerance, msg=name)
 
 
+FEW = {"train__steps": 4, "train__checkpoint_every": 1}
+
+
+def full_at(step: int) -> Callable[..., Path]:
+    """Saves checkpoints on a disk that is full from ``step`` on."""
+    real = checkpoint.save
+
+    def save(*given: Any, **named: Any) -> Path:
+        if named["step"] >= step:
+            raise CheckpointError("no space left")
+        return real(*given, **named)
+
+    return save
+
+
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = tmp_path_factory.mktemp("alone")
@@ -129,6 +145,11 @@ def test_two_processes_train_what_one_does(tmp_path, alone, monkeypatch):
         train(tmp_path / "both", Spread(laid_out(shard=2)), stop=35)
         for system, axis in SHARED.items():
             train(tmp_path / f"two-{system}", Spread(laid_out(**{axis: 2})), system=system)
+        said = r"^(the first process stopped: )?no space left"
+        full = mock.patch.object(checkpoint, "save", full_at(3))
+        with full, pytest.raises(CoterieError, match=said):
+            train(tmp_path / "full", Spread(laid_out(expert=2)), **FEW)
+        train(tmp_path / "full", Spread(laid_out(shard=2)), **FEW)
         for changes, said in (
             ({"train__batch": 6}, r"train\.batch: 3 .*a multiple of 2"),
             ({"train__compile": True}, r"train\.compile: True .*false in several processes"),
@@ -137,6 +158,8 @@ def test_two_processes_train_what_one_does(tmp_path, alone, monkeypatch):
                 train(tmp_path / "refused", Spread(laid_out(data=2)), **changes)
 
     in_processes(tmp_path / "two", 2, work)
+    train(tmp_path / "few", **FEW)
+    assert_close_runs(tmp_path / "full", tmp_path / "few", steps=4)
     for axis in ("data", "shard", "expert"):
         assert_close_runs(tmp_path / axis, alone)
         assert_same_weights(tmp_path / axis, alone, 2e-4)
