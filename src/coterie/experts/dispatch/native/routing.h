@@ -123,10 +123,13 @@ static int make_blocks(Work *w, i64 limit) {
     return 0;
 }
 
-/* Rows per block: what the cache holds, and enough blocks for every thread. */
+/* Rows per block: what the cache holds, and enough blocks for every thread. One expert's rows are
+ * dealt out evenly: three blocks would keep two threads busy for two thirds of the time. */
 static i64 block_limit(const Work *w, i64 most) {
     const i64 threads = w->call->threads, total = w->ends[w->call->experts];
     if (threads <= 1) return most;
+    const i64 even = ((total + threads - 1) / threads + PW - 1) / PW * PW;
+    if (w->call->experts == 1 && even <= most) return even;
     const i64 wanted = total / (16 * threads) / PW * PW;
     return MAX(4 * PW, MIN(most, wanted));
 }
