@@ -27,7 +27,7 @@ SUMMARY = "Fine-grained experts with always-on shared experts, in text and in im
 
 # Of the learning rate, as published.
 DECAY: dict[str, Any] = {"kind": "steps", "at": (0.8, 0.9), "factor": 0.316}
-IMAGE_STD = 0.1  # Xavier's for an uncut expert of 64 x 128
+IMAGE_STD = 0.1  # about Xavier's for an uncut expert: 0.08 and 0.10
 PAPER_STD = 0.006
 
 
