@@ -140,15 +140,13 @@ def test_relu_experts_equal_torch() -> None:
 
 
 @needs_operator
-@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("count", [1, 3])
 @pytest.mark.parametrize(
     ("rows", "slots", "nobody"), [(0, 2, 0), (5, 0, 0), (5, 2, 7), (5, 1, -1), (5, 1, 3)]
 )
-def test_where_nobody_is_chosen_all_is_zero(
-    rows: int, slots: int, nobody: int, threads: int
-) -> None:
+def test_where_nobody_is_chosen_all_is_zero(rows: int, slots: int, nobody: int, count: int) -> None:
     """No rows, no choices, ids past the experts: memory is filled, whatever was there."""
-    torch.set_num_threads(threads)
+    torch.set_num_threads(count)
     rng = torch.Generator().manual_seed(0)
     x, dy = torch.randn(2, rows, 16, generator=rng)
     w1, w2 = torch.randn(3, 16, 16, generator=rng), torch.randn(3, 16, 8, generator=rng)
