@@ -45,7 +45,7 @@ Step = Callable[[], Any]
 
 
 def run_benchmark(
-    config: RunConfig, processes: int = 2, rounds: int = 5, threads: int = 1
+    config: RunConfig, processes: int = 2, rounds: int = 20, threads: int = 1
 ) -> dict[str, Any]:
     """``goals``, and ``rows`` {layout, processes, step_ms, steps_per_second, vs_one, vs_peer,
     cpu_ms, wire_bytes}.

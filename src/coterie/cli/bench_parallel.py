@@ -22,7 +22,7 @@ SHOWN = (
 
 @click.command("parallel")
 @click.argument("recipe", default="dit-moe")
-@timing_options(rounds=5)
+@timing_options(rounds=20)
 @click.option("--processes", type=click.IntRange(2), default=2, show_default=True)
 def command(
     recipe: str, threads: int, rounds: int, out: Path | None, as_json: bool, processes: int
