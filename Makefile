@@ -2,6 +2,7 @@
 
 PYTHON ?= python3
 RECIPES ?=
+FUZZ_SECONDS ?= 600
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
@@ -17,11 +18,12 @@ ifneq ($(shell $(USABLE) && echo yes),yes)
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format verify bench clean
+.PHONY: help setup demo test fuzz lint format verify bench clean
 
 help:
 	@echo "make demo     train a small mixture of experts, sample from it, report who does what"
 	@echo "make test     lint, then the test suite"
+	@echo "make fuzz     damaged files and odd values for FUZZ_SECONDS=600 per suite; counts in results/fuzz"
 	@echo "make lint     ruff and mypy"
 	@echo "make format   rewrite the sources in the house format"
 	@echo "make verify   run the claims of the recipes (RECIPES=\"dit-moe\" for some of them)"
@@ -44,6 +46,11 @@ demo: $(STAMP)
 
 test: lint
 	@$(BIN)/python -m pytest --durations=15 -n auto --maxprocesses 4 --dist loadfile
+
+# Every test file that counts by tests/fuzz_budget.py, one after the other.
+fuzz: $(STAMP)
+	@COTERIE_FUZZ_SECONDS=$(FUZZ_SECONDS) $(BIN)/python -m pytest -s \
+		$$(grep -rlE --include='test_*.py' '^(from|import) fuzz_budget' tests | grep -v test_fuzz_budget)
 
 lint: $(STAMP)
 	@$(BIN)/ruff check .
