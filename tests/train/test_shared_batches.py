@@ -16,8 +16,8 @@ from coterie.core.rng import generator
 from coterie.core.share import largest, normal, over_batch, own, summed, uniform, whole
 from coterie.experts.balance import SelectionBiasUpdate
 from coterie.recipes import get_recipe
+from coterie.train.apart import check_apart
 from coterie.train.parallel import ParallelConfig
-from coterie.train.parallel.spread import check_apart
 from coterie.train.run import build_model, build_source
 from small_models import small, with_slots, woken
 
@@ -148,8 +148,8 @@ def test_alone_nothing_changes():
 def test_a_norm_over_the_batch_is_refused_by_name():
     model = build_model(get_recipe("home").config())
     with pytest.raises(ConfigError, match=r"parallel: backbone\..* normalises over its batch"):
-        check_apart(model)
-    check_apart(build_model(small("dit-moe")))
+        check_apart(model, "parallel", "no process")
+    check_apart(build_model(small("dit-moe")), "parallel", "no process")
 
 
 def test_what_experts_remember_of_a_batch_is_refused_by_name(monkeypatch):
@@ -160,7 +160,7 @@ def test_what_experts_remember_of_a_batch_is_refused_by_name(monkeypatch):
     slot = config.model.backbone.trunk.slots[0]
     monkeypatch.setattr(type(slot.expert.kind), "statistics", statistics)
     with pytest.raises(ConfigError, match=r"^parallel: backbone\..*\.seen is moved by the rows"):
-        check_apart(build_model(config))
+        check_apart(build_model(config), "parallel", "no process")
 
 
 @pytest.mark.parametrize("text", ["data", "data=0", "rows=2", "data=2,data=2", "data=-1", ""])

@@ -1,10 +1,14 @@
-"""A batch that several processes share, each holding an equal run of its samples.
+"""A batch in equal parts: several processes hold one each, or one process has them in turn.
 
 Inside :func:`sharing`, what is drawn for a batch is drawn for the whole of it and cut, and what is
-summed over a batch is summed over all processes: so every process computes with its own samples
-what one process would compute with all of them. Outside, every function here is the identity.
+summed over a batch is summed over all parts: so every part computes with its own samples what would
+be computed with all of them. Outside, every function here is the identity. Whatever draws or counts
+rows of a batch in training does it through these functions: the generator is the same in all parts.
 
-The loss of the whole batch is the mean of the processes' losses, and so are its gradients.
+The loss of the whole batch is the mean of the parts' losses, and so are its gradients.
+
+Processes add up as they go. Parts in turn (:class:`Turns`, micro-batches) are first run through
+without gradients, for their sums alone.
 """
 
 from __future__ import annotations
@@ -24,11 +28,13 @@ Reduction = Literal["sum", "max"]
 @dataclass(frozen=True)
 class Share:
     """The ``rank``-th of ``count`` equal parts; ``reduce`` adds up (or takes the largest of) a
-    tensor over all parts, in place, without gradient."""
+    tensor over all parts, in place, without gradient. ``returns`` is told before the sum of what
+    goes back into the model is asked for."""
 
     rank: int
     count: int
     reduce: Callable[[Tensor, Reduction], Tensor]
+    returns: Callable[[], None] = lambda: None
 
 
 _share: ContextVar[Share | None] = ContextVar("coterie_share", default=None)
@@ -68,23 +74,26 @@ def normal(shape: Sequence[int], rng: Generator) -> Tensor:
     return own(torch.randn(full, generator=rng, device=rng.device))
 
 
-def summed(*values: Tensor) -> tuple[Tensor, ...]:
-    """Each tensor added up over all processes, in one message, with gradient.
+def summed(*values: Tensor, returns: bool = False) -> tuple[Tensor, ...]:
+    """Each tensor added up over all parts, in one message, with gradient.
 
-    The gradient holds where what is made of the sums is the same in every process, as a statistic
-    of the whole batch is; the tensors are of one floating type.
+    The gradient holds where what is made of the sums is the same in every part, as a statistic of
+    the whole batch is; the tensors are of one floating type. ``returns``: what is made of them goes
+    back into the model, so that later sums depend on it.
     """
     share = _share.get()
     if share is None or not values:
         return values
+    if returns:
+        share.returns()
     flat: Tensor = _Summed.apply(torch.cat([value.flatten() for value in values]), share)
     parts = flat.split([value.numel() for value in values])
     return tuple(part.view(value.shape) for part, value in zip(parts, values))
 
 
 def over_batch(sums: Tensor, counts: Tensor) -> Tensor:
-    """``sums / counts`` where both are of the whole batch, as a part of which the processes' mean
-    is that: own sums over the mean of all counts, at least 1 in all."""
+    """``sums / counts`` where both are of the whole batch, as a part of which the parts' mean is
+    that: own sums over the mean of all counts, at least 1 in all."""
     (total,) = summed(counts.to(sums.dtype))
     return over_total(sums, total)
 
@@ -96,10 +105,11 @@ def over_total(sums: Tensor, total: Tensor) -> Tensor:
 
 
 def largest(value: int, device: torch.device | str = "cpu") -> int:
-    """The largest of the processes' numbers."""
+    """The largest of the parts' numbers."""
     share = _share.get()
     if share is None:
         return value
+    share.returns()
     return int(share.reduce(torch.tensor([value], device=device), "max"))
 
 
@@ -111,5 +121,75 @@ class _Summed(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        # Every process has this very gradient, and their mean is taken at the end.
+        # Every part has this very gradient, and their mean is taken at the end.
         return grad * ctx.count, None
+
+
+class Turns:
+    """The ``count`` parts of one step's batch that this process has one after the other.
+
+    :meth:`count_first` runs through them without gradients and keeps what each of them sums; then
+    :meth:`part` makes a part whose sums are those of all. Inside :func:`sharing` of processes every
+    part is cut once more, and sums are over all processes too.
+    """
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+        self.asked = False
+        """Whether a part has asked for a sum that was not counted before."""
+        self._known: list[list[Tensor]] = [[] for _ in range(count)]
+        self._said: list[Tensor] = []
+        self._returning = 0
+
+    def count_first(self, run: Callable[[int], object]) -> bool:
+        """``run(n)`` for every part n until its sums are known; whether there are any."""
+        passes = 0
+        while True:
+            self._returning = 0
+            said = []
+            for turn in range(self.count):
+                with torch.no_grad(), self.part(turn):
+                    run(turn)
+                said.append(self._said)
+            before, self._known = self._known, said
+            passes += 1
+            # What goes back into the model may change the sums after it: each pass settles one.
+            if passes > self._returning // self.count or _same(before, said):
+                self.asked = False
+                return bool(said[0])
+
+    @contextmanager
+    def part(self, turn: int) -> Iterator[None]:
+        """Inside the block this process holds the ``turn``-th part."""
+        outer = _share.get() or Share(0, 1, lambda values, how: values)
+        self._said = []
+
+        def reduce(values: Tensor, how: Reduction) -> Tensor:
+            own = outer.reduce(values, how)
+            number = len(self._said)
+            self._said.append(own.clone())
+            others = [
+                said[number]
+                for other, said in enumerate(self._known)
+                if other != turn and number < len(said)
+            ]
+            if len(others) < self.count - 1:
+                self.asked = True
+                return own
+            # In the order of the parts, so that every part has the same sum to the bit.
+            stacked = torch.stack([*others[:turn], own, *others[turn:]])
+            return stacked.sum(0) if how == "sum" else stacked.amax(0)
+
+        def returns() -> None:
+            self._returning += 1
+
+        rank, count = turn * outer.count + outer.rank, self.count * outer.count
+        with sharing(Share(rank, count, reduce, returns)):
+            yield
+
+
+def _same(before: list[list[Tensor]], after: list[list[Tensor]]) -> bool:
+    return all(
+        len(old) == len(new) and all(torch.equal(one, two) for one, two in zip(old, new))
+        for old, new in zip(before, after)
+    )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -12,14 +13,18 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_
 
 from coterie.core.batch import Batch, Losses
-from coterie.core.errors import ConfigError, describe
+from coterie.core.errors import ConfigError, TrainingError, describe
 from coterie.core.rng import derive, generator
 from coterie.core.routing import Routing
+from coterie.core.share import Turns
 from coterie.data import order
+from coterie.train.apart import check_apart
 from coterie.train.config import TrainConfig
 from coterie.train.nonfinite import check_batch, first_nonfinite, last_bad_gradient
 from coterie.train.placement import ALONE, Placement
 from coterie.train.precision import autocast
+
+Buffers = list[tuple[nn.Module, dict[str, Tensor]]]
 
 
 @dataclass(eq=False)
@@ -37,9 +42,10 @@ class StepResult:
 class GradientStep:
     """Draws the samples of a step, runs the objective and leaves (clipped) gradients.
 
-    Everything random in step s is a function of (seed, s, micro-batch): the objective's generator
-    (on the CPU, so that every device sees the same noise) and torch's global one (third-party
-    dropout).
+    Everything random in step s is a function of (seed, s): the objective's generator (on the CPU,
+    so that every device sees the same noise), from which every micro-batch takes its own rows, and
+    torch's global one (third-party dropout), which is each micro-batch's own. Sums over the batch
+    are over all micro-batches, counted before any of them goes backward (:class:`Turns`).
     """
 
     def __init__(
@@ -65,6 +71,9 @@ class GradientStep:
         self.dtype = dtype
         self.placement = placement
         placement.own(np.arange(config.batch // config.accumulate))  # refused here if not equal
+        if config.accumulate > 1:
+            check_apart(model, "train.accumulate", "no micro-batch")
+        self.sums = True  # whether anything is summed over the batch; until shown, it may be
         if config.compile and placement.count > 1:
             hint = "what processes say to each other is not compiled"
             raise ConfigError(describe("train.compile", True, "false in several processes", hint))
@@ -74,13 +83,13 @@ class GradientStep:
         accumulate = self.config.accumulate
         indices = order(self.seed, samples_seen, self.config.batch, len(self.source))
         buffers = self._buffers()
+        parts = _Parts(self, indices, step, buffers)
         total = torch.zeros((), device=self.device)
         losses: list[Losses] = []
         routings: list[Routing] = []
         tokens = 0
-        for micro, part in enumerate(np.split(indices, accumulate)):
-            batch = self._batch(self.placement.own(part))
-            result = self._forward(self.forward_model, batch, step, micro)
+        for micro in range(accumulate):
+            batch, result = parts.forward(micro)
             value = result.total / accumulate
             total = total + value.detach()
             tokens += _tokens(batch, result)
@@ -98,19 +107,19 @@ class GradientStep:
         tokens *= self.placement.count
         outcome = StepResult(loss, grad_norm, losses, tuple(routings), tokens)
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-            _put_back(buffers)
-            outcome.problem = self._diagnose(outcome, step, indices)
-            _put_back(buffers)
+            put_back(buffers)
+            outcome.problem = self._diagnose(outcome, parts, indices)
+            put_back(buffers)
         elif self.config.clip is not None:
             clip_grads_with_norm_(self.parameters.values(), self.config.clip, norm)
         return outcome
 
-    def _buffers(self) -> list[tuple[nn.Module, dict[str, Tensor]]]:
+    def _buffers(self) -> Buffers:
         """Copies, by name, of all that a forward pass may change besides gradients."""
         owners = [m for m in (self.model, self.objective) if isinstance(m, nn.Module)]
         return [(owner, {n: b.clone() for n, b in owner.named_buffers()}) for owner in owners]
 
-    def _batch(self, indices: np.ndarray) -> Batch:
+    def batch(self, indices: np.ndarray) -> Batch:
         batch = self.source.get(indices)
         check_batch(batch, getattr(self.source, "name", type(self.source).__name__))
         return Batch(
@@ -120,28 +129,27 @@ class GradientStep:
             targets=None if batch.targets is None else batch.targets.to(self.device),
         )
 
-    def _forward(self, model: Any, batch: Batch, step: int, micro: int) -> Losses:
+    def forward(self, model: Any, batch: Batch, step: int, micro: int) -> Losses:
+        """What the objective answers; ``model`` None: of the model as it is trained."""
         # Not torch.manual_seed: it formats a stack trace and visits every backend on each call.
         shared = derive(self.seed, "global", step, micro, *self.placement.stream)
         torch.default_generator.manual_seed(shared)
         if self.device.type == "cuda":
             torch.cuda.manual_seed(shared)
-        rng = generator(self.seed, "train", step, micro)
+        rng = generator(self.seed, "train", step, 0)
         with autocast(self.device, self.dtype):
-            return self.objective(model, batch, rng, step / self.config.steps)
+            return self.objective(model or self.forward_model, batch, rng, step / self.config.steps)
 
-    def _diagnose(self, outcome: StepResult, step: int, indices: np.ndarray) -> dict[str, Any]:
+    def _diagnose(
+        self, outcome: StepResult, parts: _Parts, indices: np.ndarray
+    ) -> dict[str, Any]:
         """What to log about a non-finite step: reason, first culprit, sample indices."""
         finite_loss = math.isfinite(outcome.loss)
         gradient = last_bad_gradient(self.parameters)
+        alone = self.placement.count == 1
         module = None
-        for micro, part in enumerate(np.split(indices, self.config.accumulate)):
-            batch = self._batch(self.placement.own(part))
-
-            def again(batch: Batch = batch, micro: int = micro) -> None:
-                self._forward(self.model, batch, step, micro)
-
-            alone = self.placement.count == 1
+        for micro in range(self.config.accumulate):
+            again = partial(parts.forward, micro, self.model)
             module = module or first_nonfinite(self.model, again, stop=alone)
         module, gradient = self.placement.any_of([module, gradient])
         return {
@@ -152,7 +160,46 @@ class GradientStep:
         }
 
 
-def _put_back(buffers: list[tuple[nn.Module, dict[str, Tensor]]]) -> None:
+class _Parts:
+    """The micro-batches of one step, each with the sums of all."""
+
+    def __init__(
+        self, owner: GradientStep, indices: np.ndarray, step: int, buffers: Buffers
+    ) -> None:
+        self._owner, self._step, self._buffers = owner, step, buffers
+        own = owner.placement.own
+        count = owner.config.accumulate
+        self._batches = [owner.batch(own(part)) for part in np.split(indices, count)]
+        self._turns = Turns(count)
+        if count > 1 and owner.sums:
+            self._count()
+
+    def forward(self, micro: int, model: Any = None) -> tuple[Batch, Losses]:
+        """A micro-batch and what the objective answers to it; ``model``: not the compiled one."""
+        batch = self._batches[micro]
+        if len(self._batches) == 1:
+            return batch, self._owner.forward(model, batch, self._step, 0)
+        found = self._of_all(micro, model)
+        if self._turns.asked and micro == 0:
+            self._count()
+            found = self._of_all(micro, model)
+        if self._turns.asked:
+            raise TrainingError("train.accumulate: not all micro-batches are summed alike")
+        return batch, found
+
+    def _of_all(self, micro: int, model: Any) -> Losses:
+        with self._turns.part(micro):
+            return self._run(micro, model)
+
+    def _count(self) -> None:
+        self._owner.sums = self._turns.count_first(self._run)
+
+    def _run(self, micro: int, model: Any = None) -> Losses:
+        put_back(self._buffers)  # every part finds, and leaves, what the whole batch would
+        return self._owner.forward(model, self._batches[micro], self._step, micro)
+
+
+def put_back(buffers: Buffers) -> None:
     for owner, before in buffers:
         # By name: a forward pass may have put another tensor in a buffer's place.
         for name, buffer in owner.named_buffers():

@@ -114,7 +114,7 @@ class _Uncertain(ScoreModule):
     @torch.no_grad()
     def _remember(self, spread_RE: Tensor) -> None:
         count = spread_RE.new_tensor(len(spread_RE))
-        total_E, count = summed(spread_RE.sum(0), count)
+        total_E, count = summed(spread_RE.sum(0), count, returns=True)
         if not count:
             return
         # A new tensor: an earlier pass of the same step may still need the old one's value.

@@ -17,6 +17,7 @@ from coterie.core.batch import Batch, Losses
 from coterie.core.errors import ConfigError, describe
 from coterie.core.prediction import Condition
 from coterie.core.registry import Part
+from coterie.core.share import normal, own, whole
 from coterie.guides import Guide, Reader
 from coterie.guides.tasks import distilled, supervised
 from coterie.process import TIMES, Times
@@ -75,8 +76,8 @@ class Recognition(nn.Module):
             answer = model(batch.x).value
             return self._losses(batch, answer, None)
         index = self._begin(model, progress)
-        t = self.times[index].sample(len(batch.x), rng).to(batch.x.device)
-        eps = torch.randn(batch.x.shape, generator=rng).to(batch.x)
+        t = own(self.times[index].sample(whole(len(batch.x)), rng)).to(batch.x.device)
+        eps = normal(batch.x.shape, rng).to(batch.x)
         return self.at(model, batch, t, eps)
 
     def at(self, model: Guide, batch: Batch, t: Tensor, eps: Tensor) -> Losses:

@@ -25,6 +25,7 @@ from coterie.experts.dispatch import DispatchPlan, dispatch, plan_choices
 from coterie.experts.dispatch.backends import OneExpert
 from coterie.experts.dispatch.plan import scale_rows
 from coterie.experts.kinds import ExpertPool
+from coterie.train.apart import routed_pools
 from coterie.train.parallel.config import parts_of
 from coterie.train.parallel.processes import Processes
 
@@ -261,18 +262,6 @@ def split_experts(model: nn.Module, processes: Processes) -> dict[str, int]:
             pool._buffers[name] = table[here].clone()
         pool.exchange = ExpertExchange(pool, processes)
     return cut
-
-
-def routed_pools(model: nn.Module) -> dict[str, ExpertPool]:
-    """Pools that routers choose from, by path; shared experts are every process's own."""
-    from coterie.experts.shared import SharedExperts
-
-    always = {id(m.pool) for m in model.modules() if isinstance(m, SharedExperts)}
-    return {
-        path: module
-        for path, module in model.named_modules()
-        if isinstance(module, ExpertPool) and id(module) not in always
-    }
 
 
 def check_enough(path: str, num_experts: int, degree: int) -> None:

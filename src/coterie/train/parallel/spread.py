@@ -24,8 +24,9 @@ from coterie.core.errors import ConfigError, describe
 from coterie.core.share import sharing
 from coterie.core.tensors import local
 from coterie.train import checkpoint
+from coterie.train.apart import check_apart
 from coterie.train.checkpoint import Checkpoint
-from coterie.train.parallel.exchange import routed_pools, split_experts
+from coterie.train.parallel.exchange import split_experts
 from coterie.train.parallel.gradients import GradientSum, total_norm
 from coterie.train.parallel.layout import Layout
 from coterie.train.parallel.processes import Processes
@@ -56,7 +57,7 @@ class Spread(Placement):
 
     def place(self, model: nn.Module) -> None:
         config = self.processes.config
-        check_apart(model)
+        check_apart(model, "parallel", "no process")
         experts = split_experts(model, self.processes) if config.expert > 1 else {}
         if config.shard > 1:
             shard_model(model, blocks_of(model), self.processes)
@@ -164,26 +165,3 @@ class Spread(Placement):
 
     def part(self, state: Groups) -> Groups:
         return self.layout.part(state)
-
-
-def check_apart(model: nn.Module) -> None:
-    """ConfigError where a sample's answer, or what experts remember, depends on samples that other
-    processes have."""
-    for path, module in model.named_modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            raise ConfigError(_not_apart(path))
-    for path, pool in routed_pools(model).items():
-        if pool.kind.batch_statistics:
-            raise ConfigError(_not_apart(path))
-        for name in pool.moving:
-            raise ConfigError(
-                f"parallel: {path}.{name} is moved by the rows of the batch, which no process has "
-                "whole; train it in one process"
-            )
-
-
-def _not_apart(path: str) -> str:
-    return (
-        f"parallel: {path} normalises over its batch, which no process has whole; "
-        "train it in one process"
-    )
