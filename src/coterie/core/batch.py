@@ -61,6 +61,10 @@ class Losses:
 
 
 class Objective(Protocol):
-    """All the training loop knows about what is being learnt."""
+    """All the training loop knows about what is being learnt.
+
+    What it draws or sums for the batch it draws and sums by :mod:`coterie.core.share`: ``rng`` is
+    the same for every part of a batch, in micro-batches as in several processes.
+    """
 
     def __call__(self, model: Any, batch: Batch, rng: Generator, progress: float) -> Losses: ...

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from coterie.core.errors import ConfigError
+from coterie.core.tensors import is_borrowed
 from coterie.experts import ExpertPool
 
 
@@ -12,7 +13,8 @@ def check_apart(model: nn.Module, field: str, who: str) -> None:
     """ConfigError for ``field`` where a sample's answer, or what experts remember, depends on
     samples that other parts of the batch have; ``who`` has not all of them."""
     for path, module in model.named_modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+        # What is borrowed stays in eval mode.
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and not is_borrowed(module):
             raise ConfigError(_not_apart(path, field, who))
     for path, pool in routed_pools(model).items():
         if pool.kind.batch_statistics:

@@ -140,9 +140,7 @@ class GradientStep:
         with autocast(self.device, self.dtype):
             return self.objective(model or self.forward_model, batch, rng, step / self.config.steps)
 
-    def _diagnose(
-        self, outcome: StepResult, parts: _Parts, indices: np.ndarray
-    ) -> dict[str, Any]:
+    def _diagnose(self, outcome: StepResult, parts: _Parts, indices: np.ndarray) -> dict[str, Any]:
         """What to log about a non-finite step: reason, first culprit, sample indices."""
         finite_loss = math.isfinite(outcome.loss)
         gradient = last_bad_gradient(self.parameters)
