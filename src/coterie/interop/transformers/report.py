@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from coterie.core.cost import Parameters
 from coterie.core.errors import ConfigError, DataError, describe
 from coterie.core.machine import commit, hardware, hardware_line
 from coterie.core.routing import Routing
@@ -90,8 +91,8 @@ class Reading:
         return model
 
     def sizes(self) -> dict[str, Any]:
-        """What would be read, without loading a weight."""
-        parameters = self.folder.parameters()
+        """What is read; no weight is loaded for it."""
+        parameters = self.parameters()
         first = self.folder.sites[0]
         return {
             "model": self.folder.kind,
@@ -107,16 +108,20 @@ class Reading:
             "windows": len(self.windows),
         }
 
+    def parameters(self) -> Parameters:
+        """Of the model, as it is loaded where it is."""
+        return self.folder.parameters(self.__dict__.get("model"))
+
     def measure(self) -> dict[str, Any]:
         """:meth:`sizes` and the minutes that reading takes here, by reading one batch.
 
         ``projected_minutes`` is None, with the reason as ``note``, where the weights do not fit
         the memory of this machine.
         """
-        sizes = self.sizes()
         if note := self.too_large():
-            return {**sizes, "projected_minutes": None, "note": note}
+            return {**self.sizes(), "projected_minutes": None, "note": note}
         _ = self.model  # loading and the first pass are not part of what is projected
+        sizes = self.sizes()
         start = time.perf_counter()
         with watched_answers(find_moe_layers(self.model)):
             next(self.answers(Trace(noise_bins=LEVELS)))
@@ -163,7 +168,7 @@ class Reading:
             loss_unit="bits per token",
             metrics=totals.metrics(),
             answers=answers.answers(),
-            parameters=self.folder.parameters(),
+            parameters=self.parameters(),
             config={"reading": self.sizes(), "model": self.folder.config.to_dict()},
             hardware=hardware_line(),
             commit=commit(),

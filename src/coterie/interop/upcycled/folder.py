@@ -32,6 +32,14 @@ from coterie.core.folder import (
 from coterie.core.rng import generator
 from coterie.core.tensors import assign, module_tensors, read_tensors, write_tensors
 from coterie.experts import ExpertLayerConfig
+from coterie.interop.transformers.pretrained import (
+    CAUSAL,
+    build,
+    load_weights,
+    read_config,
+    read_tokenizer,
+    tensor_shapes,
+)
 from coterie.interop.upcycled.model import (
     chosen_networks,
     place_network,
@@ -52,6 +60,7 @@ COMPANIONS = (
 """Files that go with a model and hold no code."""
 LENGTH = 128  # tokens per sequence of the text that calibrates and compares
 CALIBRATION_LIMIT = 64  # sequences; their tokens are what counts
+NO_MODEL = "not a causal language model"
 COMPARED = 4  # sequences on which the function is compared
 
 
@@ -130,6 +139,7 @@ def plan_directory(path: str | Path, config: UpcycleConfig) -> dict[str, Any]:
     _refuse_upcycled(Path(path))
     with torch.device("meta"):
         model = _empty(Path(path))
+    tensor_shapes(Path(path))
     dense = count_parameters(model)
     chosen = chosen_networks(model, config)
     upcycle_transformers(model, config)
@@ -155,6 +165,7 @@ def upcycle_directory(
     """
     if Path(out).exists():
         raise CheckpointError(describe("out", str(out), "a path that does not exist"))
+    _refuse_upcycled(Path(source))
     model = _load(Path(source))
     ids = _sequences(Path(source), model, CALIBRATION_LIMIT + COMPARED)
     held, seen = ids[:COMPARED], ids[COMPARED:][: config.calibration]
@@ -186,25 +197,14 @@ def _stored(model: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
 
 def _empty(path: Path, dtype: torch.dtype = torch.float32) -> Any:
     """The dense model a folder describes, with weights of no use."""
-    theirs = _transformers()
-    try:
-        config = theirs.AutoConfig.from_pretrained(path, local_files_only=True)
-        return theirs.AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
-    except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{path}: not a causal language model ({error})") from None
+    return build(read_config(path, NO_MODEL), CAUSAL, dtype=dtype).eval()
 
 
 def _load(path: Path) -> Any:
     """The dense model in float32, whatever it is stored in: the comparison is of functions."""
-    _refuse_upcycled(path)
-    theirs = _transformers()
-    try:
-        model = theirs.AutoModelForCausalLM.from_pretrained(
-            path, local_files_only=True, use_safetensors=True, dtype=torch.float32
-        )
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: not a causal language model ({error})") from None
-    return model.eval()
+    with torch.device("meta"):
+        described = _empty(path)
+    return load_weights(type(described), path, torch.float32)
 
 
 def _refuse_upcycled(path: Path) -> None:
@@ -212,24 +212,15 @@ def _refuse_upcycled(path: Path) -> None:
         raise ConfigError(describe("source", str(path), "a dense model", "it is upcycled already"))
 
 
-def _transformers() -> Any:
-    try:
-        import transformers
-    except ImportError:
-        hint = "pip install 'coterie[interop]'"
-        raise ConfigError(describe("transformers", "not installed", "installed", hint)) from None
-    return transformers
-
-
 def _sequences(path: Path, model: Any, count: int) -> Tensor:
     """i64 [count, LENGTH] of real text, or of random tokens where there is no tokenizer."""
     vocabulary = int(model.get_input_embeddings().num_embeddings)
     longest = int(getattr(model.config, "max_position_embeddings", LENGTH))
     length = min(LENGTH, longest)
-    if any((path / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+    tokenizer = read_tokenizer(path)
+    if tokenizer is not None:
         from pydoc_data.topics import topics
 
-        tokenizer = _transformers().AutoTokenizer.from_pretrained(path, local_files_only=True)
         tokens = tokenizer("\n\n".join(topics.values()))["input_ids"]
         if len(tokens) >= count * length:
             # Spread over the whole text: neighbouring pieces are alike.
