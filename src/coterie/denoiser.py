@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import SerializeAsAny, model_validator
@@ -15,12 +15,13 @@ from torch import Generator, Tensor, nn
 from coterie.backbones import BACKBONES, DiTConfig
 from coterie.backbones.base import BackboneOutput
 from coterie.backbones.causal import CausalConfig
-from coterie.backbones.slots import hosts
+from coterie.backbones.slots import claimed, hosts
 from coterie.backbones.taps import Layers, Topology, as_layered
 from coterie.core.context import Context
 from coterie.core.errors import ConfigError, describe
 from coterie.core.prediction import Condition, Prediction, check_times
 from coterie.core.registry import Part, Registry
+from coterie.core.rng import PassSeed
 from coterie.core.routing import Aux, Routing
 from coterie.process import PRECONDITIONS, PROCESSES, Process, expand
 
@@ -47,12 +48,21 @@ class Model(nn.Module):
     def aux_losses(
         self, routings: Sequence[Routing], rng: Generator | None = None
     ) -> tuple[Aux, ...]:
-        return tuple(aux for host in hosts(self.backbone) for aux in host.aux_losses(routings, rng))
+        """Every balance loss of the routings of a pass; DataError for those of another model."""
+        owners = hosts(self.backbone)
+        made = zip(owners, claimed(owners, routings))
+        return tuple(aux for host, own in made for aux in host.aux_losses(own, rng))
 
     def after_step(self, routings: Sequence[Routing]) -> None:
         """Called by training after each optimiser step with the routings of all its batches."""
-        for host in hosts(self.backbone):
-            host.after_step(routings)
+        owners = hosts(self.backbone)
+        for host, own in zip(owners, claimed(owners, routings)):
+            host.after_step(own)
+
+
+def drawn_from(rng: Generator | None) -> dict[str, Any]:
+    """What the Context of one pass is told of ``rng``."""
+    return {"rng": rng, "seed": None if rng is None else PassSeed(rng)}
 
 
 def time_inputs(process: Process) -> Tensor:
@@ -167,7 +177,9 @@ class Denoiser(Model):
         check_times(t, len(x))
         if ctx is None:
             ctx = context_at(self.process, t, self.get_buffer("time_inputs"))
-        ctx = ctx.replace(sample_ids=sample_ids, training=self.training, rng=rng, progress=progress)
+        ctx = ctx.replace(
+            sample_ids=sample_ids, training=self.training, progress=progress, **drawn_from(rng)
+        )
         if self.precondition.plain:
             return ctx, x.to(self._dtype)
         c_in = expand(self.precondition.coefficients(t)[0], x).to(x)
@@ -244,8 +256,8 @@ class TokenDenoiser(Model):
             step_index=(t.float() * 999).round().long(),
             sample_ids=sample_ids,
             training=self.training,
-            rng=rng,
             progress=progress,
+            **drawn_from(rng),
         )
         out = self.backbone(ids_BN, ctx, cond)
         return Prediction(out.sample, "logits", out.routings)
@@ -294,8 +306,8 @@ class Predictor(Model):
             tokens=0,
             sample_ids=sample_ids,
             training=self.training,
-            rng=rng,
             progress=progress,
+            **drawn_from(rng),
         )
         out = self.backbone(x, ctx, cond or Condition(), tasks)
         return Prediction(out.sample, "logits", out.routings)

@@ -6,13 +6,20 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from expert_cases import BATCH, WIDTH, build, context, inputs
 
 from coterie.core.batch import Losses
 from coterie.core.context import Context
 from coterie.core.routing import Routing
 from coterie.experts import BALANCES, ExpertLayerConfig, RouterConfig, routers_of
-from coterie.experts.balance import EntropyLoss, SelectionBiasUpdate, SwitchBalance, ZLoss
+from coterie.experts.balance import (
+    ContrastiveBalance,
+    EntropyLoss,
+    SelectionBiasUpdate,
+    SwitchBalance,
+    ZLoss,
+)
 
 
 def routing_from(
@@ -333,3 +340,24 @@ def test_every_balance_kind_answers_the_same_questions() -> None:
         assert part.build() is part and part.losses([], None) == ()
     assert RouterConfig() == RouterConfig.from_json(RouterConfig().to_json())
     assert BATCH == 2
+
+
+@pytest.mark.parametrize(("num_experts", "noise"), [(2, 0.0), (4, 0.0), (8, 0.1), (4, 1.0)])
+def test_C9_contrastive_loss_near_0_is_right_in_float32(num_experts: int, noise: float) -> None:
+    """At 1e-5 a difference of numbers near 14 has no more than three digits left."""
+    rng = torch.Generator().manual_seed(0)
+    prototypes = torch.randn(num_experts, 64, generator=rng)
+    ids = torch.arange(16 * num_experts) % num_experts
+    inputs = prototypes[ids] + noise * torch.randn(len(ids), 64, generator=rng)
+    routing = routing_from(100.0 * F.one_hot(ids, num_experts).float(), 1)
+    ours = routing.replace(prototypes=prototypes.clone().requires_grad_(), inputs=inputs)
+    value = ContrastiveBalance().value(ours)
+    exact = prototypes.double().requires_grad_()
+    means = torch.stack([inputs.double()[ids == e].mean(0) for e in range(num_experts)])
+    similarity = F.normalize(exact, dim=1) @ F.normalize(means, dim=1).T / 0.07
+    loss = -similarity.log_softmax(1).diagonal().mean()
+    assert 1e-9 < loss < 1e-2, "the case is near 0"
+    torch.testing.assert_close(value.double(), loss, rtol=3e-6, atol=0)
+    (grad,) = torch.autograd.grad(value, ours.prototypes)
+    (wanted,) = torch.autograd.grad(loss, exact)
+    assert (grad - wanted).norm() < 5e-6 * wanted.norm()

@@ -177,6 +177,7 @@ def test_deviations_are_remembered_in_training_only() -> None:
     assert (made.score.deviation == 1).all()
     for seed in range(400):
         made(h, training(seed=seed))
+        made.after_step()
     known = made.score.deviation.clone()
     passes = [made.score.inner(F.dropout(h.flatten(0, 1), 0.1), context(6)) for _ in range(300)]
     spread = torch.stack([scored.logits for scored in passes]).std(0).mean(0)

@@ -241,9 +241,9 @@ def test_it_is_a_backbone_too() -> None:
 def test_copies_keep_their_own_hooks_and_experts() -> None:
     host = attach(made(plain_unet), [conv("*.conv1")])
     other = copy.deepcopy(host)
-    with host.recording() as routings:
+    with host.recording() as own, other.recording() as routings:
         call("plain_unet", other.network)
-    assert len(routings) == len(other.slots())
+    assert len(routings) == len(other.slots()) and not own
     with torch.no_grad():
         for slot in other.slots():
             slot.experts.pool.weight.add_(1.0)
@@ -306,3 +306,45 @@ def test_networks_of_any_make() -> None:
     assert [(r.name, r.batch) for r in routings] == [("conv", (3, 64))]
     with pytest.raises(ConfigError, match="none in this network"):
         attach(model, [conv("conv.*")])
+
+
+def test_C5_recordings_of_two_hosts_list_their_own_calls() -> None:
+    balance = {"kind": "switch", "weight": 1.0}
+    slots = [conv("mid_block.*.conv1")]
+    slots[0] = slots[0].replace(expert=slots[0].expert.replace(balance=(balance,)))
+    first, second = (attach(made(plain_unet), slots) for _ in range(2))
+    with first.recording() as ours, second.recording() as theirs:
+        call("plain_unet", first.network)
+        with first.recording() as nested:
+            call("plain_unet", first.network)
+            call("plain_unet", second.network)
+    assert (len(ours), len(nested), len(theirs)) == (4, 2, 2)
+    assert nested == ours[2:] and not {*map(id, ours)} & {*map(id, theirs)}
+    assert first.aux_losses(ours) and second.aux_losses(theirs)
+    assert [r.name for r in ours[:2]] == [r.name for r in theirs], "only the host tells them apart"
+    for use in (first.aux_losses, first.after_step):
+        with pytest.raises(DataError, match="routing of slot conv, layer 0: 'foreign'"):
+            use([*ours, *theirs])
+    with first.recording() as routings:
+        ctx = Context(batch=3, tokens=0, time_input=TIME.float(), noise=TIME / 1000)
+        answer = first(rand(3, 2, 8, 8), ctx, Condition(label=torch.tensor([1, 2, 0])))
+    assert routings == list(answer.routings), "as a backbone it is called too"
+
+
+def test_C5_a_network_inside_another_has_its_own_context() -> None:
+    inner = attach(Bare(), [conv("conv")])
+
+    class Outer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(2, 2, 3, padding=1)
+            self.others = [inner.network]  # not a child of it, as a ControlNet is none
+
+        def forward(self, x: Tensor, timestep: Any) -> Tensor:
+            return self.conv(self.others[0](x[:2]).repeat(2, 1, 1, 1)[:3])
+
+    outer = attach(Outer(), [conv("conv")])
+    with outer.recording() as around, inner.recording() as within:
+        outer.network(rand(3, 2, 8, 8), TIME)
+    assert [r.batch for r in around] == [(3, 64)] and [r.batch for r in within] == [(2, 64)]
+    assert current() is None

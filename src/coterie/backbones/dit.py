@@ -20,7 +20,7 @@ from coterie.backbones.base import (
 from coterie.backbones.conditioning import embed_condition, label_tokens
 from coterie.backbones.references import ReferenceConfig, ReferenceStem
 from coterie.backbones.taps import Layers, Point, Tap, Topology
-from coterie.backbones.trunk import Trunk, TrunkConfig, modulate
+from coterie.backbones.trunk import Trunk, TrunkConfig, modulate, router_states
 from coterie.core.context import Context
 from coterie.core.errors import ConfigError, DataError, describe
 from coterie.core.prediction import Condition
@@ -205,6 +205,7 @@ class DiT(PatchEncoder):
         states: dict[str, Tensor] = {}
         for layer, block in enumerate(self.trunk.blocks):
             z_BND, made = block(z_BND, ctx.replace(layer=layer), states)
+            states = states | router_states(made)
             routings.extend(made)
             z_BND = yield Tap(f"block.{layer}", z_BND, ctx, tokens)
         out = yield Tap("head", self.head(self._normalised(z_BND, ctx)), ctx, tokens)

@@ -43,7 +43,7 @@ class ExpertSlot(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         call = scope.current()
-        if call is None or call.ctx is None:
+        if call is None:
             hint = "call its network through the host; gradient checkpointing calls it again alone"
             raise DataError(f"expert slot {self.name}: no context; {hint}")
         if x.shape[0] != call.ctx.batch:
@@ -58,7 +58,7 @@ class ExpertSlot(nn.Module):
             state=call.states.get(self.slot),
         )
         answer = self.experts(x, ctx)
-        call.routings.extend(answer.routings)
+        scope.record(call, answer.routings)
         if answer.state is not None:
             call.states[self.slot] = answer.state
         y: Tensor = answer.y

@@ -158,6 +158,7 @@ class MultiTask(ExpertHost):
             balances = [part.build() for part in config.balance]
             self._systems.append(System(SLOT, (number,), balances))
             width, streams = level.width, len(plan.readers)
+            made[-1].experts.owner = self.owner
         self.levels = nn.ModuleList(made)
         self.towers = Towers(len(config.tasks), width, config.tower)
         self.reset_experts()

@@ -62,9 +62,10 @@ class MaskConfig(Config):
         Each sample keeps its own exact numbers, so that shorter ones are padded: what a sample
         answers does not depend on how full its neighbours' clouds are.
         """
-        rng = ctx.rng
-        over = not ctx.training or ctx.progress > self.until
-        if self.kind == "none" or over or rng is None:
+        if self.kind == "none" or ctx.progress > self.until:
+            return None
+        rng = ctx.drawing("visible")
+        if rng is None:
             return None
         scores = uniform(foreground_BL.shape, rng)
         aware = self.kind == "fgbg"

@@ -5,12 +5,13 @@
     call.routings
 
 A slot reads the scope around it. A scope is local to its thread and task, and what it holds ends
-with the block: nothing is left in the network, and nothing depends on a flag.
+with the block: nothing is left in the network, and nothing depends on a flag. So is a recording,
+which lists what the slots of one owner answer, in whatever scopes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -23,26 +24,36 @@ from coterie.core.routing import Routing
 
 @dataclass(eq=False)
 class Call:
-    """One call of a network with slots: what they are told (None: not known yet), what they
-    answered, the state of recurrent routers by slot, the scope around this one, who opened it."""
+    """One call of a network with slots: what they are told, what they answered, the state of
+    recurrent routers by slot, the scope around this one, the network it is of, who closes it."""
 
-    ctx: Context | None
+    ctx: Context
     routings: list[Routing] = field(default_factory=list)
     states: dict[str, Tensor] = field(default_factory=dict)
     outer: Call | None = None
-    owner: object = None
+    network: object = None
+    opener: object = None
+
+
+@dataclass(eq=False)
+class Recording:
+    """What the slots of ``owner`` answered since it was opened."""
+
+    owner: object
+    routings: list[Routing] = field(default_factory=list)
 
 
 _CALL: ContextVar[Call | None] = ContextVar("coterie_call", default=None)
+_RECORDINGS: ContextVar[tuple[Recording, ...]] = ContextVar("coterie_recordings", default=())
 
 
 def current() -> Call | None:
     return _CALL.get()
 
 
-def enter(ctx: Context | None, routings: list[Routing] | None = None, owner: object = None) -> Call:
-    """Open a scope; its routings go to a new list, or to a given one. Close it by :func:`leave`."""
-    call = Call(ctx, [] if routings is None else routings, outer=_CALL.get(), owner=owner)
+def enter(ctx: Context, network: object = None) -> Call:
+    """Open a scope. Close it by :func:`leave`."""
+    call = Call(ctx, outer=_CALL.get(), network=network)
     _CALL.set(call)
     return call
 
@@ -53,9 +64,9 @@ def leave(call: Call) -> None:
 
 
 @contextmanager
-def scope(ctx: Context | None) -> Iterator[Call]:
+def scope(ctx: Context, network: object = None) -> Iterator[Call]:
     """Inside the block every slot that is called sees ``ctx``."""
-    call = enter(ctx)
+    call = enter(ctx, network)
     try:
         yield call
     finally:
@@ -70,3 +81,23 @@ def again(call: Call) -> Iterator[None]:
         yield
     finally:
         _CALL.reset(token)
+
+
+@contextmanager
+def recording(owner: object) -> Iterator[list[Routing]]:
+    """Inside the block whatever the slots of ``owner`` answer is appended to the list; so it is to
+    the lists of all other recordings of that owner that are open."""
+    opened = Recording(owner)
+    token = _RECORDINGS.set((*_RECORDINGS.get(), opened))
+    try:
+        yield opened.routings
+    finally:
+        _RECORDINGS.reset(token)
+
+
+def record(call: Call, routings: Iterable[Routing]) -> None:
+    """A slot's answer, to its call and to the recordings of its owner."""
+    made = tuple(routings)
+    call.routings.extend(made)
+    for opened in _RECORDINGS.get():
+        opened.routings.extend(routing for routing in made if routing.owner is opened.owner)

@@ -16,13 +16,14 @@ from pydantic import PositiveInt, model_validator
 from torch import Generator, nn
 
 from coterie.core.config import Config
-from coterie.core.errors import ConfigError, describe
+from coterie.core.errors import ConfigError, DataError, describe
 from coterie.core.routing import Aux, Routing
 from coterie.core.tensors import is_borrowed
 from coterie.experts import (
     ExpertLayer,
     ExpertLayerConfig,
     ExpertPool,
+    Router,
     routers_of,
     share_cells,
 )
@@ -129,6 +130,7 @@ class ExpertHost(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.pools = nn.ModuleList()
+        self.owner = object()  # by identity: what the routings of its layers carry
         self._systems: list[System] = []
 
     def expert_layer(self, slot: str, layer: int) -> ExpertLayer:
@@ -146,6 +148,8 @@ class ExpertHost(nn.Module):
         for group in groups:
             made |= zip(group, self._build_group(slot, [by_layer[layer] for layer in group]))
         share_cells(made.values())
+        for layer in made.values():
+            layer.owner = self.owner
         balances = [part.build() for part in slot.expert.balance]
         for layers in groups if slot.reuse > 1 else [tuple(by_layer)]:
             self._systems.append(System(slot.slot, layers, balances))
@@ -178,30 +182,55 @@ class ExpertHost(nn.Module):
         for layer in self.expert_layers():
             layer.reset_parameters(rng)
 
+    def owns(self, routing: Routing) -> bool:
+        """Whether a layer of this host made it; where it does not say who did, whether one of its
+        systems stands in such a place."""
+        if routing.owner is not None:
+            return routing.owner is self.owner
+        return any(_of(system, [routing]) for system in self._systems)
+
     def aux_losses(
         self, routings: Sequence[Routing], rng: Generator | None = None
     ) -> tuple[Aux, ...]:
-        """Every configured balance loss of the routings of one forward pass."""
+        """Every configured balance loss of the routings of one forward pass; DataError for those of
+        another host, or where training needs a gradient that they do not have."""
+        (routings,) = claimed([self], routings)
         out: list[Aux] = []
         for system in self._systems:
             own = _of(system, routings)
-            for balance in system.balances:
-                out.extend(balance.losses(own, rng))
+            made = [aux for balance in system.balances for aux in balance.losses(own, rng)]
+            layers = (self.expert_layer(system.slot, layer) for layer in system.layers)
+            if self.training:
+                require_graph(made, routers_of(layers), system.slot)
+            out.extend(made)
         return tuple(out)
 
     @torch.no_grad()
     def after_step(self, routings: Sequence[Routing]) -> None:
         """Balance by selection bias: reads all routings of one optimiser step, outside forward;
-        then what routers themselves change from step to step. Those of a borrowed network stay."""
+        then what routers themselves change from step to step. What is borrowed or in eval mode is
+        frozen, and stays. DataError for routings of another host."""
+        (routings,) = claimed([self], routings)
         if is_borrowed(self):
             return
         for system in self._systems:
-            own = _of(system, routings)
-            routers = routers_of(self.expert_layer(system.slot, layer) for layer in system.layers)
+            moving = self._moving(system)
+            own = [r for r in _of(system, routings) if (r.layer, r.round) in moving]
+            routers = list(moving.values())
             for balance in system.balances:
                 balance.after_step(routers, own)
             for router in dict.fromkeys(routers):
                 router.after_step()
+
+    def _moving(self, system: System) -> dict[tuple[int, int], Router]:
+        """The routers that train, by (layer, round)."""
+        layers = {layer: self.expert_layer(system.slot, layer) for layer in system.layers}
+        every = {
+            (layer, round): experts.router(round)
+            for layer, experts in layers.items()
+            for round in range(experts.config.rounds)
+        }
+        return {place: router for place, router in every.items() if router.training}
 
 
 def _of(system: System, routings: Iterable[Routing]) -> list[Routing]:
@@ -211,3 +240,33 @@ def _of(system: System, routings: Iterable[Routing]) -> list[Routing]:
 def hosts(network: nn.Module) -> list[ExpertHost]:
     """Everything in a network that has expert systems."""
     return [module for module in network.modules() if isinstance(module, ExpertHost)]
+
+
+def claimed(owners: Sequence[ExpertHost], routings: Sequence[Routing]) -> list[list[Routing]]:
+    """The routings of each host; DataError for one that is nobody's among them."""
+    for routing in routings:
+        if not any(host.owns(routing) for host in owners):
+            raise _foreign(routing)
+    return [[routing for routing in routings if host.owns(routing)] for host in owners]
+
+
+def require_graph(made: Iterable[Aux], routers: Iterable[Router], slot: str) -> None:
+    """DataError where losses would teach routers that learn, and have no gradient to do it with."""
+    if not torch.is_grad_enabled() or all(aux.value.requires_grad for aux in made):
+        return
+    if any(parameter.requires_grad for router in routers for parameter in router.parameters()):
+        hint = "checkpoint with use_reentrant=False; read detached ones under torch.no_grad()"
+        where = f"routings of slot {slot}"
+        raise DataError(describe(where, "no graph", "what carries gradients", hint))
+
+
+def refuse_foreign(routings: Iterable[Routing], owners: Sequence[object]) -> None:
+    """DataError for a routing that says it is another's than these."""
+    for routing in routings:
+        if routing.owner is not None and all(routing.owner is not owner for owner in owners):
+            raise _foreign(routing)
+
+
+def _foreign(routing: Routing) -> DataError:
+    where = f"routing of slot {routing.slot}, layer {routing.layer}"
+    return DataError(describe(where, "foreign", "what this model's own layers made"))

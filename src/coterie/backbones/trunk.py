@@ -14,7 +14,7 @@ Every slot receives the same :class:`Context`. What layers of a slot have in com
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -121,14 +121,9 @@ def modulate(x_BND: Tensor, shift_B1D: Tensor, factor_B1D: Tensor) -> Tensor:
     return torch.addcmul(shift_B1D, x_BND, factor_B1D)
 
 
-def _ask(
-    layer: ExpertLayer, h_BND: Tensor, ctx: Context, states: dict[str, Tensor]
-) -> ExpertOutput:
-    """The layer's answer; a recurrent router of the same slot sees the state of the one before."""
-    answer: ExpertOutput = layer(h_BND, ctx.replace(state=states.get(ctx.slot)))
-    if answer.state is not None:
-        states[ctx.slot] = answer.state
-    return answer
+def router_states(routings: Iterable[Routing]) -> dict[str, Tensor]:
+    """By slot, what the recurrent routers of a block hand to those of the next."""
+    return {made.slot: made.state for made in routings if made.state is not None}
 
 
 class Block(nn.Module):
@@ -167,9 +162,10 @@ class Block(nn.Module):
         self.modulation = AdaptiveLinear(condition_width, width, BLOCK) if adapted else None
 
     def forward(
-        self, z_BND: Tensor, ctx: Context, states: dict[str, Tensor] | None = None
+        self, z_BND: Tensor, ctx: Context, states: Mapping[str, Tensor] | None = None
     ) -> tuple[Tensor, list[Routing]]:
-        """``states``: router state by slot, from the layer before; updated for the one after."""
+        """``states``: router state by slot, from the layers before. Nothing is written to it, so
+        that a block may be run again."""
         states = {} if states is None else states
         routings: list[Routing] = []
         shift1, factor1, gate1, shift2, factor2, gate2 = self._modulation(ctx)
@@ -180,7 +176,8 @@ class Block(nn.Module):
         del attended_BND  # not kept while the feed-forward network needs its memory
         h_BND = self._modulate(self.norm2(stream_BND), shift2, factor2)
         if isinstance(self.ffn, ExpertLayer):
-            answer = _ask(self.ffn, h_BND, ctx.replace(slot="ffn", stream=stream_BND), states)
+            own = ctx.replace(slot="ffn", stream=stream_BND, state=states.get("ffn"))
+            answer: ExpertOutput = self.ffn(h_BND, own)
             routings.extend(answer.routings)
             y_BND = answer.y
         else:
@@ -199,7 +196,7 @@ class Block(nn.Module):
         self,
         z_BND: Tensor,
         ctx: Context,
-        states: dict[str, Tensor],
+        states: Mapping[str, Tensor],
         routings: list[Routing],
         shift_B1D: Tensor | None,
         factor_B1D: Tensor | None,
@@ -207,8 +204,8 @@ class Block(nn.Module):
         """The stream as the block reads it, and as its attention does."""
         u_BND = z_BND
         if self.pre_block is not None:
-            own = ctx.replace(slot="pre_block", stream=z_BND)
-            answer = _ask(self.pre_block, z_BND, own, states)
+            own = ctx.replace(slot="pre_block", stream=z_BND, state=states.get("pre_block"))
+            answer: ExpertOutput = self.pre_block(z_BND, own)
             routings.extend(answer.routings)
             u_BND = (1 + answer.y) * z_BND
         h_BND = self._modulate(self.norm1(u_BND), shift_B1D, factor_B1D)
@@ -295,6 +292,7 @@ class Trunk(ExpertHost):
         states: dict[str, Tensor] = {}
         for layer, block in enumerate(self.blocks):
             z_BND, made = block(z_BND, ctx.replace(layer=layer), states)
+            states = states | router_states(made)
             routings.extend(made)
         return z_BND, tuple(routings)
 
@@ -308,5 +306,6 @@ class Trunk(ExpertHost):
             own = ctx.replace(layer=layer)
             made.append(block.keys_values(z_BND, own))
             if layer + 1 < len(self.blocks):
-                z_BND, _ = block(z_BND, own, states)
+                z_BND, routings = block(z_BND, own, states)
+                states = states | router_states(routings)
         return torch.stack(made, dim=2)

@@ -54,6 +54,7 @@ class FoldedLayer(ExpertLayer):
     def __init__(self, layer: ExpertLayer, recorded: Sequence[Routing], name: str) -> None:
         nn.Module.__init__(self)
         self.config, self.width, self.pool_layers = layer.config, layer.width, layer.pool_layers
+        self.owner = layer.owner
         self.num_experts = recorded[0].num_experts
         self.stem, self.adaptor = layer.stem, layer.adaptor
         always, self.shared = _always(layer)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
 from torch import Generator, Tensor
 
 from coterie.core.records import replaced
+from coterie.core.rng import generator
 
 NULL_LABEL = -1
 """The class id that means "no condition", in every tensor of labels in the library."""
@@ -46,11 +47,26 @@ class Context:
     progress: float = 1.0  # share of training done, for schedules
     training: bool = False
     rng: Generator | None = None  # for jitter and sampling routers; None = no noise
+    seed: Callable[[], int] | None = None  # of what this pass draws; None: that of ``rng``
+    owner: object = None  # of the slot: which host's routings these are
     stream: Tensor | None = None  # [B, N, D], the residual stream before its norm
     state: Tensor | None = None  # router state carried from the layer before
     keys_values: Tensor | None = None  # [B, 2, layers, M, D], of tokens that all may attend to
     keys_mask: Tensor | None = None  # bool [B, M]
     known: Mapping[str, Any] | None = None  # what a cache knows of this noise level and label
+
+    @property
+    def pass_seed(self) -> int:
+        """Of what this forward pass draws; it needs an ``rng``."""
+        assert self.rng is not None
+        return self.rng.initial_seed() if self.seed is None else self.seed()
+
+    def drawing(self, *what: int | str) -> Generator | None:
+        """What this place draws from: a function of the pass, the place and ``what``, however often
+        it is run. None: nothing is drawn."""
+        if not self.training or self.rng is None:
+            return None
+        return generator(self.pass_seed, self.slot, self.layer, self.round, *what)
 
     def replace(self, **changes: Any) -> Self:
         return replaced(self, changes)

@@ -13,6 +13,9 @@ import numpy as np
 import torch
 from torch import Generator, Tensor
 
+from coterie.core.errors import DataError
+from coterie.core.tensors import backward_runs
+
 
 def derive(seed: int, *stream: int | str) -> int:
     """A 63-bit seed that is a function of ``seed`` and the stream's name."""
@@ -27,6 +30,27 @@ def generator(seed: int, *stream: int | str, device: torch.device | str = "cpu")
 
 def numpy_generator(seed: int, *stream: int | str) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(key=derive(seed, *stream)))
+
+
+class PassSeed:
+    """``seed()``: of what one forward pass of a model draws; taken from ``rng`` when first asked.
+
+    Each place of the pass draws from a generator of its own, made of this seed and of where it is
+    (``Context.drawing``): what gradient checkpointing runs again draws the same.
+    """
+
+    def __init__(self, rng: Generator) -> None:
+        self._rng = rng
+        self._seed: int | None = None
+
+    def __call__(self) -> int:
+        if self._seed is None:
+            if backward_runs():
+                hint = "checkpoint parts of the network, not the whole model with its rng"
+                raise DataError(f"rng: a pass that is run again cannot draw what it drew; {hint}")
+            drawn = torch.randint(2**62, (), generator=self._rng, device=self._rng.device)
+            self._seed = int(drawn)
+        return self._seed
 
 
 class SampleNoise:

@@ -69,6 +69,7 @@ class Routing:
     state: Tensor | None = None  # router state for the next layer
     pool_layers: tuple[int, ...] = ()  # owners of the E experts, in equal parts; () = own layer
     grid: tuple[int, ...] = ()  # how the N rows of a sample lie, row-major; () = unsaid
+    owner: object = None  # the host whose layer made it, by identity; None = unsaid
     num_reserved: int = 0  # experts at the end of the E that are never scored (ProMoE's partition)
 
     @property

@@ -46,6 +46,12 @@ def tensors_of(module: nn.Module) -> Iterator[Tensor]:
     yield from module.buffers(recurse=False)
 
 
+def backward_runs() -> bool:
+    """Whether a backward pass runs in this thread: a forward pass seen then is one that gradient
+    checkpointing runs again."""
+    return torch._C._current_graph_task_id() != -1
+
+
 def local(value: Tensor) -> Tensor:
     """What this process holds of a tensor that is cut over several; any other as it is."""
     held: Tensor = value.to_local() if hasattr(value, "to_local") else value

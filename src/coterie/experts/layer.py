@@ -273,6 +273,7 @@ class ExpertLayer(nn.Module):
         inner = None if config.adaptor is None else round(config.adaptor * width)
         self.adaptor = None if inner is None else GeluMLP(width, inner)
         self.pool_layers = pool_layers
+        self.owner = object()  # whose routings these are; a host puts its own here
         self._slots = self._slot_table(candidates)
         used = config.router.select_part.expected(candidates) * config.rounds
         self.pool.register_use(used)
@@ -315,8 +316,7 @@ class ExpertLayer(nn.Module):
         return cast(Router, self.routers[round if self.config.round_routing == "own" else 0])
 
     def forward(self, h: Tensor, ctx: Context) -> ExpertOutput:
-        if ctx.pool_layers != self.pool_layers:
-            ctx = ctx.replace(pool_layers=self.pool_layers)
+        ctx = ctx.replace(pool_layers=self.pool_layers, owner=self.owner)
         if self.config.noise_tasks is not None:
             ctx = ctx.replace(task=noise_task(ctx, self.config.noise_tasks))
         if ctx.token_mask is not None:

@@ -59,12 +59,15 @@ class ContrastiveBalance(BalancePart):
     ) -> tuple[Tensor, Tensor]:
         """Scalars: the sum over samples and experts, and how many of them take part."""
         similarity = F.normalize(prototypes, dim=-1) @ F.normalize(means, dim=-1).transpose(1, 2)
-        logits_SEE = (similarity / self.tau).masked_fill(~valid[:, None, :], float("-inf"))
+        logits_SEE = similarity / self.tau
         usable = valid & (valid.sum(dim=1, keepdim=True) >= 2)
+        # ln(1 + sum over the others of exp(s_j - s_i)): near 0, -log_softmax would round it away.
+        away_SEE = logits_SEE - logits_SEE.diagonal(dim1=1, dim2=2)[:, :, None]
+        own = torch.eye(away_SEE.shape[1], dtype=torch.bool, device=away_SEE.device)
+        away_SEE = away_SEE.masked_fill(own | ~valid[:, None, :], float("-inf"))
         # Rows of an invalid expert keep a finite dummy so that their gradient is 0, not NaN.
-        safe = torch.where(usable[:, :, None], logits_SEE, torch.zeros_like(logits_SEE))
-        diagonal = safe.diagonal(dim1=1, dim2=2)
-        loss_SE = safe.logsumexp(dim=2) - diagonal
+        safe = torch.where(usable[:, :, None], away_SEE, torch.zeros_like(away_SEE))
+        loss_SE = F.softplus(safe.logsumexp(dim=2))
         kept = torch.where(usable, loss_SE, torch.zeros_like(loss_SE))
         return kept.sum(), usable.float().sum()
 

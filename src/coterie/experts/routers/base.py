@@ -51,6 +51,8 @@ class ScorePart(Part):
     reads_rows: ClassVar[bool] = True
     """Whether logits depend on the rows themselves (else on the context alone)."""
     learned: ClassVar[bool] = True
+    draws: ClassVar[bool] = False
+    """Whether it draws while training. ``ctx.rng`` is then the router's own in this place."""
 
     @property
     def reads(self) -> tuple[str, ...]:
@@ -75,6 +77,8 @@ class EditPart(Part):
     kind: str
     for_table: ClassVar[bool] = False
     """Whether the edit also applies to the table of all steps (it must not depend on rows)."""
+    draws: ClassVar[bool] = False
+    """As of a score."""
     closes: ClassVar[bool] = False
     """Whether the edit closes candidates, that is gives them logit -inf."""
     masks: Literal["logits", "probs"] = "logits"
@@ -116,6 +120,8 @@ class SelectPart(Part):
     """Whether a row's choice depends on the other tokens of its sample."""
     by_probability: ClassVar[bool] = False
     """Whether scores must be probabilities."""
+    draws: ClassVar[bool] = False
+    """As of a score."""
     ignores_scores: ClassVar[bool] = False
     """Whether a choice does not depend on the scores, but for closed candidates."""
 

@@ -118,6 +118,12 @@ class RouterConfig(Config):
         return self.select_part.needs_tokens
 
     @property
+    def draws(self) -> bool:
+        """Whether any part draws while training."""
+        edits = (cast(EditPart, edit) for edit in self.edits)
+        return any(part.draws for part in (self.score_part, *edits, self.select_part))
+
+    @property
     def reads(self) -> list[tuple[str, str, tuple[str, ...]]]:
         """(field of this configuration, its kind, fields of the Context that it needs)."""
         label = () if self.partition == "none" else ("label",)

@@ -122,6 +122,7 @@ class ProgressiveCandidates(EditPart):
     order: Literal["random", "own_first"] = "random"
     drawn: Literal["layer", "pool"] = "layer"
     closes: ClassVar[bool] = True
+    draws: ClassVar[bool] = True
 
     @model_validator(mode="after")
     def _interval(self) -> Self:
@@ -169,8 +170,7 @@ class _Progressive(nn.Module):
         keep = self.config.count(ctx.progress, num_experts, start)
         rng = ctx.rng
         if self.config.drawn == "pool":
-            # From the seed of this pass: its stream has moved on when the next layer asks.
-            rng = generator(rng.initial_seed(), "progressive", ctx.slot, *ctx.pool_layers)
+            rng = generator(ctx.pass_seed, "progressive", ctx.slot, *ctx.pool_layers)
         keys = draw(torch.Size([num_experts]), rng, logits)
         if self.config.order == "own_first":
             keys[own] -= 1.0
@@ -255,6 +255,7 @@ class Jitter(EditPart):
     kind: Literal["jitter"] = "jitter"
     scale: PositiveFloat = 0.01
     form: Literal["normal", "uniform"] = "normal"
+    draws: ClassVar[bool] = True
 
     def build(self, num_experts: int) -> nn.Module:
         return _Jitter(self)

@@ -53,10 +53,11 @@ class Router(nn.Module):
                 self.expert_scale.fill_(1.0)
 
     def after_step(self) -> None:
-        """Once per optimiser step: edits with a state that moves, move on."""
-        for edit in self.edits:
-            move = getattr(edit, "after_step", None)
-            if move is not None:
+        """Once per optimiser step: what has a state that moves, moves on. A part in eval mode is
+        frozen."""
+        for part in (self.score, *self.edits):
+            move = getattr(part, "after_step", None)
+            if move is not None and part.training:
                 move()
 
     def forward(self, h: Tensor, ctx: Context) -> Routing:
@@ -65,7 +66,7 @@ class Router(nn.Module):
 
     def _route(self, h: Tensor, ctx: Context) -> Routing:
         # A router in eval mode inside a model that trains is frozen, and explores no more.
-        ctx = ctx.replace(training=ctx.training and self.training)
+        ctx = self._drawing(ctx.replace(training=ctx.training and self.training))
         shape = (h.shape[0], h.shape[1])
         x, real = self._rows(h, ctx)
         null = null_rows(ctx, x) if self.config.num_reserved else None
@@ -90,6 +91,14 @@ class Router(nn.Module):
             logits = F.pad(logits, (0, 1), value=float("-inf"))
             probs = F.pad(probs, (0, 1))
         return self._record(ctx, shape, x, scored, ids, gates, probs, logits, scored_rows)
+
+    def _drawing(self, ctx: Context) -> Context:
+        """With a generator of this place in this pass, where any part draws."""
+        own = ctx.drawing() if self.config.draws else None
+        if own is None:
+            return ctx
+        seed = ctx.pass_seed
+        return ctx.replace(rng=own, seed=lambda: seed)
 
     def _rows(self, h: Tensor, ctx: Context) -> tuple[Tensor, Tensor | None]:
         """What is scored, f32 [R, D], and which rows are real (None = all)."""
@@ -178,6 +187,7 @@ class Router(nn.Module):
             name=ctx.name,
             round=ctx.round,
             pool_layers=ctx.pool_layers,
+            owner=ctx.owner,
             noise=ctx.noise,
             step_index=ctx.step_index,
             label=ctx.label,

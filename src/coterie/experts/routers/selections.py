@@ -74,6 +74,7 @@ class RandomK(_K):
     """
 
     kind: Literal["random"] = "random"
+    draws: ClassVar[bool] = True
     by_probability: ClassVar[bool] = True
 
     def select(

@@ -12,7 +12,7 @@ Legend: M passes, R rows, E candidates, D width.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, Self, cast
+from typing import Annotated, Any, ClassVar, Literal, Self, cast
 
 import torch
 from pydantic import Field, SerializeAsAny, model_validator
@@ -23,6 +23,7 @@ from coterie.core.errors import ConfigError, describe
 from coterie.core.registry import Part
 from coterie.core.rng import generator
 from coterie.core.share import summed
+from coterie.core.tensors import backward_runs
 from coterie.experts.routers.base import (
     SCORES,
     Scored,
@@ -50,6 +51,7 @@ class UncertainScore(ScorePart):
     dropout: float = Field(0.1, ge=0.0, lt=1.0)
     whiten: Literal["diagonal", "full"] = "diagonal"
     evaluate: Literal["off", "running", "passes"] = "running"
+    draws: ClassVar[bool] = True
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
@@ -71,7 +73,11 @@ class UncertainScore(ScorePart):
 
 
 class _Uncertain(ScoreModule):
+    """``deviation`` moves after each optimiser step, by what all its passes have ``seen``: within a
+    step a pass is the same however often it is run, and batches in parts are as one batch."""
+
     deviation: Tensor
+    seen: Tensor
 
     def __init__(
         self, config: UncertainScore, width: int, num_experts: int, time_width: int | None
@@ -80,6 +86,8 @@ class _Uncertain(ScoreModule):
         self.config = config
         self.inner = cast(ScorePart, config.of).build(width, num_experts, time_width)
         self.register_buffer("deviation", torch.ones(num_experts))  # running sqrt(diag S), [E]
+        # Sums of sqrt(diag S) in this step, and of how many rows: [E + 1].
+        self.register_buffer("seen", torch.zeros(num_experts + 1), persistent=False)
 
     def forward(self, x: Tensor, ctx: Context) -> Scored:
         config = self.config
@@ -113,16 +121,25 @@ class _Uncertain(ScoreModule):
 
     @torch.no_grad()
     def _remember(self, spread_RE: Tensor) -> None:
-        count = spread_RE.new_tensor(len(spread_RE))
-        total_E, count = summed(spread_RE.sum(0), count, returns=True)
-        if not count:
+        if backward_runs():  # counted when it ran first
             return
-        # A new tensor: an earlier pass of the same step may still need the old one's value.
-        self.deviation = MOMENTUM * self.deviation + (1 - MOMENTUM) * (total_E / count)
+        count = spread_RE.new_tensor([len(spread_RE)])
+        (seen,) = summed(torch.cat([spread_RE.sum(0), count]))
+        self.seen += seen
+
+    @torch.no_grad()
+    def after_step(self) -> None:
+        """Once per optimiser step."""
+        if self.seen[-1] > 0:
+            mean_E = self.seen[:-1] / self.seen[-1]
+            # A new tensor: who holds the old one goes on with its value.
+            self.deviation = MOMENTUM * self.deviation + (1 - MOMENTUM) * mean_E
+        self.seen.zero_()
 
     def reset_parameters(self, rng: Generator | None) -> None:
         self.inner.reset_parameters(rng)
         self.deviation.fill_(1.0)
+        self.seen.zero_()
 
 
 def real_rows(ctx: Context, x: Tensor) -> Tensor:

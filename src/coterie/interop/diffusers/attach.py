@@ -33,20 +33,21 @@ from coterie.interop.diffusers.facts import embed_time, read_call, takes, time_w
 
 
 class Opener:
-    """Hooks of a model that open a scope where nobody has: calls from outside this library."""
+    """Hooks of a model that open a scope where none of its own is: calls from outside this library,
+    also inside the call of another network with slots."""
 
     def __init__(self, num_steps: int, null_label: int | None) -> None:
         self.num_steps, self.null_label = num_steps, null_label
 
     def before(self, model: nn.Module, args: Any, kwargs: Any) -> None:
         around = scope.current()
-        if around is None or around.ctx is None:
+        if around is None or around.network is not model:
             ctx = read_call(model, args, kwargs, self.num_steps, self.null_label)
-            scope.enter(ctx, None if around is None else around.routings, owner=model)
+            scope.enter(ctx, model).opener = self
 
     def after(self, model: nn.Module, args: Any, output: Any) -> None:
         call = scope.current()
-        if call is not None and call.owner is model:
+        if call is not None and call.opener is self:
             scope.leave(call)
 
 
@@ -78,9 +79,10 @@ class DiffusersHost(NetworkHost):
 
     @contextmanager
     def recording(self) -> Iterator[list[Routing]]:
-        """Inside the block every call of the model appends its routings to the list."""
-        with scope.scope(None) as call:
-            yield call.routings
+        """Inside the block every call of the model appends its routings to the list, whatever other
+        recordings are open; those of other models do not."""
+        with scope.recording(self.owner) as routings:
+            yield routings
 
     def detach(self) -> nn.Module:
         """The model with its own modules in their places, and without hooks."""
@@ -99,7 +101,7 @@ class DiffusersHost(NetworkHost):
             given["encoder_hidden_states"] = cond.tokens
         if cond.tokens_mask is not None:
             given["encoder_attention_mask"] = cond.tokens_mask
-        with scope.scope(ctx) as call:
+        with scope.scope(ctx, network) as call:
             (sample,) = network(x, **given, return_dict=False)
         variance = None
         if sample.shape[1] == 2 * x.shape[1]:  # learned variances come as further channels

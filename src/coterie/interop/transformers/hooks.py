@@ -19,7 +19,9 @@ from torch import Generator, Tensor, nn
 
 from coterie.core.context import Context
 from coterie.core.errors import ConfigError, describe
+from coterie.core.rng import derive
 from coterie.core.routing import Routing
+from coterie.core.tensors import backward_runs
 from coterie.experts import Router, RouterConfig
 from coterie.interop.transformers.masks import MaskReader
 
@@ -156,7 +158,7 @@ class Control:
         router = self._router_of(config)
         batch, tokens = self._shape
         ctx = Context(batch, tokens, slot=self.site.slot, layer=self.site.layer, rng=rng)
-        ctx = ctx.replace(training=rng is not None)
+        ctx = ctx.replace(training=rng is not None, seed=lambda: _seed_of(rng, logits))
         routing: Routing = router(logits.view(batch, tokens, -1), ctx)
         if self.changes:
             keys = router.keys(routing.logits, routing.probs)
@@ -183,7 +185,8 @@ class Control:
             router = self._router_of(self.rules[-1][0] if self.rules else None)
             keys = router.keys(routing.logits, routing.probs)
             record = routing.replace(**best_first(ids, weights, keys))
-            for collector in self.taps:
+            # What gradient checkpointing runs again does the same work, and is not told of twice.
+            for collector in [] if backward_runs() else self.taps:
                 collector(record)
 
     def _allow_sentinels(self, module: nn.Module, present: bool) -> None:
@@ -201,6 +204,14 @@ class Control:
         if self._flag is not None:
             setattr(module, _SKIPS_SENTINELS, self._flag)
             self._flag = None
+
+
+def _seed_of(rng: Generator | None, logits: Tensor) -> int:
+    """What a layer of a foreign model draws from. It is told of no pass, so what it reads says
+    which one this is: gradient checkpointing runs a layer again with the same logits."""
+    assert rng is not None
+    bits = logits.detach().contiguous().view(torch.int32)
+    return derive(rng.initial_seed(), int(bits.sum(dtype=torch.int64)))
 
 
 def rule_config(site: MoESite, config: RouterConfig | None = None) -> RouterConfig:

@@ -10,12 +10,14 @@ from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
 from coterie.backbones import SlotConfig
+from coterie.backbones.slots import refuse_foreign, require_graph
 from coterie.convert import UpcycleConfig, convert_block, feed_forward_inputs
 from coterie.core.context import Context
 from coterie.core.errors import ConfigError, describe
 from coterie.core.rng import generator
 from coterie.core.routing import Aux, Routing
-from coterie.experts import ExpertLayer, ExpertLayerConfig, ExpertOutput
+from coterie.core.tensors import backward_runs
+from coterie.experts import ExpertLayer, ExpertLayerConfig, ExpertOutput, routers_of
 from coterie.interop.upcycled.networks import DenseNetwork, find_networks
 
 
@@ -111,7 +113,8 @@ def tapped(model: nn.Module) -> Iterator[list[Routing]]:
     routings: list[Routing] = []
 
     def keep(module: nn.Module, given: object, answer: ExpertOutput) -> None:
-        routings.extend(answer.routings)
+        if not backward_runs():  # gradient checkpointing runs it again
+            routings.extend(answer.routings)
 
     handles = [
         network.layer.register_forward_hook(keep) for network in upcycled_networks(model).values()
@@ -125,10 +128,14 @@ def tapped(model: nn.Module) -> Iterator[list[Routing]]:
 
 def aux_losses(model: nn.Module, routings: Sequence[Routing]) -> tuple[Aux, ...]:
     """The configured balance losses of the routings of one forward pass: add ``weight * value`` of
-    each to the model's own loss."""
+    each to the model's own loss. DataError for routings of another model."""
     out: list[Aux] = []
-    for network in upcycled_networks(model).values():
+    networks = upcycled_networks(model).values()
+    refuse_foreign(routings, [network.layer.owner for network in networks])
+    for network in networks:
         own = [routing for routing in routings if routing.layer == network.index]
-        for balance in network.layer.config.balance:
-            out.extend(balance.build().losses(own))
+        made = [a for part in network.layer.config.balance for a in part.build().losses(own)]
+        if network.training:
+            require_graph(made, routers_of([network.layer]), "ffn")
+        out.extend(made)
     return tuple(out)
