@@ -48,8 +48,8 @@ def first_seed() -> int:
     return int(os.environ.get("COTERIE_FUZZ_SEED") or random.SystemRandom().randrange(2**32))
 
 
-class Hung(Exception):
-    """What is tried did not come back in time."""
+class Hung(BaseException):
+    """What is tried did not come back in time; no code that is tried may take it for its own."""
 
 
 @contextmanager

@@ -266,7 +266,7 @@ def test_emoji_source(tmp_path, monkeypatch):
     folder.mkdir()
     DOWNLOADS["emoji"].convert(files, folder)
     monkeypatch.setattr(Download, "folder", property(lambda self: folder))
-    monkeypatch.setattr("coterie.data.fetch.problem", lambda path: None)
+    monkeypatch.setattr("coterie.data.fetch.problem", lambda path, deep=False: None)
 
     splits = [build_source("emoji"), build_source("emoji", "held_out")]
     assert sum(map(len, splits)) == 2 * (60 + 30) - 2

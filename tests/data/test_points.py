@@ -175,8 +175,8 @@ def test_clouds_of_a_folder_that_cannot_be_read(folder):
         build_source({**options, "num_points": 8}).get([0])
     for wrong, message in (
         (np.zeros((0, 3)), r"0\.npy: \(0, 3\) .*n >= 8"),
-        (np.full((9, 3), "a"), r"0\.npy: '<U1' .*numbers"),
-        (np.full((9, 3), 1j), r"0\.npy: 'complex128' .*numbers"),
+        (np.full((9, 3), "a"), r"0\.npy: '<U1 of shape \(9, 3\)' .*numbers"),
+        (np.full((9, 3), 1j), r"0\.npy: 'complex128 of shape \(9, 3\)' .*numbers"),
         (np.full((9, 3), np.nan), r"0\.npy: holds NaN"),
         (np.array([[0, 1, None]] * 9, dtype=object), r"0\.npy: not a plain array"),
     ):

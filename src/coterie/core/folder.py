@@ -19,6 +19,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from coterie.core.errors import CheckpointError, CoterieError, describe
+from coterie.core.files import require_utf8
 
 MANIFEST = "manifest.json"
 TEMPORARY = ".tmp-"
@@ -91,6 +92,7 @@ def atomic_folder(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
     An existing target is replaced only with ``overwrite``. Failing disks (full, read-only) are a
     CheckpointError; what was there before stays.
     """
+    require_utf8(target.absolute(), "folder", CheckpointError)
     if target.exists() and not overwrite:
         hint = "allow overwriting, or choose another path"
         raise CheckpointError(describe("folder", str(target), "a path that does not exist", hint))
@@ -236,13 +238,21 @@ def verify_file(
 
 
 def verify_folder(folder: Path, manifest: Mapping[str, Any]) -> None:
-    """Check every file the manifest lists, and that no other file is there."""
+    """Check every file the manifest lists, and that no other file is there but what systems leave
+    in folders that are looked at."""
     for name in manifest["files"]:
         verify_file(folder, name, manifest)
     for path in _walk(folder):
         name = path.relative_to(folder).as_posix()
-        if not path.is_dir() and name != MANIFEST and name not in manifest["files"]:
+        listed = name == MANIFEST or name in manifest["files"]
+        if not listed and not path.is_dir() and not is_litter(path):
             raise CheckpointError(f"{path}: not listed in {MANIFEST}")
+
+
+def is_litter(path: Path) -> bool:
+    """What desktops and network file systems leave behind, in any folder and at any time."""
+    known = path.name in (".DS_Store", "Thumbs.db", "desktop.ini")
+    return known or path.name.startswith((".nfs", "._"))
 
 
 def _walk(folder: Path) -> list[Path]:

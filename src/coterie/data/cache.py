@@ -17,6 +17,7 @@ import numpy as np
 
 from coterie.core.errors import CheckpointError, DataError
 from coterie.core.folder import TEMPORARY, atomic_folder, read_manifest, seal, verify_file
+from coterie.data.arrays import open_npy
 
 FORMAT, VERSION = "coterie-data", 1
 
@@ -63,15 +64,28 @@ def write_folder(target: Path, write: Callable[[Path], None]) -> None:
         raise DataError(str(error)) from None
 
 
+_hashed: set[tuple[str, int, int, int]] = set()
+"""Files whose hash was right, by path, inode, size and time of change: read once per process."""
+
+
 def problem(folder: Path, deep: bool = False) -> str | None:
-    """Why ``folder`` cannot be used, or None. ``deep`` compares hashes, not only sizes."""
+    """Why ``folder`` cannot be used, or None. ``deep`` compares hashes, not only sizes; a file that
+    has not changed since it was hashed is not read again."""
     try:
         manifest = read_manifest(folder, FORMAT, VERSION)
         for name in manifest["files"]:
-            verify_file(folder, name, manifest, hashes=deep)
+            found = verify_file(folder, name, manifest, hashes=False)
+            if deep and (state := _state(found)) not in _hashed:
+                verify_file(folder, name, manifest)
+                _hashed.add(state)
     except CheckpointError as error:
         return str(error)
     return None
+
+
+def _state(path: Path) -> tuple[str, int, int, int]:
+    found = path.stat()
+    return str(path.resolve()), found.st_ino, found.st_size, found.st_mtime_ns
 
 
 def save_array(folder: Path, name: str, values: np.ndarray) -> None:
@@ -81,6 +95,6 @@ def save_array(folder: Path, name: str, values: np.ndarray) -> None:
 def open_array(folder: Path, name: str) -> np.ndarray:
     """Memory-map ``name``.npy read-only; never unpickles."""
     try:
-        return np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
+        return open_npy(folder / f"{name}.npy", kinds="fiub", empty=True)
+    except DataError as error:
         raise DataError(f"{folder / name}.npy cannot be read ({error}); fetch it again") from None

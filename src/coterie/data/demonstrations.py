@@ -7,7 +7,6 @@ It holds ``observations`` float [S, C] or [S, M, C] (M tokens, say cameras), ``a
 
 from __future__ import annotations
 
-import zipfile
 from pathlib import Path
 from typing import ClassVar, Literal
 
@@ -16,9 +15,11 @@ from pydantic import Field
 
 from coterie.core.errors import DataError, describe
 from coterie.data.actions import ActionSource, Array, Demonstrations
+from coterie.data.arrays import check_numbers, read_npz
 from coterie.data.source import SOURCES, SourceConfig, SourceInfo, Split, split_rows
 
 NEEDED = ("observations", "actions", "lengths")
+MAX_GOALS = 1_000_000
 
 
 @SOURCES.register
@@ -62,29 +63,26 @@ class DemonstrationsConfig(SourceConfig):
 
 def read_episodes(path: Path) -> Demonstrations:
     """The arrays of a file, in the form of ours; they are checked by who uses them."""
-    if not path.is_file():
+    if not path.exists():
         raise DataError(describe("path", str(path), "an .npz file of episodes"))
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
-    except (OSError, ValueError, zipfile.BadZipFile, EOFError) as error:
-        raise DataError(f"{path}: not a readable .npz file ({error})") from None
+    arrays = read_npz(path)
     for name in NEEDED:
         if name not in arrays:
             raise DataError(describe(f"{path}: arrays", sorted(arrays), ", ".join(NEEDED)))
     seen, actions = arrays["observations"], arrays["actions"]
-    _shaped(path, "actions", actions, (2,), "fiu")
-    _shaped(path, "observations", seen, (2, 3), "fiu")
-    lengths = _shaped(path, "lengths", arrays["lengths"], (1,), "iu").astype(np.int64)
-    goals = arrays.get("goals", np.full(len(lengths), -1))
-    goals = _shaped(path, "goals", goals, (1,), "iu").astype(np.int64)
+    actions = check_numbers(actions, f"{path}: actions", "fiu", (2,))
+    seen = check_numbers(seen, f"{path}: observations", "fiu", (2, 3))
+    lengths = _whole(arrays["lengths"], f"{path}: lengths", len(actions))
+    goals = np.full(len(lengths), -1)
+    if "goals" in arrays:
+        goals = _whole(arrays["goals"], f"{path}: goals", MAX_GOALS - 1)
     seen = seen[:, None] if seen.ndim == 2 else seen
     return Demonstrations(seen.astype(np.float32), actions.astype(np.float32), lengths, goals)
 
 
-def _shaped(path: Path, name: str, array: Array, dims: tuple[int, ...], kinds: str) -> Array:
-    if array.ndim not in dims or array.dtype.kind not in kinds or not array.size:
-        found = f"{array.dtype} of shape {array.shape}"
-        allowed = f"numbers with {' or '.join(map(str, dims))} dimensions, at least one of them"
-        raise DataError(describe(f"{path}: {name}", found, allowed))
-    return array
+def _whole(values: Array, name: str, largest: int) -> Array:
+    """i64 [E]; DataError for a number above ``largest``, before anything is made of its size."""
+    values = check_numbers(values, name, "iu", (1,))
+    if values.max() > largest:
+        raise DataError(describe(name, int(values.max()), f"{largest} or less"))
+    return values.astype(np.int64)

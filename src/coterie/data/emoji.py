@@ -6,21 +6,19 @@ skin tone) fall into the same split.
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
-from PIL import Image
 from pydantic import Field
 
 from coterie.data.cache import save_array
 from coterie.data.clients import Package, members
 from coterie.data.fetch import Download, Files, fetch, load, register_download
 from coterie.data.images import ImageConfig
-from coterie.data.pictures import to_pixels
+from coterie.data.pictures import read_picture
 from coterie.data.source import SOURCES, ArraySource, SourceInfo, Split, is_held_out
 
 Vendor = Literal["google", "twitter"]
@@ -100,7 +98,7 @@ def _convert(files: Sequence[Files], folder: Path) -> None:
             content = files[vendor].get(f"package/img/{style}/64/{image}")
             if content is None:  # not every vendor draws every emoji
                 continue
-            columns["images"].append(to_pixels(Image.open(io.BytesIO(content)), 3, None))
+            columns["images"].append(read_picture(content, name=image))
             columns["labels"].append(CATEGORIES.index(concept["category"]))
             columns["vendors"].append(vendor)
             columns["held_out"].append(is_held_out(f"emoji/{concept['unified']}"))

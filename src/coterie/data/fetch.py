@@ -73,16 +73,20 @@ def fetch(kind: str, progress: Progress | None = None, refresh: bool = False) ->
     """
     download = download_of(kind)
     folder = download.folder
-    if not refresh and problem(folder) is None:
+    why = problem(folder, deep=True)
+    if not refresh and why is None:
         return folder
     if os.environ.get("COTERIE_OFFLINE") == "1":
+        state = f"damaged ({why})" if folder.exists() else "not"
         raise DataError(
-            f"{kind}: not in the cache ({folder}) and COTERIE_OFFLINE=1 forbids fetching; "
+            f"{kind}: {state} in the cache ({folder}) and COTERIE_OFFLINE=1 forbids fetching; "
             f"unset it, or copy that folder from a machine that has it"
         )
     report = progress or _log_progress
     with locked(folder.parent / f"{kind}.lock"):
-        if refresh or problem(folder) is not None:  # another process may just have made it
+        if (
+            refresh or problem(folder, deep=True) is not None
+        ):  # another process may just have made it
             files = [_obtain(package, i, download, report) for i, package in _count(download)]
             report(f"{kind}: converting", 0.9)
             write_folder(folder, lambda work: download.convert(files, work))

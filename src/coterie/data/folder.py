@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal
 
 import numpy as np
-from PIL import Image
 from pydantic import Field
 
 from coterie.core.errors import DataError, describe
+from coterie.core.files import escaped
 from coterie.data.images import ImageConfig
+from coterie.data.listing import (
+    class_folders,
+    existing_folder,
+    files_below,
+    listing_digest,
+    say_passed_over,
+)
 from coterie.data.pictures import SUFFIXES, Pictures
 from coterie.data.source import SOURCES, ArraySource, SourceConfig, SourceInfo, Split, is_held_out
 
@@ -19,7 +27,8 @@ from coterie.data.source import SOURCES, ArraySource, SourceConfig, SourceInfo, 
 @SOURCES.register
 class ImageFolderConfig(SourceConfig):
     """``path/CLASS/anything/picture.png``; about one file in ``held_out_one_in`` is held out, by a
-    hash of its path below ``path``: adding files moves no other file to another split."""
+    hash of its path below ``path``: adding files moves no other file to another split. Hidden,
+    underscored and empty folders are no classes."""
 
     kind: Literal["image-folder"] = "image-folder"
     path: str
@@ -35,54 +44,66 @@ class ImageFolderConfig(SourceConfig):
     )
 
     def build(self, split: Split = "train") -> ArraySource:
-        classes, kept, labels = scan_split(
-            self.kind, self.path, SUFFIXES, split, self.held_out_one_in
-        )
+        found = scan_split(self.kind, self.path, SUFFIXES, split, self.held_out_one_in)
         return ArraySource(
             self.kind,
             "image",
             Pictures(
-                len(kept),
-                lambda row: Image.open(kept[row]),
-                lambda row: f"image-folder: {kept[row]}",
+                len(found.files),
+                lambda row: found.files[row],
+                lambda row: f"image-folder: {found.files[row]}",
                 self.channels,
                 self.size,
             ),
             shape=(self.channels, self.size, self.size),
             licence=self.info.licence,
-            labels=labels,
-            class_names=classes,
+            labels=found.labels,
+            class_names=found.classes,
             transform=ImageConfig.scale,
+            fingerprint=found.fingerprint,
         )
+
+
+@dataclass(frozen=True, eq=False)
+class SplitFiles:
+    """The files of one split, the class of each (``labels`` i64 [S]), and a digest of names and
+    sizes of all files of the folder, whatever their split."""
+
+    classes: list[str]
+    files: list[Path]
+    labels: np.ndarray
+    fingerprint: str
 
 
 def scan_split(
     kind: str, path: str, suffixes: Collection[str], split: Split, held_out_one_in: int
-) -> tuple[list[str], list[Path], np.ndarray]:
-    """Class names, the files of one split, and the class of each, i64 [S].
-
-    ``path/CLASS/anything/file``; DataError where there is no such file.
-    """
-    root = Path(path).expanduser()
-    if not root.is_dir():
-        raise DataError(describe(f"{kind}: path", path, "an existing folder"))
-    classes = sorted(entry.name for entry in root.iterdir() if entry.is_dir())
-    files = [
-        file
-        for name in classes
-        for file in sorted((root / name).rglob("*"))
-        if file.suffix.lower() in suffixes and file.is_file()
-    ]
-    if not files:
+) -> SplitFiles:
+    """``path/CLASS/anything/file``; a class is a folder with such a file. Folders that are hidden,
+    underscored or without one are passed over with a warning. DataError where there is no file."""
+    root = existing_folder(path, f"{kind}: path")
+    folders, skipped = class_folders(root)
+    below = {folder.name: files_below(folder, suffixes) for folder in folders}
+    classes = [name for name, files in below.items() if files]
+    skipped += [escaped(name) for name, files in below.items() if not files]
+    if not classes:
         hint = f"put the files of each class ({', '.join(suffixes)}) into a folder of its own"
         raise DataError(describe(f"{kind}: path", path, "a folder of class folders", hint))
-    keys = [file.relative_to(root).as_posix() for file in files]
+    say_passed_over(kind, root, sorted(skipped))
+    every = [(file, label) for label, name in enumerate(classes) for file in below[name]]
     wanted = split == "held_out"
-    rows = [i for i, key in enumerate(keys) if is_held_out(key, held_out_one_in) == wanted]
-    if not rows:
+    kept = [
+        (file, label)
+        for file, label in every
+        if is_held_out(file.relative_to(root).as_posix(), held_out_one_in) == wanted
+    ]
+    if not kept:
         raise DataError(
-            f"{kind}: {root} has {len(files)} files and none of them is in the split {split!r}; "
+            f"{kind}: {root} has {len(every)} files and none of them is in the split {split!r}; "
             "add files or change held_out_one_in"
         )
-    labels = np.array([classes.index(keys[row].split("/", 1)[0]) for row in rows])
-    return classes, [files[row] for row in rows], labels
+    return SplitFiles(
+        classes,
+        [file for file, _ in kept],
+        np.array([label for _, label in kept]),
+        listing_digest(root, [file for file, _ in every]),
+    )

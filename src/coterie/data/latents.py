@@ -1,18 +1,20 @@
 """A folder of precomputed latents: ``latents.npy`` f32 or f16 [S, C, H, W], ``labels.npy`` [S].
 
 What latent diffusion trains on: images encoded once by a frozen autoencoder, already scaled to
-about unit variance. Memory-mapped; held out are rows drawn from the folder's size alone.
+about unit variance. Whole numbers are refused: pictures are no latents. Memory-mapped; held out
+are rows drawn from the folder's size alone.
 """
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import ClassVar, Literal
 
 import numpy as np
 from pydantic import Field
 
 from coterie.core.errors import DataError, describe
+from coterie.data.arrays import native, open_npy, rows_digest
+from coterie.data.listing import existing_folder
 from coterie.data.source import SOURCES, ArraySource, SourceConfig, SourceInfo, Split, split_rows
 
 
@@ -32,19 +34,16 @@ class LatentsConfig(SourceConfig):
     )
 
     def build(self, split: Split = "train") -> ArraySource:
-        folder = Path(self.path)
-        arrays = []
+        folder = existing_folder(self.path, "data.path")
         for name in ("latents.npy", "labels.npy"):
-            if not (folder / name).is_file():
+            if not (folder / name).exists():
                 allowed = f"a folder with latents.npy and labels.npy ({name} is missing)"
                 raise DataError(describe("data.path", self.path, allowed))
-            try:
-                arrays.append(np.load(folder / name, mmap_mode="r", allow_pickle=False))
-            except ValueError as error:
-                raise DataError(f"{folder / name}: not a plain array ({error})") from None
-        data, labels = arrays
-        if data.ndim != 4 or len(data) != len(labels):
-            raise DataError(describe(str(folder / "latents.npy"), data.shape, "[S, C, H, W]"))
+        data = open_npy(folder / "latents.npy", kinds="f", dims=(4,))
+        labels = native(open_npy(folder / "labels.npy", kinds="iu", dims=(1,)))
+        if len(data) != len(labels):
+            found = f"{len(data)} latents and {len(labels)} labels"
+            raise DataError(describe(f"{folder}: samples", found, "a label per latent"))
         rows = split_rows(self.kind, len(data), split, share=0.02)
         return ArraySource(
             self.kind,
@@ -56,4 +55,5 @@ class LatentsConfig(SourceConfig):
             labels=np.asarray(labels[rows]),
             class_names=tuple(str(index) for index in range(self.num_classes)),
             transform=lambda values: values.float(),
+            fingerprint=rows_digest(data, labels),
         )

@@ -15,8 +15,16 @@ from pydantic import Field
 
 from coterie.core.batch import Batch
 from coterie.core.errors import DataError, describe
+from coterie.core.files import escaped
 from coterie.core.prediction import Condition
 from coterie.core.rng import numpy_generator
+from coterie.data.listing import (
+    class_folders,
+    existing_folder,
+    files_below,
+    listing_digest,
+    say_passed_over,
+)
 from coterie.data.pictures import SUFFIXES, read_picture
 from coterie.data.source import SOURCES, SourceConfig, SourceInfo, Split, as_rows, is_held_out
 from coterie.data.weather import scaled
@@ -68,6 +76,8 @@ class PairsFolder:
                 f"split {split!r}; add pairs or change held_out_one_in"
             )
         self._config = config
+        files = [file for _, *both in pairs for file in both]
+        self.fingerprint = listing_digest(Path(config.path).expanduser(), files)
 
     def __len__(self) -> int:
         return len(self._pairs) * self._config.crops
@@ -100,13 +110,20 @@ class PairsFolder:
 def find_pairs(config: PairsFolderConfig) -> tuple[tuple[str, ...], list[tuple[str, Path, Path]]]:
     """(kinds, (kind, degraded file, clean file) of every pair in order); DataError where a
     degraded picture has no clean one, or there is none at all."""
-    root = Path(config.path).expanduser()
-    if not root.is_dir():
-        raise DataError(describe(f"{config.kind}: path", config.path, "an existing folder"))
+    root = existing_folder(config.path, f"{config.kind}: path")
     found: list[tuple[str, Path, Path]] = []
-    for folder in sorted(entry for entry in root.iterdir() if (entry / config.degraded).is_dir()):
-        clean = {file.stem: file for file in _pictures(folder / config.clean)}
-        for file in _pictures(folder / config.degraded):
+    folders, skipped = class_folders(root)
+    for folder in folders:
+        pictures = _pictures(folder / config.degraded)
+        if not pictures:  # a folder of another layout is passed over without a word
+            skipped += [escaped(folder.name)] if (folder / config.degraded).is_dir() else []
+            continue
+        clean: dict[str, Path] = {}
+        for file in _pictures(folder / config.clean):
+            if clean.setdefault(file.stem, file) is not file:
+                other = clean[file.stem]
+                raise DataError(f"{config.kind}: {other} and {file}: two pictures of one name")
+        for file in pictures:
             if file.stem not in clean:
                 place = folder / config.clean
                 raise DataError(f"{config.kind}: {file}: no picture of this name in {place}")
@@ -114,9 +131,9 @@ def find_pairs(config: PairsFolderConfig) -> tuple[tuple[str, ...], list[tuple[s
     if not found:
         allowed = f"a folder with KIND/{config.degraded} and KIND/{config.clean}"
         raise DataError(describe(f"{config.kind}: path", config.path, allowed))
+    say_passed_over(config.kind, root, sorted(skipped))
     return tuple(sorted({kind for kind, _, _ in found})), found
 
 
 def _pictures(folder: Path) -> list[Path]:
-    files = folder.iterdir() if folder.is_dir() else ()
-    return sorted(file for file in files if file.suffix.lower() in SUFFIXES)
+    return files_below(folder, SUFFIXES, deep=False) if folder.is_dir() else []

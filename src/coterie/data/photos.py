@@ -6,7 +6,6 @@ or width, whichever is smaller. Crops overlap within a photograph. Legend: S cro
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import ClassVar, Literal
@@ -18,6 +17,7 @@ from coterie.data.cache import save_array
 from coterie.data.clients import Package, members
 from coterie.data.fetch import Download, Files, load, register_download
 from coterie.data.images import ImageConfig
+from coterie.data.pictures import opened
 from coterie.data.source import SOURCES, ArraySource, SourceInfo, Split
 
 CROP, STRIDE, SHORTER_EDGE = 96, 48, 384
@@ -68,7 +68,10 @@ def crops(picture: Image.Image) -> np.ndarray:
 
 def _convert(files: Sequence[Files], folder: Path) -> None:
     named = {Path(path).stem: content for part in files for path, content in part.items()}
-    cut = [crops(Image.open(io.BytesIO(named[name]))) for name in PHOTOS]
+    cut = []
+    for name in PHOTOS:
+        with opened(named[name], name) as picture:
+            cut.append(crops(picture))
     labels = np.repeat(np.arange(len(PHOTOS)), [len(part) for part in cut])
     save_array(folder, "images", np.concatenate(cut))
     save_array(folder, "labels", labels)

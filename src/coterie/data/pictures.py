@@ -1,56 +1,155 @@
-"""From any picture to u8 [C, H, W] of a fixed size; pictures that are decoded when read."""
+"""From any picture to u8 [C, H, W]; the one place where pictures are opened.
+
+Formats are listed, so no other decoder of the library (some start programs) ever sees a file;
+sizes are read from the header before a pixel is decoded. Depths: 8 bits as they are; 16 bits by
+their range, 0..65535; numbers with a fraction in [0, 1]. Anything else is refused by name.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import io
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps
 
-from coterie.core.errors import DataError
+from coterie.core.errors import DataError, describe
+from coterie.core.files import reason, regular_file
 
+FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF", "PPM")
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"})
+MAX_PIXELS = 80_000_000
+"""Of one picture: decoding holds about 12 bytes for each."""
+
+Given = Path | bytes | Image.Image
+_CLEAR = ("RGBA", "LA", "PA", "RGBa", "La")  # modes with an alpha channel
+_ORIENTATION = 0x0112
 
 
-def to_pixels(image: Image.Image, channels: int, side: int | None) -> np.ndarray:
-    """u8 [C, side, side]: upright, over white where transparent, shorter edge scaled to ``side``
-    and the centre cut out (``side`` None: as it is)."""
-    image = ImageOps.exif_transpose(image)
-    layer = image.convert("RGBA")
-    flat = Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer)
-    flat = flat.convert("L" if channels == 1 else "RGB")
+@contextmanager
+def opened(given: Given, name: str = "") -> Iterator[Image.Image]:
+    """A picture whose header is read and allowed; DataError of one line for whatever a decoder
+    raises, here or inside the block. ``name``: which picture, in an error."""
+    name = name or (str(given) if isinstance(given, Path) else "picture")
+    if isinstance(given, Path):
+        regular_file(given)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of the decoders, about files of others
+            with _open(given) as image:
+                if image.width * image.height > MAX_PIXELS:
+                    found = f"{image.width}x{image.height} pixels"
+                    raise DataError(describe(name, found, f"{MAX_PIXELS:,} pixels or fewer"))
+                yield image
+    except DataError:
+        raise
+    except Image.DecompressionBombError:
+        raise DataError(
+            f"{name}: more than {MAX_PIXELS:,} pixels; allowed: as many or fewer"
+        ) from None
+    except Exception as error:  # decoders raise nearly every kind
+        raise DataError(
+            f"{name}: cannot be decoded ({reason(error)}); repair or remove it"
+        ) from None
+
+
+def _open(given: Given) -> Image.Image:
+    if isinstance(given, Image.Image):
+        return given
+    return Image.open(io.BytesIO(given) if isinstance(given, bytes) else given, formats=FORMATS)
+
+
+def to_pixels(
+    image: Image.Image, channels: int, side: int | tuple[int, int] | None, name: str = "picture"
+) -> np.ndarray:
+    """u8 [C, H, W]: upright, over white where transparent, scaled to cover ``side`` (or height and
+    width) and the centre cut out (None: as it is)."""
+    image = _eight_bits(image, name)
+    if image.getexif().get(_ORIENTATION, 1) != 1:
+        image = ImageOps.exif_transpose(image)
+    if image.mode in _CLEAR or "transparency" in image.info:
+        layer = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer)
+    flat = image.convert("L" if channels == 1 else "RGB")
     if side is not None:
-        flat = ImageOps.fit(flat, (side, side), method=Image.Resampling.LANCZOS)
+        height, width = (side, side) if isinstance(side, int) else side
+        flat = ImageOps.fit(flat, (width, height), method=Image.Resampling.LANCZOS)
     pixels = np.asarray(flat, dtype=np.uint8)
     return pixels.reshape(*pixels.shape[:2], channels).transpose(2, 0, 1)
 
 
-def read_picture(file: Path) -> np.ndarray:
-    """u8 [3, H, W]; DataError where it cannot be decoded."""
-    try:
-        with Image.open(file) as image:
-            return to_pixels(image, 3, None)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise DataError(f"{file}: cannot be decoded ({error}); repair or remove it") from None
+def _eight_bits(image: Image.Image, name: str) -> Image.Image:
+    """A picture of deeper numbers scaled to 8 bits by the range of their type."""
+    if not image.mode.startswith(("I", "F")):
+        return image
+    values = np.asarray(image)
+    # The library widens 16 bits to 32 for some formats; only of these is the range known.
+    known = image.mode.startswith("I;16") or image.format in ("PNG", "PPM")
+    top = 4095 if _bits(image) == 12 else 65535
+    if image.mode == "F":
+        if not (np.isfinite(values).all() and values.min() >= 0 and values.max() <= 1):
+            found = f"numbers from {values.min():.4g} to {values.max():.4g}"
+            allowed = "numbers with a fraction in [0, 1], or whole ones of 8 or 16 bits"
+            raise DataError(describe(name, found, allowed))
+        scaled = values * 255.0
+    elif known and values.min() >= 0 and values.max() <= top:
+        scaled = values * (255.0 / top)
+    else:
+        found = f"whole numbers of 32 bits, from {values.min()} to {values.max()}"
+        raise DataError(describe(name, found, "8 or 16 bits, or numbers in [0, 1]"))
+    clear = image.info.get("transparency")
+    if isinstance(clear, int):
+        scaled = np.where(values == clear, 255.0, scaled)
+    made = Image.fromarray(np.round(scaled).astype(np.uint8))
+    if image.getexif().get(_ORIENTATION, 1) != 1:
+        made.getexif()[_ORIENTATION] = image.getexif()[_ORIENTATION]
+    return made
+
+
+def _bits(image: Image.Image) -> int:
+    """Bits of a value as a TIFF file says; 16 of any other."""
+    said = getattr(image, "tag_v2", {}).get(258, (16,))
+    return int(said[0] if isinstance(said, tuple) else said)
+
+
+def read_picture(
+    given: Given,
+    channels: int = 3,
+    side: int | tuple[int, int] | None = None,
+    name: str = "",
+) -> np.ndarray:
+    """u8 [C, H, W] as of :func:`to_pixels`; DataError where it cannot be decoded."""
+    with opened(given, name) as image:
+        return to_pixels(image, channels, side, name or str(getattr(given, "name", "picture")))
+
+
+def read_size(file: Path) -> tuple[int, int]:
+    """(height, width) of the picture upright, from its header alone."""
+    with opened(file) as image:
+        turned = image.getexif().get(_ORIENTATION, 1) in (5, 6, 7, 8)
+        return (image.width, image.height) if turned else (image.height, image.width)
 
 
 class Pictures:
     """Pictures decoded when read, indexed like an array: ``pictures[rows]`` is u8 [B, C, H, W].
 
-    ``read(i)`` opens picture i, ``name(i)`` says which one it was in an error.
+    ``give(i)`` says where picture i is: its file, its bytes, or as decoded by another library;
+    ``name(i)`` which one it was, in an error.
     """
 
     def __init__(
         self,
         size: int,
-        read: Callable[[int], Any],
+        give: Callable[[int], Any],
         name: Callable[[int], str],
         channels: int,
         side: int,
     ) -> None:
-        self._size, self._read, self._name = size, read, name
+        self._size, self._give, self._name = size, give, name
         self._shape = (channels, side, side)
 
     def __len__(self) -> int:
@@ -63,15 +162,7 @@ class Pictures:
         return pixels
 
     def _decode(self, row: int) -> np.ndarray:
-        try:
-            image = self._read(row)
-            if not isinstance(image, Image.Image):
-                raise DataError(f"{self._name(row)}: holds {type(image).__name__}, not a picture")
-            with image:
-                return to_pixels(image, self._shape[0], self._shape[1])
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            if isinstance(error, DataError):
-                raise
-            raise DataError(
-                f"{self._name(row)}: cannot be decoded ({error}); repair or remove it"
-            ) from None
+        given = self._give(row)
+        if not isinstance(given, Path | bytes | Image.Image):
+            raise DataError(f"{self._name(row)}: holds {type(given).__name__}, not a picture")
+        return read_picture(given, self._shape[0], self._shape[1], self._name(row))

@@ -43,6 +43,8 @@ def to_unit_ball(points: Array, name: str) -> Array:
     reach = np.linalg.norm(centred, axis=1).max()
     if reach == 0:
         raise DataError(f"{name}: all points are in one place")
+    if not np.isfinite(reach):
+        raise DataError(f"{name}: coordinates too large to measure distances between points")
     return (centred / reach).astype(np.float32)
 
 

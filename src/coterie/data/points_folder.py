@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
-import numpy as np
 from pydantic import Field
 
 from coterie.core.errors import DataError, describe
 from coterie.core.rng import numpy_generator
+from coterie.data.arrays import open_npy
 from coterie.data.folder import scan_split
 from coterie.data.points import Array, CloudConfig, MadeClouds, to_unit_ball
 from coterie.data.source import SOURCES, ArraySource, SourceInfo, Split
@@ -32,18 +32,12 @@ class CloudFolderConfig(CloudConfig):
     )
 
     def build(self, split: Split = "train") -> ArraySource:
-        classes, files, labels = scan_split(
-            self.kind, self.path, (".npy",), split, self.held_out_one_in
-        )
+        found = scan_split(self.kind, self.path, (".npy",), split, self.held_out_one_in)
+        files = found.files
 
         def make(row: int) -> Array:
             name = f"{self.kind}: {files[row]}"
-            try:
-                points = np.load(files[row], allow_pickle=False)
-            except (OSError, ValueError, EOFError) as error:
-                raise DataError(f"{name}: not a plain array ({error})") from None
-            if points.dtype.kind not in "fiu":
-                raise DataError(describe(name, str(points.dtype), "an array of numbers"))
+            points = open_npy(files[row], name=name, empty=True)
             if points.ndim != 2 or points.shape[1] != 3 or len(points) < self.num_points:
                 raise DataError(describe(name, points.shape, f"[n >= {self.num_points}, 3]"))
             rng = numpy_generator(0, self.kind, files[row].name)
@@ -55,6 +49,7 @@ class CloudFolderConfig(CloudConfig):
             MadeClouds(len(files), make, self.num_points),
             shape=self.shape(),
             licence=self.info.licence,
-            labels=labels,
-            class_names=classes,
+            labels=found.labels,
+            class_names=found.classes,
+            fingerprint=found.fingerprint,
         )

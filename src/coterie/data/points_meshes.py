@@ -56,8 +56,8 @@ def sample_surface(
     first, second = triangles[:, 1] - triangles[:, 0], triangles[:, 2] - triangles[:, 0]
     areas = np.linalg.norm(np.cross(first, second), axis=1) / 2
     total = areas.sum()
-    if not total > 0:
-        raise DataError(f"{name}: its triangles have no area")
+    if not 0 < total < np.inf:
+        raise DataError(f"{name}: its triangles have no area, or one too large to measure")
     chosen = rng.choice(len(triangles), size=count, p=areas / total)
     u, v = rng.uniform(size=(2, count, 1))
     over = u + v > 1  # the other half of the parallelogram, folded back

@@ -16,6 +16,7 @@ from typing import Any, ClassVar, Literal, Self
 import numpy as np
 import torch
 from pydantic import Field, model_validator
+from torch import Tensor
 
 from coterie.core.batch import Batch
 from coterie.core.errors import ConfigError, DataError, describe, unknown
@@ -66,6 +67,7 @@ class RatingSource:
         if targets.shape != (len(features), len(self.task_names)):
             allowed = f"({len(features)}, {len(self.task_names)})"
             raise DataError(describe(f"{name}: targets", targets.shape, allowed))
+        check_answers(targets, self.task_names, name)
 
     def __len__(self) -> int:
         return len(self._features)
@@ -95,6 +97,16 @@ def check_ids(name: str, fields: Sequence[Feature], features: np.ndarray) -> Non
             row, column = np.argwhere(wrong)[0]
             where = f"{name}: field {field.name!r} of sample {row}"
             raise DataError(describe(where, int(values[row, column]), f"{least}..{field.size - 1}"))
+
+
+def check_answers(targets: np.ndarray | Tensor, task_names: Sequence[str], name: str) -> None:
+    """DataError naming the first answer of ``targets`` [S, T] that is not 0, 1 or NaN: -1 for "not
+    known" or a mistyped 2 would be learnt as if it were one."""
+    wrong = ~((targets == 0) | (targets == 1) | (targets != targets))
+    if wrong.any():
+        row, task = (int(index) for index in torch.as_tensor(wrong).nonzero()[0])
+        field = f"{name}: answer of sample {row} to task {task_names[task]!r}"
+        raise DataError(describe(field, float(targets[row, task]), "0, 1, or NaN where not known"))
 
 
 def check_users(name: str, users: np.ndarray, num_users: int, least: int) -> None:

@@ -10,7 +10,7 @@ Shape legend: B batch, S samples.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Protocol
 
@@ -22,6 +22,7 @@ from coterie.core.batch import Batch, Source
 from coterie.core.errors import ConfigError, DataError, describe
 from coterie.core.prediction import Condition
 from coterie.core.registry import Part, Registry
+from coterie.data.arrays import native
 from coterie.data.ordering import permutation
 
 Split = Literal["train", "held_out"]
@@ -53,6 +54,28 @@ class SourceConfig(Part):
 
     def build(self, split: Split = "train") -> Source:
         raise NotImplementedError
+
+
+def identity(source: Source) -> dict[str, Any]:
+    """What a run must find again when it goes on: number, classes and a digest of its samples."""
+    return {
+        "samples": len(source),
+        "classes": list(source.class_names),
+        "fingerprint": str(getattr(source, "fingerprint", "")),
+    }
+
+
+def changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """How a source differs from what it was, in words; "" where it does not."""
+    if before.get("samples") != now["samples"]:
+        return f"{before.get('samples')} samples then, {now['samples']} now"
+    gone = [name for name in before.get("classes", ()) if name not in now["classes"]]
+    new = [name for name in now["classes"] if name not in before.get("classes", ())]
+    if gone or new or before.get("classes") != now["classes"]:
+        return f"classes gone: {', '.join(gone) or 'none'}; new: {', '.join(new) or 'none'}"
+    if before.get("fingerprint") != now["fingerprint"]:
+        return "files or values are others than then, as many as before"
+    return ""
 
 
 def build_source(config: Any, split: Split = "train") -> Source:
@@ -129,7 +152,7 @@ class ArraySource:
 
     ``data`` is [T, ...]; ``rows`` picks the S samples of this split (None: all). ``transform``
     maps the gathered values [B, ...] to model input. ``labels``, ``tasks`` and ``captions`` have
-    length S.
+    length S. ``fingerprint``: a digest of data that may change under their path ("": they cannot).
     """
 
     def __init__(
@@ -147,7 +170,9 @@ class ArraySource:
         task_names: Sequence[str] = (),
         captions: Sequence[str] = (),
         transform: Callable[[Tensor], Tensor] | None = None,
+        fingerprint: str = "",
     ) -> None:
+        self.fingerprint = fingerprint
         self.name, self.modality, self.licence = name, modality, licence
         self.shape = tuple(shape)
         self.class_names, self.task_names = tuple(class_names), tuple(task_names)
@@ -167,7 +192,7 @@ class ArraySource:
     def get(self, indices: Any) -> Batch:
         rows = as_rows(indices, len(self), self.name)
         values = self._data[rows if self._rows is None else self._rows[rows]]
-        x = torch.from_numpy(np.ascontiguousarray(values))
+        x = torch.from_numpy(np.ascontiguousarray(native(values)))
         if self._transform is not None:
             x = self._transform(x)
         require_finite(x, self.name, rows)
@@ -192,6 +217,7 @@ class Subset:
         self.num_classes, self.class_names = source.num_classes, source.class_names
         self.task_names: tuple[str, ...] = getattr(source, "task_names", ())
         self.licence = source.licence
+        self.fingerprint = str(getattr(source, "fingerprint", ""))
 
     def __len__(self) -> int:
         return len(self.indices)

@@ -7,6 +7,7 @@ Legend: T tokens, L topics, S samples, B batch, N = context.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import sysconfig
 from collections.abc import Iterable, Iterator, Sequence
@@ -94,6 +95,7 @@ class TextSource:
         self.class_names = tuple(class_names)
         self.num_classes = len(self.class_names)
         self._tokens = corpus.tokens
+        self.fingerprint = hashlib.sha256(np.ascontiguousarray(corpus.tokens).data).hexdigest()
         counts = np.diff(corpus.regions) // context
         if counts.sum() == 0:
             longest = int(np.diff(corpus.regions).max(initial=0))

@@ -73,7 +73,7 @@ class GeneratedConfig(SourceConfig):
         key = derive(0, found, split, *(str(fields[name]) for name in sorted(fields)))
         folder = cache_root() / "generated" / f"{key:016x}"
         with locked(folder.with_suffix(".lock")):
-            if problem(folder) is not None:
+            if problem(folder, deep=True) is not None:
                 drawn = self._draw(split)
                 write_folder(folder, lambda work: save_array(work, "x", drawn))
         return open_array(folder, "x")

@@ -11,12 +11,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from coterie.core.batch import Batch
-from coterie.core.errors import ConfigError, DataError, describe
-from coterie.data import order
+from coterie.core.errors import ConfigError, describe
+from coterie.data import order, pictures
 from coterie.guides import Guide, height_map, pixel_classes
 from coterie.guides.tasks import target_of
 from coterie.solvers.guided import GuidedConfig, GuidedDenoiser, reads_label
@@ -48,15 +47,11 @@ def with_guide(
 
 
 def read_picture(path: str | Path, shape: tuple[int, int, int]) -> Tensor:
-    """f32 [C, H, W] in [-1, 1], scaled to ``shape``; DataError where it cannot be read."""
-    try:
-        with Image.open(path) as image:
-            mode = "L" if shape[0] == 1 else "RGB"
-            seen = image.convert(mode).resize((shape[2], shape[1]), Image.Resampling.BOX)
-    except (OSError, UnidentifiedImageError) as error:
-        raise DataError(f"{path}: cannot be read as a picture ({error})") from None
-    values = np.asarray(seen, dtype=np.float32) / 127.5 - 1.0
-    return torch.from_numpy(values).reshape(shape[1], shape[2], -1).permute(2, 0, 1).contiguous()
+    """f32 [C, H, W] in [-1, 1], scaled to cover ``shape`` and cut, as pictures of a folder are."""
+    if shape[0] not in (1, 3):
+        raise ConfigError(describe("target", str(path), f"none: samples have {shape[0]} channels"))
+    pixels = pictures.read_picture(Path(path), shape[0], shape[1:])
+    return torch.from_numpy(pixels.astype(np.float32) / 127.5 - 1.0)
 
 
 def map_guide(run: LoadedRun) -> Guide | None:

@@ -88,7 +88,9 @@ class Trainer:
             config, model, objective, source, self.parameters,
             seed=seed, device=self.device, dtype=self.dtype, placement=placement,
         )  # fmt: skip
-        self._store = RunStore(self.run_dir, self.parts, config, seed, run_config, placement)
+        self._store = RunStore(
+            self.run_dir, self.parts, config, seed, run_config, placement, source
+        )
 
     def fit(
         self, progress: ProgressOption = True, callbacks: tuple[Callback, ...] = ()

@@ -21,6 +21,7 @@ from torch import Tensor
 from coterie.core.errors import ConfigError, DataError, describe
 from coterie.core.folder import write_text
 from coterie.core.prediction import Condition
+from coterie.data.listing import existing_folder, files_below
 from coterie.data.pictures import SUFFIXES, read_picture
 from coterie.train.objectives.restoration import restore
 from coterie.train.run import LoadedRun
@@ -99,13 +100,11 @@ def plan_folder(
     overlap = side // 4 if overlap is None else overlap
     if not 0 <= overlap <= side // 2:
         raise ConfigError(describe("overlap", overlap, f"0..{side // 2} pixels"))
-    source, target = Path(folder), Path(out)
-    if not source.is_dir():
-        raise DataError(describe("folder", str(folder), "an existing folder of pictures"))
+    source, target = existing_folder(folder, "folder"), Path(out)
     if target.resolve() == source.resolve():
         hint = "restored pictures would replace the given ones"
         raise ConfigError(describe("out", str(out), "another folder", hint))
-    files = sorted(file for file in source.iterdir() if file.suffix.lower() in SUFFIXES)
+    files = files_below(source, SUFFIXES, deep=False)
     if not files:
         raise DataError(
             describe("folder", str(folder), f"pictures ({', '.join(sorted(SUFFIXES))})")

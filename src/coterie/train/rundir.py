@@ -11,6 +11,7 @@ from typing import Any, TextIO
 
 from coterie.core.config import Config, ConfigT
 from coterie.core.errors import ConfigError, TrainingError, describe
+from coterie.core.files import require_utf8
 from coterie.core.folder import clean, digest, read_object, write_text
 from coterie.train.checkpoint import FOLDER
 from coterie.train.config import TrainConfig
@@ -130,6 +131,7 @@ class RunDir:
         return False
 
     def _create(self) -> None:
+        require_utf8(self.path.absolute(), "run", ConfigError)
         with _disk(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
 

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from coterie.core.errors import DataError
+from coterie.data.source import changed, identity
 from coterie.train import checkpoint
 from coterie.train.config import TrainConfig
 from coterie.train.placement import ALONE, Placement
@@ -17,7 +19,8 @@ class RunStore:
     """Saves and restores ``parts`` in ``run_dir``, where None means nowhere.
 
     ``run_config`` is the whole run's configuration. None: the training configuration and the seed,
-    compared with what ``config.json`` says of them if the caller has written one.
+    compared with what ``config.json`` says of them if the caller has written one. ``source``: the
+    data; number, classes and digest of its samples are kept, and compared when training goes on.
     """
 
     def __init__(
@@ -28,6 +31,7 @@ class RunStore:
         seed: int,
         run_config: Mapping[str, Any] | None,
         placement: Placement = ALONE,
+        source: Any = None,
     ) -> None:
         self.run_dir = run_dir
         self.parts = parts
@@ -36,6 +40,7 @@ class RunStore:
         self._given = run_config
         self._own = {"seed": seed, "train": config.model_dump(mode="json")}
         self._hash = ""
+        self._data = {} if source is None else identity(source)
         self._last: tuple[int, Path] | None = None
 
     def resume(self) -> dict[str, Any] | None:
@@ -49,6 +54,13 @@ class RunStore:
         found = self.placement.newest(run_dir.path, self._hash)
         if found is None:
             return None
+        before = found.scalars.get("data")  # none in checkpoints of earlier versions
+        why = changed(before, self._data) if before and self._data else ""
+        if why:
+            raise DataError(
+                f"{run_dir.path}: the data are not those that training began with: {why}; put them "
+                "back, or start another run"
+            )
         state = self.placement.part(found.state)
         restore(self.parts, state, found.scalars["ema_updates"], str(found.path))
         self._last = (found.step, found.path)
@@ -62,7 +74,7 @@ class RunStore:
             run, state = self.run_dir.path, self.placement.whole(capture(self.parts))
 
             def write() -> str:
-                known = {**scalars, "ema_updates": self.parts.ema.num_updates}
+                known = {**scalars, "ema_updates": self.parts.ema.num_updates, "data": self._data}
                 made = checkpoint.save(
                     run, state, known, step=step, config_hash=self._hash, keep=self.keep
                 )

@@ -107,7 +107,7 @@ def _drawn(data: Part, config: PartitionConfig) -> Path:
     key = digest([data.model_dump(mode="json"), config.model_dump(mode="json")])
     folder = cache_root() / "partitions" / f"{data.kind}-{key[:32]}"
     with locked(folder.with_suffix(".lock")):
-        if problem(folder) is not None:
+        if problem(folder, deep=True) is not None:
             arrays = _draw(data, config)
             write_folder(folder, lambda work: _save(work, arrays))
     return folder

@@ -13,6 +13,7 @@ from coterie.core.batch import Batch, Losses
 from coterie.core.errors import ConfigError, DataError, describe, unknown
 from coterie.core.registry import Part
 from coterie.core.share import over_batch
+from coterie.data.ratings import check_answers
 from coterie.train.objectives.base import OBJECTIVES
 
 
@@ -66,7 +67,8 @@ class MultiTaskObjective(nn.Module):
             raise DataError(
                 describe("targets", found, f"an answer per task, {tuple(logits.shape)}")
             )
-        known = torch.isfinite(targets)
+        check_answers(targets, self.tasks, "targets")
+        known = ~torch.isnan(targets)
         truth = torch.where(known, targets, 0.0)
         errors = F.binary_cross_entropy_with_logits(logits.float(), truth, reduction="none")
         return errors * known, known

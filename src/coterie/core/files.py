@@ -1,0 +1,61 @@
+"""Opening what others wrote: special files are refused, and a reason is one line."""
+
+from __future__ import annotations
+
+import os
+import stat
+from pathlib import Path
+
+from coterie.core.errors import CoterieError, DataError
+
+_KINDS = (
+    (stat.S_ISDIR, "a folder"),
+    (stat.S_ISFIFO, "a named pipe"),
+    (stat.S_ISSOCK, "a socket"),
+    (stat.S_ISCHR, "a device"),
+    (stat.S_ISBLK, "a device"),
+)
+
+
+def regular_file(path: Path, error: type[CoterieError] = DataError) -> int:
+    """The size in bytes of a regular file (or of what a link leads to). ``error`` for anything
+    else: opening a named pipe would wait for ever."""
+    try:
+        found = path.stat()
+    except (OSError, ValueError) as problem:
+        raise error(f"{path}: cannot be read ({reason(problem)})") from None
+    if not stat.S_ISREG(found.st_mode):
+        kind = next((name for test, name in _KINDS if test(found.st_mode)), "no regular file")
+        raise error(f"{path}: {kind}; allowed: a regular file")
+    return found.st_size
+
+
+def reason(problem: BaseException) -> str:
+    """Why something failed, as one line: libraries answer with many, or with none."""
+    text = getattr(problem, "strerror", None) or str(problem)
+    lines = " ".join(str(text).split())
+    return lines[:300] or type(problem).__name__
+
+
+def is_utf8(path: str | os.PathLike[str]) -> bool:
+    """Whether a name can be written as text: systems allow names of any bytes."""
+    try:
+        os.fspath(path).encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def escaped(path: str | os.PathLike[str]) -> str:
+    """A name for people, with the bytes that are no UTF-8 as ``\\xff``."""
+    return os.fsencode(path).decode("utf-8", errors="backslashreplace")
+
+
+def require_utf8(
+    path: str | os.PathLike[str], field: str, error: type[CoterieError] = DataError
+) -> None:
+    """``error`` for a name that no configuration and no safetensors file could be read under."""
+    if not is_utf8(path):
+        raise error(
+            f"{field}: '{escaped(path)}' is not allowed; allowed: a name in UTF-8; rename it"
+        )
