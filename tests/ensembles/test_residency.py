@@ -11,6 +11,7 @@ import torch
 from exact_mixtures import NOTHING, process
 from torch import Tensor, nn
 
+from coterie.adapters import LoraConfig, adapters_of, attach, fold, merge, unmerge, weigh
 from coterie.core.errors import CheckpointError, ConfigError
 from coterie.core.prediction import Condition, Prediction
 from coterie.core.rng import SampleNoise
@@ -126,3 +127,96 @@ def test_a_damaged_member_is_an_error_when_it_is_needed(prefetch: bool) -> None:
         draw(members)
     with pytest.raises(ConfigError, match="resident"):
         LoadedMembers([], resident=0)
+
+
+# What is done to a member while it is in memory
+
+
+class Mapped(Net):
+    """A denoiser with a map that an adapter can be put on."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.map = nn.Linear(2, 2, bias=False)
+        with torch.no_grad():
+            self.map.weight.copy_(self.weight[:4].view(2, 2))
+
+    def forward(self, x: Tensor, t: Tensor, cond: Condition) -> Prediction:
+        return Prediction(self.map(torch.tanh(x)), "flow")
+
+
+class MapDisk(Disk):
+    def load(self, index: int) -> Mapped:
+        super().load(index)
+        return Mapped(index)
+
+
+def adapted(members: LoadedMembers, index: int) -> dict[str, nn.Module]:
+    member = members.get(index)
+    assert isinstance(member, nn.Module)
+    parts = attach(member, "a", LoraConfig(targets=("map",), rank=1))
+    with torch.no_grad():
+        for parameter in parts["map"].parameters():
+            parameter.add_(1.0)
+    return dict(parts)
+
+
+def answer(members: LoadedMembers, index: int) -> Tensor:
+    x = torch.tensor([[0.3, -0.2], [0.5, 0.1]])
+    value: Tensor = members.get(index)(x, torch.full((2,), 0.5), NOTHING).value
+    return value
+
+
+@pytest.mark.parametrize("merged", [False, True])
+def test_B2_adapters_stay_with_a_member_that_is_released(merged: bool) -> None:
+    members = LoadedMembers(MapDisk().loaders(), resident=1)
+    plain = answer(members, 0)
+    parts = adapted(members, 0)
+    there = answer(members, 0)
+    assert not torch.allclose(there, plain, atol=1e-3)
+    if merged:
+        merge(members.get(0))  # type: ignore[arg-type]
+    for other in (1, 2):
+        assert torch.equal(answer(members, other), Mapped(other)(*asked_of()).value)
+    again = members.get(0)
+    assert isinstance(again, nn.Module) and torch.allclose(answer(members, 0), there, atol=1e-6)
+    assert adapters_of(again)["a"]["map"] is parts["map"]  # what an optimiser holds goes on
+    if merged:
+        unmerge(again)
+    weigh(again, {"a": 0.0})
+    assert torch.equal(answer(members, 0), plain)
+    members.release()
+    assert torch.equal(answer(members, 0), plain)  # so do weights
+    assert members.held == (0,)
+
+
+def asked_of() -> tuple[Tensor, Tensor, Condition]:
+    return torch.tensor([[0.3, -0.2], [0.5, 0.1]]), torch.full((2,), 0.5), NOTHING
+
+
+def test_B2_other_changes_of_a_member_are_refused_when_it_would_be_released() -> None:
+    def listen(member: nn.Module) -> None:
+        member.register_forward_hook(lambda *_: None)
+
+    def write(member: nn.Module) -> None:
+        with torch.no_grad():
+            member.map.weight.mul_(2.0)  # type: ignore[union-attr, operator]
+
+    def replace(member: nn.Module) -> None:
+        member.map = nn.Linear(2, 2)
+
+    def folded(member: nn.Module) -> None:
+        attach(member, "a", LoraConfig(targets=("map",), rank=1))
+        fold(member)
+
+    for change in (listen, write, replace, folded):
+        members = LoadedMembers(MapDisk().loaders(), resident=1)
+        member = members.get(0)
+        assert isinstance(member, nn.Module)
+        change(member)
+        with pytest.raises(ConfigError, match=r"resident: 1 .*allowed: 4.*expert 0 was changed"):
+            members.get(1)
+        assert members.get(0) is member
+        roomy = LoadedMembers(MapDisk().loaders(), resident=4)
+        change(roomy.get(0))  # type: ignore[arg-type]
+        roomy.get(1)

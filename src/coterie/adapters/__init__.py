@@ -1,6 +1,7 @@
 """Floor 2: small trained additions to a frozen network, found by the names of its modules."""
 
 from coterie.adapters.attach import (
+    AdapterWarning,
     adapters_of,
     attach,
     base_digest,
@@ -18,9 +19,11 @@ from coterie.adapters.checks import Pair, check_together, pairs, room
 from coterie.adapters.config import AdapterConfig, LoraConfig
 from coterie.adapters.files import load_adapter, read_adapter, save_adapter
 from coterie.adapters.layers import Copy, LowRank, Rows, Shift
+from coterie.adapters.stacks import Stacks
 
 __all__ = [
     "AdapterConfig",
+    "AdapterWarning",
     "BasisConfig",
     "Copy",
     "LoraConfig",
@@ -28,6 +31,7 @@ __all__ = [
     "Pair",
     "Rows",
     "Shift",
+    "Stacks",
     "adapters_of",
     "attach",
     "base_digest",

@@ -13,7 +13,9 @@ adapted network holds its adapters alone.
 from __future__ import annotations
 
 import hashlib
+import warnings
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 import torch
@@ -30,18 +32,28 @@ from coterie.adapters.layers import (
     Rows,
     Shift,
     add,
+    additions_of,
     fits,
-    refuse_two_copies,
+    own_state,
 )
+from coterie.adapters.reach import await_reach, check_reach, left_out
+from coterie.adapters.stacks import Stacks, lend, stacked, take_back
 from coterie.core.errors import ConfigError, describe, unknown
 from coterie.core.tensors import borrow, tensors_of
 
 Parts = dict[str, Part]
 
 
-def attach(model: nn.Module, name: str, config: LoraConfig, weight: Gain = 1.0) -> Parts:
+class AdapterWarning(UserWarning):
+    """An adapter covers less than its targets say."""
+
+
+def attach(
+    model: nn.Module, name: str, config: LoraConfig, weight: Gain = 1.0, warn: bool = True
+) -> Parts:
     """Put one adapter on ``model``, in place; its parts by the path of the module they add to.
 
+    ``warn``: say so where ``targets`` cover experts that are no modules and are hence left out.
     ConfigError, with ``model`` as it was: a pattern that fits nothing, a rank above a width, a slot
     beyond a basis, a basis or a slot that does not go with the adapters that are there.
     """
@@ -57,7 +69,27 @@ def attach(model: nn.Module, name: str, config: LoraConfig, weight: Gain = 1.0) 
         additions = _additions(modules[path], path)
         additions.parts[name] = part
         additions.gains[name] = weight
+        _listen(modules[path], additions)
+    await_reach(model, name)
+    said = left_out(name, config, modules, made) if warn else ""
+    if said:
+        warnings.warn(said, AdapterWarning, stacklevel=2)
     return made
+
+
+def _listen(layer: nn.Module, additions: Additions) -> None:
+    """Let what is added act when ``layer`` is called. One that reads its own stacks reads what is
+    added while it is called; a pool of ours is never called."""
+    if add not in layer._forward_hooks.values():
+        layer.register_forward_hook(add, with_kwargs=True)
+    stacks = any(isinstance(part, Stacks) for part in additions.parts.values())
+    if (
+        stacks
+        and not hasattr(layer, "expert_state")
+        and lend not in layer._forward_pre_hooks.values()
+    ):
+        layer.register_forward_pre_hook(lend)
+        layer.register_forward_hook(take_back, prepend=True, always_call=True)
 
 
 def _made(modules: Mapping[str, nn.Module], config: LoraConfig) -> Parts:
@@ -66,10 +98,13 @@ def _made(modules: Mapping[str, nn.Module], config: LoraConfig) -> Parts:
     biases = set(named(modules, config.biases, "biases", _has_bias)) - set(copies)
     layers = set(named(modules, config.targets, "targets", fits)) - set(copies)
     tables = set(named(modules, config.embeddings, "embeddings", _is_table)) - set(copies)
+    stacks = named_stacks(modules, config.experts)
     made: Parts = {}
     for path, module in modules.items():
         if path in copies:
             made[path] = Copy(module, config, path)
+        elif path in stacks:
+            made[path] = Stacks(module, config, path, stacks[path])
         elif path in layers:
             made[path] = LowRank(module, config, path, bias=path in biases)
         elif path in tables:
@@ -103,6 +138,21 @@ def named(
     return [path for path in there if any(fnmatchcase(path, pattern) for pattern in patterns)]
 
 
+def named_stacks(
+    modules: Mapping[str, nn.Module], patterns: Iterable[str]
+) -> dict[str, tuple[str, ...]]:
+    """Path of a module -> its stacks of maps whose paths fit, as :func:`named` does it."""
+    there = {
+        f"{path}.{own}": (path, own) for path, module in modules.items() for own in stacked(module)
+    }
+    places = {path: modules[owner] for path, (owner, _) in there.items()}
+    out: dict[str, tuple[str, ...]] = {}
+    for path in named(places, patterns, "experts", stacked):
+        owner, own = there[path]
+        out[owner] = (*out.get(owner, ()), own)
+    return out
+
+
 def _is_table(module: nn.Module) -> bool:
     return isinstance(module, nn.Embedding)
 
@@ -121,23 +171,12 @@ def _additions(layer: nn.Module, path: str) -> Additions:
     if found is None:
         found = Additions()
         layer.add_module("adapters", found)
-        layer.register_forward_hook(add)
     if not isinstance(found, Additions):
         hint = f"{path} has something else of that name"
         raise ConfigError(describe("adapters", type(found).__name__, "a free name", hint))
     if found.pristine is not None:
         raise ConfigError(describe("merged", True, "false", "unmerge before adding an adapter"))
     return found
-
-
-def additions_of(model: nn.Module) -> dict[str, tuple[nn.Module, Additions]]:
-    """Path of each adapted module -> it, and what is added to it."""
-    return {
-        path: (module, module.adapters)
-        for path, module in model.named_modules()
-        if isinstance(getattr(module, "adapters", None), Additions)
-        and isinstance(module.adapters, Additions)
-    }
 
 
 def adapters_of(model: nn.Module) -> dict[str, Parts]:
@@ -210,33 +249,15 @@ def merge(model: nn.Module) -> None:
             hint = "weights of one sample each cannot be one weight"
             raise ConfigError(describe("weights", "per sample", "a number per adapter", hint))
     for layer, additions in found.values():
-        own = own_state(layer)
+        own, additions.merged = own_state(layer), True
         additions.pristine = {name: value.detach().clone() for name, value in own.items()}
-        total = {
-            name: value.detach().float() if value.is_floating_point() else value.detach()
-            for name, value in own.items()
-        }
-        copied = False
-        # Copies first: what is added is added to the module that answers.
-        for name in sorted(additions.parts, key=lambda n: (not _is_copy(additions, n), n)):
-            part, gain = additions.parts[name], additions.gains[name]
-            assert isinstance(part, Part) and not isinstance(gain, Tensor)
-            if copied and isinstance(part, Copy) and gain != 0:
-                unmerge(model)
-                refuse_two_copies(name, gain)
-            copied = copied or (isinstance(part, Copy) and gain != 0)
-            part.merge_into(total, gain)
+        try:
+            total = additions.total(own)
+        except ConfigError:
+            unmerge(model)
+            raise
         for name, value in own.items():
             value.copy_(total[name])
-
-
-def _is_copy(additions: Additions, name: str) -> bool:
-    return isinstance(additions.parts[name], Copy)
-
-
-def own_state(layer: nn.Module) -> dict[str, Tensor]:
-    """A module's own parameters and persistent buffers by name, not those of its children."""
-    return {n: v for n, v in layer.state_dict(keep_vars=True).items() if "." not in n}
 
 
 @torch.no_grad()
@@ -252,13 +273,51 @@ def unmerge(model: nn.Module) -> None:
 def detach(model: nn.Module) -> None:
     """Take every adapter off; what is merged stays merged. The weights are the network's own again
     (and stay closed to gradients)."""
-    for layer, _ in additions_of(model).values():
+    adapted = [layer for layer, _ in additions_of(model).values()]
+    for layer in adapted:
         del layer.adapters
-        for key, hook in list(layer._forward_hooks.items()):
-            if hook is add:
-                del layer._forward_hooks[key]
+    for layer in (model, *adapted):
+        for hooks in (layer._forward_hooks, layer._forward_pre_hooks):
+            for key, hook in list(hooks.items()):
+                if hook in (add, lend, take_back, check_reach):
+                    del hooks[key]
+                    layer._forward_hooks_with_kwargs.pop(key, None)
+                    layer._forward_hooks_always_called.pop(key, None)
+    model.__dict__.pop("awaited_adapters", None)
     for module in model.modules():
         borrow(module, False)
+
+
+@dataclass(frozen=True, eq=False)
+class Taken:
+    """All that was on a network, by path, to be put on the same network read anew."""
+
+    additions: dict[str, Additions]
+    merged: bool
+
+
+def take_off(model: nn.Module) -> Taken:
+    """What :func:`put_back` needs; the network is as it was before any adapter came."""
+    found = {path: additions for path, (_, additions) in additions_of(model).items()}
+    merged = any(additions.pristine is not None for additions in found.values())
+    unmerge(model)
+    detach(model)
+    return Taken(found, merged)
+
+
+def put_back(model: nn.Module, taken: Taken) -> None:
+    """The same adapters, their parameters the same objects, on another copy of their network."""
+    modules = own_modules(model)
+    for module in modules.values():
+        borrow(module)
+    for path, additions in taken.additions.items():
+        layer = modules[path]
+        layer.add_module("adapters", additions)
+        _listen(layer, additions)
+        for name in additions.parts:
+            await_reach(model, name)
+    if taken.merged:
+        merge(model)
 
 
 def fold(model: nn.Module) -> None:

@@ -27,6 +27,9 @@ class LoraConfig(Config):
     of rank ``rank`` k, up [O k, r k] and down [r k, I k] (loralib). ``narrow``: a module with fewer
     inputs or outputs than ``rank`` is an error, or gets the lower rank.
 
+    ``experts``: stacks of maps [E, out, in] (patterns of parameter paths, such as ``*.pool.*``), of
+    which each expert gets factors of its own. They are no modules, so ``targets`` cannot name them.
+
     ``biases``: modules whose biases are trained along. ``copies``: modules of which the adapter has
     its own, starting as they are and trained whole: a batch norm with its statistics, or, with
     ``*``, all of the network. On or off, and only one copy of a module at a time.
@@ -41,6 +44,7 @@ class LoraConfig(Config):
     rows: tuple[NonNegativeInt, ...] = ()
     conv: Literal["channels", "kernel"] = "channels"
     narrow: Literal["refuse", "lower"] = "refuse"
+    experts: tuple[str, ...] = ()
     biases: tuple[str, ...] = ()
     copies: tuple[str, ...] = ()
 
@@ -50,8 +54,11 @@ class LoraConfig(Config):
             raise ConfigError(describe("rows", self.rows, "rows of embeddings, or neither"))
         if len(set(self.rows)) < len(self.rows):
             raise ConfigError(describe("rows", self.rows, "rows that all differ"))
-        if not (self.targets or self.embeddings or self.biases or self.copies):
+        if not any((self.targets, self.embeddings, self.experts, self.biases, self.copies)):
             raise ConfigError(describe("targets", (), "patterns of module paths"))
+        if self.basis is not None and self.experts:
+            hint = "slots lie in the inputs of a map that all samples share"
+            raise ConfigError(describe("experts", self.experts, "none with a basis", hint))
         if self.basis is not None and (self.conv, self.narrow) != ("channels", "refuse"):
             hint = "a basis has slots of one rank in the space of a module's inputs"
             found = f"conv {self.conv}, narrow {self.narrow}"

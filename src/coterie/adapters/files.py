@@ -1,12 +1,16 @@
 """Adapters as files in PEFT's layout: ``adapter_config.json`` and ``adapter_model.safetensors``.
 
 Both libraries read what either has written. What PEFT has no word for (the basis) stands in the
-header of the safetensors file. Written are whole folders; read is nothing but safetensors and JSON.
+header of the safetensors file. An adapter with factors of stacked experts names a ``peft_type`` of
+its own, so that PEFT refuses what it would read in part: ``PATH.experts_A`` [E, r, I] and
+``PATH.experts_B`` [E, O, r] of each parameter at PATH. Written are whole folders; read is nothing
+but safetensors and JSON.
 """
 
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,12 +21,15 @@ from torch import Tensor, nn
 from coterie.adapters.attach import Parts, adapters_of, attach, own_modules
 from coterie.adapters.config import LoraConfig
 from coterie.adapters.layers import LowRank, Rows, fits
+from coterie.adapters.stacks import Stacks, stacked
 from coterie.core.errors import CheckpointError, ConfigError, describe, unknown
 from coterie.core.folder import atomic_folder, canonical, read_object
 from coterie.core.tensors import read_tensors, require_finite, write_tensors
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
+PEFT, STACKED = "LORA", "LORA_EXPERTS"
+DOWN_E, UP_E = "experts_A", "experts_B"
 DOWN, UP, TOKENS = "lora_A.weight", "lora_B.weight", "token_adapter.trainable_tokens_delta"
 REFUSED = (
     *("use_dora", "fan_in_fan_out", "modules_to_save", "rank_pattern", "alpha_pattern"),
@@ -41,6 +48,7 @@ class AdapterFile:
     basis_hash: str = ""
     factors: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     tables: dict[str, Tensor] = field(default_factory=dict)
+    stacks: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
 
 def save_adapter(
@@ -57,6 +65,10 @@ def save_adapter(
         if isinstance(part, LowRank):
             down, up = part.factors()
             tensors[f"{PREFIX}{path}.{DOWN}"], tensors[f"{PREFIX}{path}.{UP}"] = down, up
+        elif isinstance(part, Stacks):
+            for own in part.names:
+                tensors[f"{PREFIX}{path}.{own}.{DOWN_E}"] = part.down[own]
+                tensors[f"{PREFIX}{path}.{own}.{UP_E}"] = part.up[own]
         elif isinstance(part, Rows):
             table = modules[path]
             assert isinstance(table, nn.Embedding)
@@ -72,6 +84,8 @@ def _require_plain(name: str, parts: Parts) -> None:
     """ConfigError where PEFT's layout has no word for what the adapter is."""
     config = next(iter(parts.values())).config
     ranks = {part.rank for part in parts.values() if isinstance(part, LowRank)}
+    for part in parts.values():
+        ranks |= part.ranks() if isinstance(part, Stacks) else set()
     extras: dict[str, object] = {"biases": config.biases, "copies": config.copies}
     extras["conv"] = "" if config.conv == "channels" else config.conv
     extras["narrow"] = "" if len(ranks) < 2 else config.narrow
@@ -92,8 +106,10 @@ def _header(parts: Parts) -> dict[str, str]:
 def _peft(parts: Parts, base: str) -> dict[str, Any]:
     config = next(iter(parts.values())).config
     rows = {path: list(part.rows) for path, part in parts.items() if isinstance(part, Rows)}
+    stacks = {p: part.names for p, part in parts.items() if isinstance(part, Stacks)}
+    experts = sorted(f"{path}.{name}" for path, names in stacks.items() for name in names)
     return {
-        "peft_type": "LORA",
+        "peft_type": STACKED if experts else PEFT,
         "base_model_name_or_path": base or None,
         "task_type": None,
         "inference_mode": True,
@@ -104,7 +120,8 @@ def _peft(parts: Parts, base: str) -> dict[str, Any]:
         "bias": "none",
         "fan_in_fan_out": False,
         "init_lora_weights": True,
-        "target_modules": sorted(path for path in parts if path not in rows),
+        "target_modules": sorted(p for p in parts if p not in rows and p not in stacks),
+        **({"target_experts": experts} if experts else {}),
         "trainable_token_indices": rows or None,
     }
 
@@ -114,7 +131,7 @@ def read_adapter(folder: str | Path) -> AdapterFile:
     weights that are not finite."""
     folder = Path(folder)
     data = read_object(folder / CONFIG, "no adapter configuration")
-    if data.get("peft_type") != "LORA" or data.get("bias", "none") != "none":
+    if data.get("peft_type") not in (PEFT, STACKED) or data.get("bias", "none") != "none":
         found = (data.get("peft_type"), data.get("bias"))
         raise CheckpointError(describe(f"{folder / CONFIG}: peft_type, bias", found, "LORA, none"))
     for name in REFUSED:
@@ -124,7 +141,10 @@ def read_adapter(folder: str | Path) -> AdapterFile:
     tensors = read_tensors(folder / WEIGHTS)
     require_finite(tensors, str(folder / WEIGHTS))
     told = _told(folder / WEIGHTS)
-    factors, tables = _sorted(tensors, str(folder / WEIGHTS))
+    factors, tables, stacks = _sorted(tensors, str(folder / WEIGHTS))
+    if bool(stacks) != (data["peft_type"] == STACKED):
+        where = f"{folder / CONFIG}: peft_type"
+        raise CheckpointError(describe(where, data["peft_type"], STACKED if stacks else PEFT))
     rows = data.get("trainable_token_indices") or {}
     if len({tuple(own) for own in rows.values()}) > 1:
         where = f"{folder / CONFIG}: trainable_token_indices"
@@ -136,6 +156,7 @@ def read_adapter(folder: str | Path) -> AdapterFile:
         config = LoraConfig.from_dict(
             {
                 "targets": sorted(factors),
+                "experts": sorted(stacks),
                 "rank": data.get("r", 8),
                 "alpha": data.get("lora_alpha", 8),
                 "rank_scaling": bool(data.get("use_rslora")),
@@ -146,7 +167,7 @@ def read_adapter(folder: str | Path) -> AdapterFile:
         )
     except ConfigError as error:
         raise CheckpointError(f"{folder / CONFIG}: {error}") from None
-    return AdapterFile(folder, config, str(told.get("basis_hash", "")), factors, tables)
+    return AdapterFile(folder, config, str(told.get("basis_hash", "")), factors, tables, stacks)
 
 
 def load_adapter(model: nn.Module, name: str, folder: str | Path, weight: float = 1.0) -> Parts:
@@ -158,10 +179,15 @@ def load_adapter(model: nn.Module, name: str, folder: str | Path, weight: float 
         hint = f"the basis that the file names has hash {basis.hash} here"
         raise CheckpointError(describe(f"{folder}: basis hash", found.basis_hash, basis.hash, hint))
     _check_shapes(model, found)
-    parts = attach(model, name, found.config, weight)
+    parts = attach(model, name, found.config, weight, warn=False)
     for path, part in parts.items():
         if isinstance(part, LowRank):
             _fill(part, *found.factors[path], f"{folder}: {path}")
+        elif isinstance(part, Stacks):
+            for own in part.names:
+                down, up = found.stacks[f"{path}.{own}"]
+                part.down[own].data.copy_(down)
+                part.up[own].data.copy_(up)
         elif isinstance(part, Rows):
             table = own_modules(model)[path]
             assert isinstance(table, nn.Embedding)
@@ -201,6 +227,16 @@ def _check_shapes(model: nn.Module, found: AdapterFile) -> None:
             if not torch.allclose(fixed.float(), own, atol=1e-3):
                 hint = f"it is not slot {basis.index} of the basis that it names"
                 raise CheckpointError(f"{found.path}: {path}: the fixed factor differs; {hint}")
+    for path, (down, up) in found.stacks.items():
+        owner, _, stack = path.rpartition(".")
+        if owner not in modules or stack not in stacked(modules[owner]):
+            there = [f"{p}.{n}" for p, m in modules.items() for n in stacked(m)]
+            raise CheckpointError(unknown(f"{found.path}: experts", path, there[:8]))
+        count, outputs, *rest = modules[owner].get_parameter(stack).shape
+        wanted = (count, rank, math.prod(rest)), (count, outputs, rank)
+        if (tuple(down.shape), tuple(up.shape)) != wanted:
+            shapes = tuple(down.shape), tuple(up.shape)
+            raise CheckpointError(describe(f"{found.path}: {path}", shapes, str(wanted)))
     for path, values in found.tables.items():
         table = modules.get(path)
         wanted_rows = (len(found.config.rows), getattr(table, "embedding_dim", None))
@@ -209,24 +245,31 @@ def _check_shapes(model: nn.Module, found: AdapterFile) -> None:
             raise CheckpointError(describe(f"{found.path}: {path}", tuple(values.shape), allowed))
 
 
-def _sorted(
-    tensors: dict[str, Tensor], where: str
-) -> tuple[dict[str, tuple[Tensor, Tensor]], dict[str, Tensor]]:
-    """Factors by path, and rows by path."""
-    downs: dict[str, Tensor] = {}
-    ups: dict[str, Tensor] = {}
-    tables: dict[str, Tensor] = {}
+Pairs = dict[str, tuple[Tensor, Tensor]]
+
+
+def _sorted(tensors: dict[str, Tensor], where: str) -> tuple[Pairs, dict[str, Tensor], Pairs]:
+    """Factors by path, rows by path, and factors of stacked experts by the parameter's path."""
+    found: dict[str, dict[str, Tensor]] = {end: {} for end in (DOWN, UP, TOKENS, DOWN_E, UP_E)}
     for key, value in tensors.items():
-        for ending, kept in ((DOWN, downs), (UP, ups), (TOKENS, tables)):
+        for ending, kept in found.items():
             if key.startswith(PREFIX) and key.endswith(f".{ending}"):
                 kept[key.removeprefix(PREFIX).removesuffix(f".{ending}")] = value
                 break
         else:
             raise CheckpointError(describe(f"{where}: tensor", key, f"{PREFIX}PATH.{DOWN} or {UP}"))
-    if downs.keys() != ups.keys() or not (downs or tables):
-        lonely = sorted(downs.keys() ^ ups.keys())
-        raise CheckpointError(describe(f"{where}: modules", lonely, f"{DOWN} and {UP} for each"))
-    return {path: (down, ups[path]) for path, down in downs.items()}, tables
+    tables = found[TOKENS]
+    for down, up in ((DOWN, UP), (DOWN_E, UP_E)):
+        lonely = sorted(found[down].keys() ^ found[up].keys())
+        if lonely or not any(found.values()):
+            raise CheckpointError(
+                describe(f"{where}: modules", lonely, f"{down} and {up} for each")
+            )
+    factors, stacks = (
+        {path: (value, found[up][path]) for path, value in found[down].items()}
+        for down, up in ((DOWN, UP), (DOWN_E, UP_E))
+    )
+    return factors, tables, stacks
 
 
 def _told(path: Path) -> dict[str, Any]:

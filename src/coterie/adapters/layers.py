@@ -6,13 +6,16 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from coterie.adapters.basis import check_capacity
 from coterie.adapters.config import LoraConfig
+from coterie.adapters.stacks import Stacks
 from coterie.core.errors import ConfigError, describe
 from coterie.core.tensors import borrow
 
@@ -21,7 +24,10 @@ Gain = float | Tensor
 
 
 def fits(module: nn.Module) -> bool:
-    """Linear maps, and convolutions that read all channels."""
+    """Linear maps, and convolutions that read all channels; not the output of torch's own
+    attention, whose weight is read past the module."""
+    if isinstance(module, NonDynamicallyQuantizableLinear):
+        return False
     return isinstance(module, nn.Linear) or (isinstance(module, Conv) and module.groups == 1)
 
 
@@ -138,16 +144,19 @@ class Copy(nn.Module):
         if isinstance(getattr(self.own, "adapters", None), Additions):
             del self.own.adapters
         self.own._forward_hooks.clear()
+        self.own._forward_pre_hooks.clear()
         borrow(self.own, False)
         for parameter in self.own.parameters():
             parameter.requires_grad_(parameter.is_floating_point())
 
-    def forward(self, layer: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-        return self.own(x)
+    def forward(
+        self, layer: nn.Module, x: Tensor, y: Tensor, rest: tuple[Any, ...] = (), **named: Any
+    ) -> Any:
+        return self.own(x, *rest, **named)
 
     def merge_into(self, own: dict[str, Tensor], gain: float) -> None:
         if gain != 0:
-            own.update({name: value.detach() for name, value in self.own.state_dict().items()})
+            own.update(own_state(self.own))
 
 
 def _is_plain(layer: nn.Module) -> bool:
@@ -178,7 +187,16 @@ class Rows(nn.Module):
             own["weight"] = own["weight"].index_add(0, rows, self.change.float())
 
 
-Part = LowRank | Rows | Shift | Copy
+def _wide(value: Tensor) -> Tensor:
+    return value.to(torch.promote_types(value.dtype, torch.float32))
+
+
+def own_state(layer: nn.Module) -> dict[str, Tensor]:
+    """A module's own parameters and persistent buffers by name, not those of its children."""
+    return {n: v for n, v in layer.state_dict(keep_vars=True).items() if "." not in n}
+
+
+Part = LowRank | Rows | Shift | Copy | Stacks
 """What one adapter does to one module."""
 
 
@@ -191,9 +209,14 @@ class Additions(nn.Module):
         super().__init__()
         self.parts = nn.ModuleDict()
         self.gains: dict[str, Gain] = {}
+        self.merged = False  # whether it ever was
+        self.reached = False  # whether any pass went through the module
         self.pristine: dict[str, Tensor] | None = None  # the module's tensors before a merge
 
-    def forward(self, layer: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    def forward(
+        self, layer: nn.Module, x: Tensor, y: Tensor, rest: tuple[Any, ...] = (), **named: Any
+    ) -> Tensor:
+        self._note()
         if self.pristine is not None:
             return y
         plain = y  # copies come before what is added
@@ -201,17 +224,65 @@ class Additions(nn.Module):
             if isinstance(part, Copy):
                 if y is not plain and not isinstance(self.gains[name], Tensor):
                     refuse_two_copies(name, self.gains[name])
-                y = _replaced(layer, part, self.gains[name], x, y)
+                if isinstance(self.gains[name], Tensor) and (rest or named):
+                    hint = f"{type(layer).__name__} reads more than rows"
+                    raise ConfigError(describe(f"weights.{name}", "per sample", "a number", hint))
+                y = _replaced(layer, part, self.gains[name], x, y, rest, named)
         for name, part in self.parts.items():
-            if not isinstance(part, Copy):
+            if not isinstance(part, Copy | Stacks):
                 y = _added(layer, part, self.gains[name], x, y)
         return y
 
+    def read(
+        self, layer: nn.Module, own: dict[str, Tensor], only: tuple[type[nn.Module], ...] = ()
+    ) -> dict[str, Tensor]:
+        """The parameters ``own`` of ``layer`` with all that is added (by parts of some kinds
+        ``only``), of their types."""
+        self._note()
+        if self.pristine is not None:
+            return own
+        for name, gain in self.gains.items():
+            if isinstance(gain, Tensor):
+                hint = f"the weights of {type(layer).__name__} are read once for all samples"
+                raise ConfigError(describe(f"weights.{name}", "per sample", "a number", hint))
+        total = self.total(own, only or (nn.Module,))
+        return {name: total[name].to(value.dtype) for name, value in own.items()}
 
-def _replaced(layer: nn.Module, part: Copy, gain: Gain, x: Tensor, y: Tensor) -> Tensor:
+    def total(
+        self, own: Mapping[str, Tensor], only: tuple[type[nn.Module], ...] = (nn.Module,)
+    ) -> dict[str, Tensor]:
+        """``own`` with what is added, summed in float32 at least: copies first (what is added is
+        added to the module that answers), then sorted by name."""
+        total = {n: _wide(v) if v.is_floating_point() else v for n, v in own.items()}
+        copied = False
+        names = [name for name, part in self.parts.items() if isinstance(part, only)]
+        for name in sorted(names, key=lambda n: (not isinstance(self.parts[n], Copy), n)):
+            part, gain = self.parts[name], self.gains[name]
+            assert isinstance(part, Part) and not isinstance(gain, Tensor)
+            if copied and isinstance(part, Copy):
+                refuse_two_copies(name, gain)
+            copied = copied or (isinstance(part, Copy) and gain != 0)
+            if gain != 0:
+                part.merge_into(total, gain)
+        return total
+
+    def _note(self) -> None:
+        if not (self.reached or torch.compiler.is_compiling()):
+            self.reached = True
+
+
+def _replaced(
+    layer: nn.Module,
+    part: Copy,
+    gain: Gain,
+    x: Tensor,
+    y: Tensor,
+    rest: tuple[Any, ...],
+    named: dict[str, Any],
+) -> Tensor:
     """y with the answer of the adapter's own module where its gain is not 0."""
     if not isinstance(gain, Tensor):
-        return y if gain == 0 else part(layer, x, y)
+        return y if gain == 0 else part(layer, x, y, rest, **named)
     rows = gain.nonzero()[:, 0]
     if not len(rows):
         return y
@@ -242,6 +313,19 @@ def refuse_two_copies(name: str, gain: Gain) -> None:
         raise ConfigError(describe(f"weights.{name}", gain, "0 while another copy is on", hint))
 
 
-def add(layer: Any, args: tuple[Any, ...], output: Any) -> Any:
+def add(layer: Any, args: tuple[Any, ...], named: dict[str, Any], output: Any) -> Any:
     """The forward hook of an adapted module."""
-    return layer.adapters(layer, args[0], output)
+    if not args:
+        name = next(iter(named))
+        args, named = (named[name],), {n: value for n, value in named.items() if n != name}
+    return layer.adapters(layer, args[0], output, args[1:], **named)
+
+
+def additions_of(model: nn.Module) -> dict[str, tuple[nn.Module, Additions]]:
+    """Path of each adapted module -> it, and what is added to it."""
+    return {
+        path: (module, module.adapters)
+        for path, module in model.named_modules()
+        if isinstance(getattr(module, "adapters", None), Additions)
+        and isinstance(module.adapters, Additions)
+    }

@@ -89,7 +89,7 @@ class FoldedLayer(ExpertLayer):
         """
         made = plan(routing, layer._slots, layer.pool.num_experts)
         tables = dict(layer.pool.named_buffers(recurse=False))
-        stacks = {**layer.pool.stacks(), **tables}
+        stacks = {**layer.pool.adapted().stacks(), **tables}
         known: dict[tuple[int, ...], dict[str, str]] = {}
         out: list[dict[str, str] | None] = []
         for ids, gates in zip(made.ids.tolist(), made.gates):
@@ -234,6 +234,6 @@ def _always(
     if isinstance(shared, SharedExperts):
         if shared.gate is not None:
             return [], shared  # its gate reads the input
-        return [(shared.scale, {n: s[0] for n, s in shared.pool.stacks().items()})], None
+        return [(shared.scale, {n: s[0] for n, s in shared.pool.adapted().stacks().items()})], None
     weights = layer.pool.kind.weights_of(shared)
     return ([], shared) if weights is None else ([(1.0, weights)], None)

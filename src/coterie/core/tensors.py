@@ -52,6 +52,20 @@ def backward_runs() -> bool:
     return torch._C._current_graph_task_id() != -1
 
 
+def effective(module: nn.Module) -> dict[str, Tensor]:
+    """A module's own parameters by name, as its answer needs them: with what adapters add.
+
+    Whoever reads a parameter past the module's call reads it here, so that what is put on a module
+    acts wherever its weights do."""
+    own: dict[str, Tensor] = {n: v for n, v in module._parameters.items() if v is not None}
+    added = module._modules.get("adapters")
+    read = getattr(added, "read", None)
+    if read is None:
+        return own
+    adapted: dict[str, Tensor] = read(module, own)
+    return adapted
+
+
 def local(value: Tensor) -> Tensor:
     """What this process holds of a tensor that is cut over several; any other as it is."""
     held: Tensor = value.to_local() if hasattr(value, "to_local") else value

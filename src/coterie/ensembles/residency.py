@@ -2,7 +2,8 @@
 
 ``resident`` members are in memory at most, the least recently asked released first, and the one
 that is expected next while a thread reads it (``prefetch``). Released is released: only the files
-remember its weights, which is all that inference needs.
+remember its weights, which is all that inference needs. Adapters that were put on a member are on
+it again when it is read again; a member that was changed otherwise is not released.
 """
 
 from __future__ import annotations
@@ -17,8 +18,11 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from coterie.adapters.attach import Taken, put_back, take_off
+from coterie.adapters.layers import additions_of
 from coterie.core.errors import ConfigError, describe
 from coterie.core.prediction import DenoiserLike
+from coterie.ensembles.changes import Marks, changed, marks
 from coterie.ensembles.members import MemberFacts, Members
 
 
@@ -60,6 +64,8 @@ class LoadedMembers(Members):
         self.loads = self.peak_bytes = 0
         self._loaders = tuple(loaders)
         self._held: OrderedDict[int, DenoiserLike] = OrderedDict()
+        self._marks: dict[int, Marks] = {}  # of members in memory, as they were read
+        self._taken: dict[int, Taken] = {}  # adapters of those that are not
         self._pending: tuple[int, Future[DenoiserLike]] | None = None
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="prefetch")
 
@@ -84,10 +90,28 @@ class LoadedMembers(Members):
             return self._held[index]
         if len(self._held) >= self.resident:
             while len(self._held) >= self.resident:
-                self._held.popitem(last=False)
+                self._let_go(next(iter(self._held)))
             give_back()
-        self._held[index] = self._take(index)
-        return self._held[index]
+        member = self._take(index)
+        self._marks[index] = marks(member)
+        if index in self._taken:
+            assert isinstance(member, nn.Module)
+            put_back(member, self._taken.pop(index))
+        self._held[index] = member
+        return member
+
+    def _let_go(self, index: int) -> None:
+        """Release one member; its adapters are kept for when it is read again. ConfigError where
+        something else was done to it, which its files do not know."""
+        member = self._held[index]
+        what = changed(self._marks[index], member)
+        if what:
+            hint = f"{self.names[index]} was changed since it was read ({what}); save it first"
+            allowed = f"{len(self)}, so that no member is read again"
+            raise ConfigError(describe("resident", self.resident, allowed, hint))
+        if isinstance(member, nn.Module) and additions_of(member):
+            self._taken[index] = take_off(member)
+        del self._held[index], self._marks[index]
 
     def expect(self, index: int) -> None:
         """Read ``index`` meanwhile, unless it is there or already being read."""
@@ -102,7 +126,8 @@ class LoadedMembers(Members):
         if self._pending is not None:
             self._pending[1].cancel()
             self._pending = None
-        self._held.clear()
+        for index in list(self._held):
+            self._let_go(index)
         give_back()
 
     def _take(self, index: int) -> DenoiserLike:

@@ -42,7 +42,7 @@ def put_on_base(model: nn.Module, manifest: Manifest) -> None:
     try:
         for entry in manifest.extra["adapters"]:
             lora = LoraConfig.from_dict(entry["lora"])
-            attach(model, str(entry["name"]), lora, float(entry["weight"]))
+            attach(model, str(entry["name"]), lora, float(entry["weight"]), warn=False)
     except (ConfigError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{manifest.path / MANIFEST}: adapters: {error}") from None
 

@@ -71,7 +71,7 @@ def _from_run(model: nn.Module, config: AdapterConfig, base: str) -> Parts:
     if found is None:
         raise CheckpointError(f"{path}: no checkpoint yet; train the run first")
     tensors = found.state.get("ema", found.state["model"])
-    parts = attach(model, config.name, chosen.lora, config.weight)
+    parts = attach(model, config.name, chosen.lora, config.weight, warn=False)
     for module, part in parts.items():
         prefix = f"{module}{PARTS}{chosen.name}."
         values = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}

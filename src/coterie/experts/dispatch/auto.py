@@ -8,6 +8,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from coterie.core.errors import ConfigError, describe
+from coterie.core.graphs import recorded
 from coterie.experts.dispatch import native
 from coterie.experts.dispatch.backends import BACKENDS, OneExpert, available, run_fold, run_once
 from coterie.experts.dispatch.one import run_one
@@ -99,7 +101,7 @@ def dispatch(
     if torch.is_autocast_enabled(device) and dtype == torch.float32:
         x, float32 = x.to(torch.get_autocast_dtype(device)), True
     with torch.autocast(device, enabled=False):
-        return _run(x, plan, pool, backend, float32, always).to(dtype)
+        return _run(x, plan, pool.adapted(), backend, float32, always).to(dtype)
 
 
 def _run(
@@ -110,6 +112,8 @@ def _run(
     float32: bool,
     always: Mapping[str, Tensor] | None,
 ) -> Tensor:
+    if recorded():
+        return _recorded(x, plan, pool, float32, always)
     kernels = _kernels(x, plan, pool, backend)
     if x.numel() == 0 or (kernels is None and sum(plan.counts) == 0):
         rows = x.shape if plan.unit == "sample" else (plan.num_rows, *x.shape[1:])
@@ -127,6 +131,31 @@ def _run(
         if name == "fold":
             return run_fold(x, plan, pool, float32, always)
         y = BACKENDS[name](x, plan, pool, float32)
+    return y if always is None else y + run_one(pool.kind, x, OneExpert(always, {}))
+
+
+def _recorded(
+    x: Tensor,
+    plan: DispatchPlan,
+    pool: ExpertPool,
+    float32: bool,
+    always: Mapping[str, Tensor] | None,
+) -> Tensor:
+    """The path of a graph that other inputs will run through: products of torch alone, and nothing
+    of it decided by who was chosen. Every expert answers every row, as in ``dense``."""
+    if pool.kind.batch_statistics and pool.training:
+        hint = "the rows of each expert are counted on the host"
+        allowed = "experts in eval mode"
+        raise ConfigError(describe("torch.export or trace", pool.kind.kind, allowed, hint))
+    if pool.kind.input_free:
+        y = BACKENDS["table"](x, plan, pool, float32)
+    elif plan.unit == "token" and plan.num_rows > x.shape[0]:
+        y = run_once(x, plan, pool, float32)
+        x = x.repeat_interleave(plan.num_rows // x.shape[0], dim=0)
+    elif pool.kind.foldable and plan.unit == "sample":
+        return run_fold(x, plan, pool, float32, always)
+    else:
+        y = BACKENDS["dense"](x, plan, pool, float32)
     return y if always is None else y + run_one(pool.kind, x, OneExpert(always, {}))
 
 

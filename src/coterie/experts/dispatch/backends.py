@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from coterie.core.graphs import recorded
 from coterie.experts.dispatch import native
 from coterie.experts.dispatch.normalise import Statistics, normalise, normalise_segments
 from coterie.experts.dispatch.plan import DispatchPlan, one_hot_rows, scale_rows
@@ -105,6 +106,7 @@ class BatchedExperts:
 
 def experts_of(pool: ExpertPool) -> list[OneExpert]:
     """The pool's experts, split with one backward per stack."""
+    pool = pool.adapted()
     buffers = {name: table.unbind(0) for name, table in pool.named_buffers(recurse=False)}
     return [
         OneExpert(own, {name: rows[e] for name, rows in buffers.items()}, pool.training)
@@ -222,7 +224,7 @@ def run_fold(
     While sampling, all samples stand at one noise level: then one map serves the whole batch.
     """
     gates = plan.dense_gates()
-    if not torch.is_grad_enabled() and bool((gates == gates[:1]).all()):
+    if not torch.is_grad_enabled() and not recorded() and bool((gates == gates[:1]).all()):
         gates = gates[:1]
     mixed = {}
     for name, stack in pool.stacks().items():
@@ -230,7 +232,7 @@ def run_fold(
         mixed[name] = (gates.to(stack.dtype) @ stack.flatten(1)).unflatten(1, stack.shape[1:])
         if always is not None:
             mixed[name] = mixed[name] + always[name]
-    if len(gates) == 1:
+    if gates.shape[0] == 1:
         return pool.kind.forward(x, OneExpert({n: rows[0] for n, rows in mixed.items()}, {}))
     return pool.kind.forward(x, BatchedExperts(mixed))
 
@@ -246,7 +248,9 @@ def run_table(x: Tensor, plan: DispatchPlan, pool: ExpertPool, float32: bool) ->
 def run_once(x: Tensor, plan: DispatchPlan, pool: ExpertPool, float32: bool) -> Tensor:
     """Several routings of each row: x [B, D], plan [B * N, K] -> [B * N, D]. Every expert that
     somebody chose answers each row once, and each routing weighs the answers."""
-    chosen = [e for e, count in enumerate(plan.counts) if count]
+    chosen = list(range(pool.num_experts))
+    if not recorded():
+        chosen = [e for e in chosen if plan.counts[e]]
     gates = plan.dense_gates()
     tensors = {**pool.stacks(), **dict(pool.named_buffers(recurse=False))}
     if len(chosen) < pool.num_experts:
@@ -258,7 +262,7 @@ def run_once(x: Tensor, plan: DispatchPlan, pool: ExpertPool, float32: bool) -> 
     if len(chosen) < pool.num_experts and pool.training:
         for name, stack in pool.statistics().items():
             stack.index_copy_(0, some, tensors[name])
-    gates_BNE = gates.unflatten(0, (len(x), -1))
+    gates_BNE = gates.unflatten(0, (x.shape[0], -1))
     wide = torch.promote_types(x.dtype, torch.float32) if float32 else x.dtype
     return torch.bmm(gates_BNE.to(wide), y_EBO.transpose(0, 1).to(wide)).flatten(0, 1)
 

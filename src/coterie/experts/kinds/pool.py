@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any, cast
 
 import torch
 from torch import Generator, Tensor, nn
 
 from coterie.core.errors import CheckpointError, ConfigError, describe
+from coterie.core.tensors import effective
 from coterie.experts.kinds.base import ExpertKind
 
 
@@ -61,8 +63,14 @@ class ExpertPool(nn.Module):
             getattr(self, name).zero_()
 
     def stacks(self) -> dict[str, Tensor]:
-        """Parameter name -> [E, ...]."""
+        """Parameter name -> [E, ...], as they are stored."""
         return {name: getattr(self, name) for name in self.names}
+
+    def adapted(self) -> ExpertPool:
+        """What a call computes with: this pool, or a view of it with what adapters add."""
+        if "adapters" not in self._modules:
+            return self
+        return cast(ExpertPool, _Adapted(self, effective(self)))
 
     def statistics(self) -> dict[str, Tensor]:
         """What training moves besides parameters: name -> [E, ...]."""
@@ -74,8 +82,7 @@ class ExpertPool(nn.Module):
 
     def unbind(self) -> list[dict[str, Tensor]]:
         """Parameters of each expert, views with gradient."""
-        split = {name: stack.unbind(0) for name, stack in self.stacks().items()}
-        return [{name: split[name][e] for name in self.names} for e in range(self.num_experts)]
+        return split_experts(self.stacks(), self.num_experts)
 
     def unpack(self) -> list[nn.Module]:
         """Every expert as a plain module (a copy), for tools that expect Linear layers."""
@@ -121,3 +128,28 @@ class ExpertPool(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.kind.kind}, num_experts={self.num_experts}, width={self.width}"
+
+
+class _Adapted:
+    """A pool whose stacks are others; all else is that of the pool itself."""
+
+    def __init__(self, pool: ExpertPool, stacks: dict[str, Tensor]) -> None:
+        self._pool, self._stacks = pool, stacks
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._pool, name)
+
+    def adapted(self) -> _Adapted:
+        return self
+
+    def stacks(self) -> dict[str, Tensor]:
+        return self._stacks
+
+    def unbind(self) -> list[dict[str, Tensor]]:
+        return split_experts(self._stacks, self._pool.num_experts)
+
+
+def split_experts(stacks: Mapping[str, Tensor], num_experts: int) -> list[dict[str, Tensor]]:
+    """Parameters of each expert; one backward per stack."""
+    split = {name: stack.unbind(0) for name, stack in stacks.items()}
+    return [{name: split[name][e] for name in stacks} for e in range(num_experts)]

@@ -18,6 +18,7 @@ from torch import Generator, Tensor, nn
 
 from coterie.core.context import Context
 from coterie.core.errors import ConfigError, describe
+from coterie.core.tensors import effective
 from coterie.experts.routers.base import SCORES, Scored, ScoreModule, ScorePart
 from coterie.experts.routers.scores import init_linear, linear_f32
 
@@ -73,7 +74,7 @@ class RecurrentModule(ScoreModule):
         state = self.memory(linear_f32(self.inner, x), before)
         if self.config.head == "linear":
             return Scored(linear_f32(self.proj, state), state=state)
-        prototypes = self.proj.weight.float()
+        prototypes = effective(self.proj)["weight"].float()
         logits = F.normalize(state, dim=-1) @ F.normalize(prototypes, dim=-1).T
         return Scored(logits, prototypes=prototypes, state=state)
 
@@ -106,7 +107,7 @@ class _Memory(nn.Module):
     def forward(self, u: Tensor, before: Tensor) -> Tensor:
         # The cell's own kernels, with float32 weights whatever they are stored in.
         step = torch.gru_cell if self.config.cell == "gru" else torch.rnn_tanh_cell
-        weights = [parameter.float() for parameter in self.cell.parameters()]
+        weights = [value.float() for value in effective(self.cell).values()]
         return step(u, before.float(), *weights)
 
     def reset_parameters(self, rng: Generator | None) -> None:

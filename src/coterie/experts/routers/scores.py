@@ -12,6 +12,8 @@ from torch import Generator, Tensor, nn
 
 from coterie.core.context import Context
 from coterie.core.errors import ConfigError, describe
+from coterie.core.graphs import recorded
+from coterie.core.tensors import effective
 from coterie.experts.routers.base import SCORES, Scored, ScoreModule, ScorePart, per_row
 
 
@@ -29,8 +31,9 @@ def init_linear(linear: nn.Linear, std: float | None, rng: Generator | None) -> 
 
 def linear_f32(linear: nn.Linear, x: Tensor) -> Tensor:
     """The map in float32 whatever the parameters' storage type."""
-    bias = None if linear.bias is None else linear.bias.float()
-    return F.linear(x, linear.weight.float(), bias)
+    own = effective(linear)
+    bias = None if linear.bias is None else own["bias"].float()
+    return F.linear(x, own["weight"].float(), bias)
 
 
 def linear_by_task(
@@ -38,10 +41,12 @@ def linear_by_task(
 ) -> Tensor:
     """f32 [R, E]: the map of each row's task on x f32 [R, D]; ``linear`` has E outputs for each of
     ``num_tasks``. ``tokens``: rows of a sample."""
-    weight = linear.weight.float().unflatten(0, (num_tasks, -1))  # [T, E, D]
-    samples = len(x) // max(1, tokens)
+    weight = effective(linear)["weight"].float().unflatten(0, (num_tasks, -1))  # [T, E, D]
+    samples = x.shape[0] // max(1, tokens)
     x, task = x.view(samples, tokens, x.shape[1]), task.view(samples, tokens)
-    if len(x) and bool((task == task[:1]).all()):  # every sample is asked the same
+    if (
+        not recorded() and len(x) and bool((task == task[:1]).all())
+    ):  # every sample is asked the same
         return torch.bmm(x.transpose(0, 1), weight[task[0]].mT).transpose(0, 1).flatten(0, 1)
     every = torch.einsum("bnd,ted->bnte", x, weight)
     index = task[:, :, None, None].expand(-1, -1, 1, weight.shape[1])

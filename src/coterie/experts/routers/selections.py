@@ -13,6 +13,7 @@ from torch import Tensor
 
 from coterie.core.context import Context
 from coterie.core.errors import ConfigError, describe
+from coterie.core.graphs import recorded
 from coterie.experts.routers.base import SELECTS, SelectPart, draw_rows
 
 _FEW = 4  # up to here k passes of argmax beat one stable sort
@@ -129,7 +130,10 @@ class TopP(SelectPart):
         # Rounded probabilities may sum to more than 1: p = 1 means all of them nevertheless.
         enough = before > self.p if self.p < 1 else torch.zeros_like(before, dtype=torch.bool)
         needed = (1 + (~enough).sum(dim=1)).clamp(self.min_k, limit)
-        widest = int(needed.max()) if needed.numel() else 1
+        if recorded():  # other rows may need more
+            widest = limit
+        else:
+            widest = int(needed.max()) if needed.numel() else 1
         rank = torch.arange(num_experts, device=scores.device)
         ids = ids.masked_fill(rank >= needed[:, None], num_experts)
         ids = ids.masked_fill(ranked == float("-inf"), num_experts)
@@ -273,7 +277,7 @@ class ExpertChoice(SelectPart):
         chosen = torch.zeros(batch * num_experts, tokens + 1, dtype=torch.bool, device=free.device)
         chosen.scatter_(1, taken, True)
         chosen = chosen[:, :tokens].view(batch, num_experts, tokens).transpose(1, 2).flatten(0, 1)
-        most = max(1, int(chosen.sum(dim=1).max()))
+        most = num_experts if recorded() else max(1, int(chosen.sum(dim=1).max()))
         return top_ids(free.masked_fill(~chosen, float("-inf")), min(most, num_experts))
 
     def expected(self, num_experts: int) -> float:

@@ -190,7 +190,7 @@ def _tensors(site: MoESite, expert: int) -> tuple[Tensor, Tensor]:
     """One expert's gate_up [2F, D] and down [D, F], in their module or in a pool of ours."""
     held = site.experts
     if isinstance(held, PoolExperts):
-        stacks, expert = held.pool.stacks(), held.tensor_of(expert)
+        stacks, expert = held.pool.adapted().stacks(), held.tensor_of(expert)
         return stacks["gate_up"][expert], stacks["down"][expert]
     if not hasattr(held, "gate_up_proj"):
         raise ConfigError(f"{site.path}: its experts are replaced by {type(held).__name__}")

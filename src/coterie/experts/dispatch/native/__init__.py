@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
+from coterie.core.graphs import recorded
 from coterie.experts.dispatch.native.build import library
 from coterie.experts.dispatch.native.memory import kept
 from coterie.experts.dispatch.plan import DispatchPlan
@@ -51,6 +52,8 @@ def _serve(rows: Iterable[Tensor], weights: Iterable[Tensor]) -> bool:
 
 
 def _may() -> bool:
+    if recorded():  # where nobody may have this operator
+        return False
     return _ready() if torch.compiler.is_compiling() else _ready() and not transformed()
 
 

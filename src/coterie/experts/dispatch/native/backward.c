@@ -343,8 +343,8 @@ static void run(Back *b) {
     if (c->dx) in_parallel(w, sum_backward, (c->rows + SUM_ROWS - 1) / SUM_ROWS);
 }
 
-/* 0, or 1 where memory ran out. */
 int coterie_experts_backward(const Call *c) {
+    if (bad_sizes(c)) return BAD_SIZES;
     Back b = {.work = {.call = c, .parts = c->slots == 1 ? c->dx : c->parts}};
     if (c->rows * c->slots) memset(c->dgates, 0, c->rows * c->slots * sizeof(float));
     const int failed = sort_rows(&b.work) || make_parts(&b);

@@ -316,8 +316,8 @@ static void sum_forward(void *data) {
     for (i64 i; (i = next_of(w)) * SUM_ROWS < R;) sum_rows(w, i * SUM_ROWS, MIN(R, (i + 1) * SUM_ROWS), w->call->y);
 }
 
-/* 0, or 1 where memory ran out. */
 int coterie_experts_forward(const Call *c) {
+    if (bad_sizes(c)) return BAD_SIZES;
     Work w = {.call = c, .parts = c->slots == 1 ? c->y : c->parts};
     int failed = sort_rows(&w) || make_blocks(&w, block_limit(&w, 256));
     if (!failed && shares_few(&w)) failed = forward_shared(&w);

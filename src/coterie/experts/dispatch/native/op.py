@@ -9,12 +9,13 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Mapping
 from functools import lru_cache
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from coterie.core.errors import ConfigError, describe
 from coterie.experts.dispatch.native.build import library
 from coterie.experts.dispatch.native.memory import kept
 from coterie.experts.dispatch.plan import DispatchPlan
@@ -134,8 +135,13 @@ def run_one(x: Tensor, made: FeedForward, weights: Mapping[str, Tensor]) -> Tens
         *(x.data_ptr(), gates.data_ptr(), w1.data_ptr(), b1, w2.data_ptr(), b2, ids.data_ptr()),
         y.data_ptr(),
     )
-    if built.handle.coterie_experts_forward(ctypes.byref(call)):
-        raise MemoryError(f"experts forward: no memory for {rows} rows")
+    if w1.dim() != 2 or w1.shape[1] != x.shape[-1] or w2.shape[0] != x.shape[-1]:
+        _refuse_sizes("forward", x.shape, w1.shape, w2.shape)
+    if w1.shape[0] != (2 if made.gated else 1) * w2.shape[1]:
+        _refuse_sizes("forward", x.shape, w1.shape, w2.shape)
+    failed = built.handle.coterie_experts_forward(ctypes.byref(call))
+    if failed:
+        _raise(failed, "forward", x.shape, w1.shape, w2.shape)
     return y
 
 
@@ -157,6 +163,7 @@ def _call(which: str, activation: int, gated: bool, tensors: dict[str, Tensor | 
     assert built.handle is not None
     ids, w1, w2 = tensors["ids"], tensors["w1"], tensors["w2"]
     assert ids is not None and w1 is not None and w2 is not None
+    _check(which, gated, tensors)
     threads = torch.get_num_threads() if built.parallel else 1
     numbers = (*ids.shape, w1.shape[0], w1.shape[2], w2.shape[2], gated, activation, threads)
     call = _Call(*numbers, parallel=built.openmp)
@@ -165,9 +172,45 @@ def _call(which: str, activation: int, gated: bool, tensors: dict[str, Tensor | 
     for name, tensor in tensors.items():
         if tensor is not None:
             setattr(call, name, tensor.data_ptr())
-    run = getattr(built.handle, f"coterie_experts_{which}")
-    if run(ctypes.byref(call)):
-        raise MemoryError(f"experts {which}: no memory for {ids.shape[0]} rows")
+    failed = getattr(built.handle, f"coterie_experts_{which}")(ctypes.byref(call))
+    if failed:
+        _raise(failed, which, ids.shape, w1.shape, w2.shape)
+
+
+def _check(which: str, gated: bool, tensors: Mapping[str, Tensor | None]) -> None:
+    """ConfigError unless every tensor has the size that the C code takes it to have."""
+    ids, w1, w2 = tensors["ids"], tensors["w1"], tensors["w2"]
+    assert ids is not None and w1 is not None and w2 is not None
+    shapes = ids.shape, w1.shape, w2.shape
+    if tuple(map(len, shapes)) != (2, 3, 3):
+        _refuse_sizes(which, *shapes)
+    rows, (experts, inner, width) = ids.shape[0], w1.shape
+    hidden = w2.shape[2]
+    wanted: dict[str, tuple[int, ...]] = {
+        "x": (rows, width),
+        "dy": (rows, width),
+        "gates": tuple(ids.shape),
+        "w1": (experts, 2 * hidden if gated else hidden, width),
+        "b1": (experts, inner),
+        "w2": (experts, width, hidden),
+        "b2": (experts, width),
+    }
+    for name, shape in wanted.items():
+        found = tensors.get(name)
+        if found is not None and tuple(found.shape) != shape:
+            _refuse_sizes(which, *shapes)
+
+
+def _raise(failed: int, which: str, rows: Any, w1: Any, w2: Any) -> NoReturn:
+    if failed == 1:
+        raise MemoryError(f"experts {which}: no memory for {rows[0]} rows")
+    _refuse_sizes(which, rows, w1, w2)
+
+
+def _refuse_sizes(which: str, rows: Any, w1: Any, w2: Any) -> NoReturn:
+    found = f"rows {tuple(rows)}, weights {tuple(w1)} and {tuple(w2)}"
+    allowed = "sizes of 1 and more that fit each other, [E, F, D] and [E, D, F] (2F where gated)"
+    raise ConfigError(describe(f"native experts {which}", found, allowed))
 
 
 class _Experts(torch.autograd.Function):

@@ -48,6 +48,26 @@ typedef struct {
 #define MIN(a, b) ((a) < (b) ? (a) : (b))
 #define MAX(a, b) ((a) > (b) ? (a) : (b))
 
+/* What a call answers. */
+enum { DONE = 0, NO_MEMORY = 1, BAD_SIZES = 2 };
+
+#define MOST ((i64)1 << 46) /* floats of one array, far beyond any address space in use */
+
+static int beyond(i64 a, i64 b, i64 c) {
+    i64 ab, abc;
+    return __builtin_mul_overflow(a, b, &ab) || __builtin_mul_overflow(ab, c, &abc) || abc > MOST;
+}
+
+/* Whether sizes are none that arrays can have: every division and product below relies on this. */
+static int bad_sizes(const Call *c) {
+    if (c->rows < 0 || c->slots < 0 || c->experts < 1 || c->width < 1 || c->hidden < 1) return 1;
+    if (c->threads < 1 || c->threads > 1 << 16 || c->activation < SILU || c->activation > RELU) return 1;
+    if (c->rows > MOST || c->slots > MOST || c->experts > MOST || c->hidden > MOST) return 1;
+    return beyond(c->rows, c->slots, c->width) || beyond(c->rows, c->slots, 2 * c->hidden) ||
+           beyond(c->experts, 2 * c->hidden, c->width) || beyond(c->experts, PW, 2 * c->hidden) ||
+           beyond(c->rows, 1, c->width);
+}
+
 static void *take(i64 floats) {
     const size_t bytes = ((size_t)MAX(floats, 1) * sizeof(float) + 127) / 64 * 64;
     return aligned_alloc(64, bytes);
