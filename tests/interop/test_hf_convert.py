@@ -10,6 +10,7 @@ import torch
 from tiny_hf_models import EXPERTS, KINDS, WIDTH, make_model, tokens
 from torch import Tensor
 
+from coterie.adapters import LoraConfig, LowRank, attach, merge
 from coterie.core.context import Context
 from coterie.core.errors import ConfigError
 from coterie.experts import ExpertLayer, ExpertPool
@@ -247,3 +248,44 @@ def test_selfcheck_refuses_what_is_not_a_number_or_not_theirs() -> None:
         site.experts.down_proj[:] = math.nan
     with pytest.raises(MismatchError, match=r"output (inf|nan)"):
         selfcheck(model)
+
+
+@pytest.mark.parametrize("part", ["shared_expert.up_proj", "shared_expert_gate", "gate_proj"])
+def test_B6_an_adapter_on_the_layer_is_not_left_behind(part: str) -> None:
+    """Refused while it acts, carried along once it is merged."""
+    pytest.importorskip("transformers")
+    model = make_model("qwen2_moe")
+    site = find_moe_layers(model)[0]
+    parts = attach(model, "own", LoraConfig(targets=(f"*layers.0.mlp.*{part}",), rank=1))
+    with torch.no_grad():
+        for added in parts.values():
+            assert isinstance(added, LowRank)
+            added.up.add_(1.0)
+    match = r"layers\.0\.mlp\.shared_expert.*adapters\.parts.* has no place in ours; merge or det"
+    layer = find_moe_layers(make_model("qwen2_moe"))[0].to_expert_layer()
+    for change in (site.to_expert_layer, lambda: site.load_expert_layer(layer)):
+        with pytest.raises(ConfigError, match=match):
+            change()
+    x, y = layer_io(site)
+    merge(model)
+    assert (run(site.to_expert_layer(), x).y - y).abs().max() < 1e-5 * y.abs().max()
+
+
+def test_B6_noise_edits_and_hooks_are_not_left_behind() -> None:
+    pytest.importorskip("transformers")
+    site = find_moe_layers(make_model("mixtral", router_jitter_noise=0.1))[0]
+    with pytest.raises(ConfigError, match=r"mlp: jitter_noise: 0\.1 is not allowed; allowed: 0"):
+        site.to_expert_layer()
+    site.block.jitter_noise = 0.0
+    with (
+        site.edit_logits(torch.ones(EXPERTS)),
+        pytest.raises(ConfigError, match="routing is chang"),
+    ):
+        site.to_expert_layer()
+    with site.tap(lambda routing: None):
+        site.to_expert_layer()
+    hook = site.experts.register_forward_hook(lambda m, a, out: 2 * out)
+    with pytest.raises(ConfigError, match=r"layers\.0\.mlp\.experts: a hook acts on it; remove"):
+        site.to_expert_layer()
+    hook.remove()
+    site.to_expert_layer()

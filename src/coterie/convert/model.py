@@ -20,6 +20,8 @@ from coterie.experts import EXPERTS, ExpertLayer
 
 KINDS = {"gelu": "gelu_mlp", "swiglu": "swiglu"}
 """``TrunkConfig.mlp`` -> the kind of expert with the same function."""
+Counted = Callable[[int, tuple[int, int]], Tensor | None]
+"""Which network, and samples and tokens of what it is given -> bool [samples * tokens]."""
 MAX_ROWS = 8192  # inputs of a network that are kept to balance its router
 
 
@@ -138,31 +140,40 @@ def convert_block(
 
 
 def feed_forward_inputs(
-    networks: Mapping[int, nn.Module], run: Callable[[], object]
+    networks: Mapping[int, nn.Module],
+    run: Callable[[], object],
+    counted: Counted = lambda place, shape: None,
 ) -> dict[int, Tensor]:
     """f32 [T, D] per network: what it is given while ``run`` runs, without gradients; of many
-    rows some, at random."""
+    rows some, at random. ``counted``: which rows are no padding (None: all)."""
     seen: dict[int, list[Tensor]] = {place: [] for place in networks}
-    with torch.no_grad(), _watched(networks, seen):
+    with torch.no_grad(), _watched(networks, seen, counted):
         run()
     return {place: torch.cat(rows) for place, rows in seen.items() if rows}
 
 
 @contextmanager
-def _watched(networks: Mapping[int, nn.Module], seen: Mapping[int, list[Tensor]]) -> Iterator[None]:
+def _watched(
+    networks: Mapping[int, nn.Module], seen: Mapping[int, list[Tensor]], counted: Counted
+) -> Iterator[None]:
     """Inside the block, what the networks are given is kept."""
 
-    def watch(kept: list[Tensor]) -> Any:
+    def watch(place: int) -> Any:
+        kept = seen[place]
+
         def look(_: nn.Module, given: tuple[Tensor, ...]) -> None:
             if sum(map(len, kept)) < MAX_ROWS:
                 rows = given[0].detach().flatten(0, -2)
+                batch = given[0].shape[0] if given[0].dim() == 3 else 1
+                mask = counted(place, (batch, len(rows) // batch))
+                rows = rows if mask is None else rows[mask]
                 some = torch.randperm(len(rows), generator=generator(0, "rows"))[: MAX_ROWS // 4]
                 kept.append(rows[some.to(rows.device)].float().cpu())
 
         return look
 
     handles = [
-        network.register_forward_pre_hook(watch(seen[place])) for place, network in networks.items()
+        network.register_forward_pre_hook(watch(place)) for place, network in networks.items()
     ]
     try:
         yield

@@ -9,14 +9,18 @@ Legend: E experts, D width, F inner size.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from coterie.adapters.attach import additions_of
+from coterie.adapters.layers import add
 from coterie.core.errors import ConfigError, describe
 from coterie.experts import ExpertLayer, ExpertLayerConfig, SharedConfig
 from coterie.experts.kinds import SwiGLU
+from coterie.interop.transformers.hooks import Control
 
 if TYPE_CHECKING:
     from coterie.interop.transformers.sites import MoESite
@@ -59,6 +63,7 @@ def layer_config(site: MoESite) -> ExpertLayerConfig:
 def to_expert_layer(site: MoESite) -> ExpertLayer:
     """A copy of the layer, in its device and type (routers compute in float32 all the same)."""
     layer = layer_config(site).build(site.width)
+    check_nothing_else(site, _pairs(site, layer))
     with torch.no_grad():
         for ours, theirs in _pairs(site, layer):
             ours.copy_(torch.cat([part.float() for part in theirs]).view(ours.shape))
@@ -76,12 +81,45 @@ def load_expert_layer(site: MoESite, layer: ExpertLayer) -> None:
     wanted = layer_config(site)
     if layer.config.replace(dispatch="auto", accumulate_float32=True, balance=()) != wanted:
         raise ConfigError(f"{site.path}: the layer's configuration is not the one of this layer")
+    check_nothing_else(site, _pairs(site, layer))
     with torch.no_grad():
         for ours, theirs in _pairs(site, layer):
             for part, value in zip(theirs, ours.split([len(part) for part in theirs])):
                 part.copy_(value)
         own = site.family.logits == "output"
         site.router_weight.copy_(_matrix(layer) if own else _matrix(layer) / _fold(site))
+
+
+def check_nothing_else(site: MoESite, pairs: Sequence[tuple[Tensor, list[Tensor]]]) -> None:
+    """ConfigError where something acts on the layer that its tensors in ``pairs`` do not say: a
+    copy of them would not do it."""
+    for module in (site.block, site.router):
+        for name, value in vars(module).items():
+            if "jitter" in name and isinstance(value, int | float) and value:
+                hint = "the noise would not be in a layer of ours; set it to 0"
+                raise ConfigError(describe(f"{site.path}: {name}", value, "0", hint))
+    control = Control.of(site)
+    if control.changes:
+        raise ConfigError(f"{site.path}: its routing is changed; undo that first")
+    carried = {id(value) for _, theirs in pairs for value in theirs}
+    carried |= {id(site.router_weight), id(getattr(site.router, "scale", None))}
+    parts = {site.router: site.router_name, site.experts: "experts"}
+    parts |= {site.shared: site.family.shared, site.shared_gate: site.family.shared_gate}
+    for part, name in parts.items():
+        if part is None:
+            continue
+        merged = {p for _, (_, p) in additions_of(part).items() if p.pristine is not None}
+        idle = {id(value) for added in merged for value in added.parameters()}
+        for inner, tensor in [*part.named_parameters(), *part.named_buffers()]:
+            if id(tensor) not in carried | idle:
+                hint = "merge or detach what was put on the layer"
+                raise ConfigError(f"{site.path}.{name}: {inner} has no place in ours; {hint}")
+        for inner, module in part.named_modules():
+            hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+            mine = [hook is add or getattr(hook, "__self__", 0) is control for hook in hooks]
+            if not all(mine):
+                where = ".".join(filter(None, (site.path, name, inner)))
+                raise ConfigError(f"{where}: a hook acts on it; remove the hook first")
 
 
 def _pairs(site: MoESite, layer: ExpertLayer) -> list[tuple[Tensor, list[Tensor]]]:

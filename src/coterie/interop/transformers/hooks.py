@@ -36,6 +36,10 @@ _ATTRIBUTE = "_coterie_control"
 _SKIPS_SENTINELS = "_is_expert_parallel"  # of an experts module, since transformers 5.18
 
 
+def _nothing() -> None:
+    """There is nothing to undo."""
+
+
 class Change:
     """Something done to a model that can be taken back: ``with change: ...``, or ``apply()`` for
     good and ``undo()`` later. After ``undo`` the model is as it was."""
@@ -75,6 +79,8 @@ class Control:
         mask = "decoder_attention_mask" if site.slot == "decoder" else "attention_mask"
         self._masks = MaskReader(site.model, site.path, mask)
         self._shape = (1, 0)
+        self._compile_again: Callable[[], None] = _nothing
+        self._ran = False  # whether the experts of the block that runs were seen
         self._flag: bool | None = None  # what an experts module said before a change of ours
         self._raw: Tensor | None = None
         self._routing: Routing | None = None
@@ -107,8 +113,10 @@ class Control:
         """Set the hooks; also called when another experts module has taken its place."""
         site = self.site
         self.detach()
+        self._compile_again = site.run_eagerly()
         self._handles = [
             site.block.register_forward_pre_hook(self._before_block, with_kwargs=True),
+            site.block.register_forward_hook(self._after_block),
             site.router.register_forward_hook(self._after_router),
             site.experts.register_forward_pre_hook(self._before_experts),
             site.experts.register_forward_hook(self._after_experts, always_call=True),
@@ -123,6 +131,8 @@ class Control:
             handle.remove()
         self._handles = []
         self._raw = self._routing = None
+        self._compile_again()
+        self._compile_again = _nothing
 
     @property
     def active(self) -> bool:
@@ -141,8 +151,17 @@ class Control:
         return self._router[1]
 
     def _before_block(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        self._ran = False
         hidden = args[0] if args else kwargs["hidden_states"]
         self._shape = tuple(hidden.shape[:2]) if hidden.dim() == 3 else (1, hidden.shape[0])
+
+    def _after_block(self, module: nn.Module, args: Any, output: Any) -> None:
+        """What stands in the place of a layer's own code (a fused kernel) may call no module."""
+        if not self._ran:
+            hint = "switch off what computes it instead, such as use_kernels"
+            raise ConfigError(
+                f"{self.site.path}: ran without calling its router and experts; {hint}"
+            )
 
     def _after_scores(self, module: nn.Module, args: Any, output: Tensor) -> None:
         self._raw = output
@@ -179,6 +198,7 @@ class Control:
         routing, self._routing = self._routing, None
         if routing is None:  # called on its own, not by its block
             return
+        self._ran = True
         if self.changes:
             self._allow_sentinels(module, bool((ids >= routing.num_experts).any()))
         if self.taps:

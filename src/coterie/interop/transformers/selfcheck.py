@@ -73,6 +73,7 @@ def selfcheck(
                 raise MismatchError(f"{site.path}: its experts are replaced; undo that first")
             watch = _Watch(site, found)
             stack.callback(watch.detach)
+            stack.callback(site.run_eagerly())
         model(**inputs_for(model, input_ids))
     for site in sites:
         check = found.get(site.path)

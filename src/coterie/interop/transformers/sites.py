@@ -24,6 +24,7 @@ from torch import Generator, Tensor, nn
 from coterie.core.errors import ConfigError, describe
 from coterie.core.routing import Routing
 from coterie.experts import ExpertPool, RouterConfig
+from coterie.interop.transformers.eager import around, run_eagerly
 from coterie.interop.transformers.experts import PoolExperts
 from coterie.interop.transformers.families import KNOWN, Family, Rule, family_of
 from coterie.interop.transformers.hooks import Change, Collector, Control, EditFn
@@ -152,6 +153,11 @@ class MoESite:
             raise ConfigError(describe("router", "a partition or unit sample", "a rule of tokens"))
         return self._add("rules", (by, rng))
 
+    def run_eagerly(self) -> Callable[[], None]:
+        """Let hooks of this layer be seen, whatever has been compiled; the answer ends it."""
+        parts = (self.block, self.router, *self.router.children(), self.experts)
+        return run_eagerly([*around(self.model, self.path), *parts])
+
     def _add(self, entries: str, entry: Any) -> Change:
         def start() -> Callable[[], None]:
             control = Control.of(self)
@@ -216,6 +222,7 @@ def find_moe_layers(model: nn.Module) -> list[MoESite]:
     ConfigError: no expert layers (a dense model), or one of an unknown kind. A model with an
     unknown layer is refused as a whole, since a rule that is guessed gives numbers that are wrong.
     """
+    model = getattr(model, "_orig_mod", model)  # of a compiled one
     sites = []
     for path, block in model.named_modules():
         if _holds_experts(block):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Generator, Tensor, nn
@@ -18,6 +18,8 @@ from coterie.core.rng import generator
 from coterie.core.routing import Aux, Routing
 from coterie.core.tensors import backward_runs
 from coterie.experts import ExpertLayer, ExpertLayerConfig, ExpertOutput, routers_of
+from coterie.interop.transformers.eager import around, run_eagerly
+from coterie.interop.transformers.masks import MaskReader
 from coterie.interop.upcycled.networks import DenseNetwork, find_networks
 
 
@@ -62,8 +64,7 @@ def upcycle_transformers(
     }
     inputs: Mapping[int, Tensor] = {}
     if run is not None and config.calibration:
-        watched = {index: network.module for index, network in chosen.items()}
-        inputs = feed_forward_inputs(watched, lambda: run(model))
+        inputs = _inputs(model, chosen, run)
     for index, network in chosen.items():
         new = place_network(model, network, index, layers[index])
         if not next(new.parameters()).is_meta:
@@ -71,6 +72,22 @@ def upcycle_transformers(
         if progress is not None:
             progress(1)
     return model
+
+
+def _inputs(
+    model: nn.Module, chosen: Mapping[int, DenseNetwork], run: Callable[[nn.Module], object]
+) -> Mapping[int, Tensor]:
+    """What the networks are given while ``run`` runs, of padding nothing."""
+    readers = {index: MaskReader(model, network.path) for index, network in chosen.items()}
+    watched = {index: network.module for index, network in chosen.items()}
+    with ExitStack() as stack:
+        for index, network in chosen.items():
+            stack.callback(run_eagerly([*around(model, network.path), network.module]))
+            for handle in readers[index].attach():
+                stack.callback(handle.remove)
+        return feed_forward_inputs(
+            watched, lambda: run(model), lambda index, shape: readers[index].rows(shape)
+        )
 
 
 def chosen_networks(model: nn.Module, config: UpcycleConfig) -> dict[int, DenseNetwork]:
@@ -109,21 +126,30 @@ def upcycled_networks(model: nn.Module) -> dict[str, UpcycledNetwork]:
 
 @contextmanager
 def tapped(model: nn.Module) -> Iterator[list[Routing]]:
-    """Inside the block, every routing of the model's upcycled networks goes to the list."""
+    """Inside the block, every routing of the model's upcycled networks goes to the list; padding
+    that the model's attention mask names is not counted. A compiled model runs uncompiled."""
     routings: list[Routing] = []
-
-    def keep(module: nn.Module, given: object, answer: ExpertOutput) -> None:
-        if not backward_runs():  # gradient checkpointing runs it again
-            routings.extend(answer.routings)
-
-    handles = [
-        network.layer.register_forward_hook(keep) for network in upcycled_networks(model).values()
-    ]
-    try:
+    model = getattr(model, "_orig_mod", model)
+    with ExitStack() as stack:
+        for path, network in upcycled_networks(model).items():
+            reader = MaskReader(model, path)
+            stack.callback(run_eagerly([*around(model, path), network, network.layer]))
+            for handle in (
+                *reader.attach(),
+                network.layer.register_forward_hook(_keep(reader, routings)),
+            ):
+                stack.callback(handle.remove)
         yield routings
-    finally:
-        for handle in handles:
-            handle.remove()
+
+
+def _keep(reader: MaskReader, routings: list[Routing]) -> Callable[..., None]:
+    def keep(layer: nn.Module, given: tuple[Tensor, Context], answer: ExpertOutput) -> None:
+        if backward_runs():  # gradient checkpointing runs it again
+            return
+        mask = reader.rows((given[1].batch, given[1].tokens))
+        routings.extend(routing.replace(mask=mask) for routing in answer.routings)
+
+    return keep
 
 
 def aux_losses(model: nn.Module, routings: Sequence[Routing]) -> tuple[Aux, ...]:
