@@ -12,7 +12,7 @@ from typing import Literal
 
 import numpy as np
 import torch
-from pydantic import NonNegativeInt
+from pydantic import Field
 from torch import Tensor
 
 from coterie.core.config import Config
@@ -30,8 +30,8 @@ class BasisConfig(Config):
     expectation only (E |B_i^T B_j|_F^2 = r^2 / m)."""
 
     kind: Literal["orthogonal", "gaussian"] = "orthogonal"
-    seed: NonNegativeInt = 0
-    index: NonNegativeInt = 0
+    seed: int = Field(0, ge=0, lt=2**63)
+    index: int = Field(0, ge=0, lt=2**63)
     side: Literal["input", "output"] = "input"
 
     @property

@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, NonNegativeInt, PositiveInt, SerializeAsAny, model_validator
+from pydantic import Field, PositiveInt, SerializeAsAny, model_validator
 from torch import Tensor, nn
 
 from coterie.backbones.base import BACKBONES, BackboneOutput, BackbonePart
@@ -24,6 +24,7 @@ from coterie.backbones.slots import ExpertHost, System
 from coterie.core.config import Config
 from coterie.core.context import Context
 from coterie.core.errors import ConfigError, DataError, describe
+from coterie.core.numbers import Few
 from coterie.core.prediction import Condition
 from coterie.core.registry import Part
 from coterie.experts import BALANCES, ExpertLayer
@@ -39,7 +40,7 @@ class FieldConfig(Config):
 
     name: str
     size: PositiveInt
-    columns: PositiveInt = 1
+    columns: Few = 1
 
 
 class LevelConfig(Config):
@@ -48,9 +49,9 @@ class LevelConfig(Config):
     ``groups``; below the last level one reader more, who sees all, feeds the shared experts above.
     """
 
-    shared: NonNegativeInt = 0
-    group: NonNegativeInt = 0
-    task: NonNegativeInt = 0
+    shared: int = Field(0, ge=0, le=4096)
+    group: int = Field(0, ge=0, le=4096)
+    task: int = Field(0, ge=0, le=4096)
     width: PositiveInt = 32
     readers: Literal["tasks", "groups"] = "tasks"
 

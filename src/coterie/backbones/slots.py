@@ -12,11 +12,12 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import torch
-from pydantic import PositiveInt, model_validator
+from pydantic import model_validator
 from torch import Generator, nn
 
 from coterie.core.config import Config
 from coterie.core.errors import ConfigError, DataError, describe
+from coterie.core.numbers import Few
 from coterie.core.routing import Aux, Routing
 from coterie.core.tensors import is_borrowed
 from coterie.experts import (
@@ -59,7 +60,7 @@ class SlotConfig(Config):
     layers: Layers = "all"  # "odd": places 1, 3, 5, ... (every second one)
     names: tuple[str, ...] = ()
     expert: ExpertLayerConfig
-    reuse: PositiveInt = 1
+    reuse: Few = 1
     residual: bool = True
 
     @model_validator(mode="after")

@@ -46,7 +46,7 @@ class TrunkConfig(Config):
     """
 
     width: int = Field(96, ge=1)
-    depth: int = Field(4, ge=1)
+    depth: int = Field(4, ge=1, le=1024)
     heads: int = Field(4, ge=1)
     kv_heads: int | None = Field(None, ge=1)  # None: as many as heads
     mlp: Literal["gelu", "swiglu"] = "gelu"

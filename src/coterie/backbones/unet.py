@@ -28,6 +28,7 @@ from coterie.backbones.slots import SlotConfig
 from coterie.backbones.taps import Layers, Topology, scoped
 from coterie.core.context import Context
 from coterie.core.errors import ConfigError, DataError, describe
+from coterie.core.numbers import Few
 from coterie.core.prediction import Condition
 from coterie.experts.routers.config import within
 from coterie.nn.embed import LabelEmbedding
@@ -49,7 +50,7 @@ class UNetConfig(BackbonePart):
     channels: PositiveInt = 1
     num_classes: NonNegativeInt = 10
     widths: tuple[PositiveInt, ...] = Field((32, 64, 64), min_length=1)
-    layers: PositiveInt = 1
+    layers: Few = 1
     attention: tuple[NonNegativeInt, ...] = ()
     head_width: PositiveInt = 8
     groups: PositiveInt = 8

@@ -23,11 +23,12 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, model_validator
 
 from coterie.backbones.trunk import Layers
 from coterie.core.config import Config
 from coterie.core.errors import ConfigError, describe
+from coterie.core.numbers import Few
 from coterie.core.registry import Part
 from coterie.experts import ExpertLayerConfig, RouterConfig
 
@@ -46,9 +47,9 @@ class UpcycleConfig(Config):
     each tensor's own. ``repeat_rows`` False breaks the function on purpose (the ablation).
     """
 
-    copies: PositiveInt = 4
-    slices: PositiveInt = 2
-    copies_used: PositiveInt = 1
+    copies: Few = 4
+    slices: Few = 2
+    copies_used: Few = 1
     layers: Layers = "all"
     gates: Gates = "auto"
     balance: NonNegativeFloat = 0.01  # weight of the Switch loss
@@ -56,7 +57,7 @@ class UpcycleConfig(Config):
     calibration: NonNegativeInt = 256
     noise: NonNegativeFloat = 0.0
     repeat_rows: bool = True
-    seed: NonNegativeInt = 0
+    seed: int = Field(0, ge=0, lt=2**63)
 
     @model_validator(mode="after")
     def _check(self) -> UpcycleConfig:

@@ -11,17 +11,23 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Self, TypeVar, get_args
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler, ValidationError
 
-from coterie.core.errors import ConfigError, describe, unknown
+from coterie.core.errors import ConfigError, describe, shown, unknown
+from coterie.core.numbers import bounded
 
 
 class Config(BaseModel):
-    """Base of all configurations: frozen, unknown keys refused, non-finite numbers refused."""
+    """Base of all configurations: frozen, unknown keys refused; of numbers those that are not
+    finite, out of bounds or of another kind (:mod:`coterie.core.numbers`)."""
 
     model_config = ConfigDict(
         frozen=True, extra="forbid", allow_inf_nan=False, validate_default=True
     )
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> Any:
+        return bounded(handler(source))
 
     def to_json(self) -> str:
         """Serialise with sorted keys; ``from_json`` gives an equal object back."""
@@ -34,6 +40,9 @@ class Config(BaseModel):
             return cls.model_validate(data)
         except ValidationError as error:
             raise ConfigError(explain(error, cls)) from None
+        except RecursionError:
+            hint = "nothing here is that deep"
+            raise ConfigError(describe(cls.__name__, data, "fewer levels", hint)) from None
 
     @classmethod
     def from_json(cls, text: str, origin: str = "configuration") -> Self:
@@ -79,7 +88,7 @@ def explain(error: ValidationError, cls: type[BaseModel]) -> str:
         elif item["type"] == "missing":
             clauses.append(f"{path}: missing, and it has no default")
         else:
-            clauses.append(f"{path}: {item['input']!r} is not allowed; {item['msg'].lower()}")
+            clauses.append(f"{path}: {shown(item['input'])} is not allowed; {item['msg'].lower()}")
     return " | ".join(clauses)
 
 

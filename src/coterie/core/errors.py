@@ -5,6 +5,9 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+LONGEST = 200
+"""Characters of a value that an error shows."""
+
 
 class CoterieError(ValueError):
     """Base of every error a user can cause; the command line prints it as one line."""
@@ -28,8 +31,17 @@ class TrainingError(CoterieError):
 
 def describe(field: str, value: object, allowed: str, hint: str = "") -> str:
     """One line in the house form, e.g. ``router.top_k: 9 is not allowed; allowed: 1..8; hint``."""
-    text = f"{field}: {value!r} is not allowed; allowed: {allowed}"
+    text = f"{field}: {shown(value)} is not allowed; allowed: {allowed}"
     return f"{text}; {hint}" if hint else text
+
+
+def shown(value: object) -> str:
+    """A value in an error: on one line, and short whatever it is."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # an integer of thousands of digits; deep nesting
+        return f"this {type(value).__name__}"
+    return text if len(text) <= LONGEST else f"{text[:LONGEST]}..."
 
 
 def unknown(field: str, value: str, known: Iterable[str]) -> str:

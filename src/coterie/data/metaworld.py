@@ -17,6 +17,7 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from coterie.core.errors import ConfigError, DataError, describe
+from coterie.core.numbers import Seed
 from coterie.core.rng import derive, numpy_generator
 from coterie.data.actions import ActionSource, Array, Demonstrations, Scene, demonstrate
 from coterie.data.source import SOURCES, SourceConfig, SourceInfo, Split
@@ -131,7 +132,7 @@ class MetaworldConfig(SourceConfig):
     stride: int = Field(default=1, ge=1)
     limit: int = Field(default=150, ge=1, le=500)
     jitter: float = Field(default=0.1, ge=0, le=1)
-    seed: int = 0
+    seed: Seed = 0
     info: ClassVar[SourceInfo] = SourceInfo(
         summary="Robot arm in MuJoCo: Meta-World with its scripted experts; needs coterie[robots]",
         modality="action",

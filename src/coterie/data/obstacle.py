@@ -16,6 +16,7 @@ import numpy as np
 from pydantic import Field
 
 from coterie.core.errors import DataError, describe
+from coterie.core.numbers import Seed
 from coterie.core.rng import derive, numpy_generator
 from coterie.data.actions import ActionSource, Array, Demonstrations, Scene, demonstrate
 from coterie.data.source import SOURCES, SourceConfig, SourceInfo, Split
@@ -141,7 +142,7 @@ class ObstacleConfig(SourceConfig):
     horizon: int = Field(default=8, ge=1, le=64)
     stride: int = Field(default=1, ge=1)
     jitter: float = Field(default=0.2, ge=0, le=1)
-    seed: int = 0
+    seed: Seed = 0
     info: ClassVar[SourceInfo] = SourceInfo(
         summary="A point mass goes around an obstacle to one of four goals, left or right",
         modality="action",

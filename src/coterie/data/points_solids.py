@@ -16,6 +16,7 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from coterie.core.errors import ConfigError, describe
+from coterie.core.numbers import Seed
 from coterie.core.rng import numpy_generator
 from coterie.data.points import Array, CloudConfig, MadeClouds, to_unit_ball
 from coterie.data.source import SOURCES, ArraySource, SourceInfo, Split
@@ -224,7 +225,7 @@ class SolidsConfig(CloudConfig):
     classes: Annotated[tuple[str, ...], Field(min_length=1)] = tuple(SOLIDS)
     count: int = Field(default=4_000, ge=1, le=10_000_000)
     held_out: int = Field(default=400, ge=1, le=10_000_000)
-    seed: int = 0
+    seed: Seed = 0
     info: ClassVar[SourceInfo] = SourceInfo(
         summary="procedural solids (synthetic): class = kind of furniture, or plane",
         modality="points",

@@ -19,6 +19,7 @@ from pydantic import BeforeValidator, Field, model_validator
 from torch import Tensor
 
 from coterie.core.errors import ConfigError, DataError, describe
+from coterie.core.numbers import Seed
 from coterie.core.rng import numpy_generator
 from coterie.data.source import SOURCES, SourceInfo, Split, is_held_out
 from coterie.data.text import ByteTokenizer, Corpus, TextConfig, TextSource, pydoc_corpus
@@ -62,7 +63,7 @@ class _ProblemConfig(TextConfig):
     largest: int | None = Field(default=None, ge=1, le=1_000_000)
     operators: tuple[Operator, ...] = Field(default=("+", "-", "*"), min_length=1)
     count: int = Field(default=8192, ge=8)  # training windows; an eighth as many are held out
-    seed: int = 0
+    seed: Seed = 0
 
     @model_validator(mode="after")
     def _enough(self) -> _ProblemConfig:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from coterie.core.batch import Batch
 from coterie.core.errors import ConfigError, DataError, describe, unknown
+from coterie.core.numbers import Seed
 from coterie.core.prediction import Condition
 from coterie.core.rng import numpy_generator
 from coterie.data.source import SOURCES, SourceConfig, SourceInfo, Split, as_rows
@@ -178,7 +179,7 @@ class TaskToyConfig(SourceConfig):
     positive: tuple[float, ...] = Field(default=(0.5, 0.3, 0.1, 0.03), min_length=1)
     observed: tuple[float, ...] | None = None  # None: all
     noise: float = Field(default=0.3, ge=0)  # of the answers, relative to the scores
-    seed: int = 0
+    seed: Seed = 0
     info: ClassVar[SourceInfo] = SourceInfo(
         summary="Drawn users and items; tasks as correlated and as sparse as wanted",
         modality="ratings",

@@ -17,6 +17,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from coterie.core.errors import ConfigError, describe
+from coterie.core.numbers import Seed
 from coterie.core.rng import numpy_generator
 from coterie.data.source import SOURCES, ArraySource, SourceConfig, SourceInfo, Split
 
@@ -66,7 +67,7 @@ class ToyConfig(SourceConfig):
     """Options of every toy: ``count`` training points, a quarter as many held out."""
 
     count: int = Field(default=20_000, ge=4, le=100_000_000)
-    seed: int = 0
+    seed: Seed = 0
 
     def _draw(self, split: Split) -> tuple[int, np.random.Generator]:
         count = self.count if split == "train" else self.count // 4

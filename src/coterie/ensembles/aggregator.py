@@ -15,7 +15,7 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
-from pydantic import NonNegativeInt, PositiveInt, model_validator
+from pydantic import Field, PositiveInt, model_validator
 from torch import Tensor, nn
 
 from coterie.backbones.taps import Point, Topology
@@ -31,7 +31,7 @@ class AggregatorConfig(Config):
     the ``groups`` of its group norms."""
 
     width: PositiveInt = 128
-    layers: NonNegativeInt = 2
+    layers: int = Field(2, ge=0, le=4096)
     heads: PositiveInt = 8
     groups: PositiveInt = 32
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from coterie.core.context import Context
 from coterie.core.errors import DataError, describe
+from coterie.core.numbers import Seed
 from coterie.core.prediction import Condition
 from coterie.core.registry import Part, Registry
 from coterie.experts.routers.base import SelectPart
@@ -42,7 +43,7 @@ class Sampled(ChoicePart):
     """
 
     kind: Literal["sampled"] = "sampled"
-    seed: int = 0
+    seed: Seed = 0
 
     def choose(self, probs: Tensor, x: Tensor, t: Tensor, cond: Condition) -> Tensor:
         states = torch.cat([x.flatten(1).double(), t.double()[:, None]], dim=1).cpu().numpy()

@@ -14,12 +14,13 @@ from dataclasses import dataclass
 from typing import Annotated, Literal, Self, cast
 
 import torch.nn.functional as F
-from pydantic import NonNegativeInt, PositiveFloat, PositiveInt, SerializeAsAny, model_validator
+from pydantic import Field, NonNegativeInt, PositiveFloat, SerializeAsAny, model_validator
 from torch import Generator, Tensor, nn
 
 from coterie.core.config import Config
 from coterie.core.context import Context
 from coterie.core.errors import ConfigError, describe
+from coterie.core.numbers import Few
 from coterie.core.registry import Part
 from coterie.core.routing import Routing
 from coterie.experts.balance import BALANCES, BalancePart
@@ -80,7 +81,7 @@ class ExpertLayerConfig(Config):
     grid.
     """
 
-    num_experts: PositiveInt | None = 8
+    num_experts: int | None = Field(8, ge=1, le=65536)
     experts: Annotated[SerializeAsAny[Part], EXPERTS.validator] = SwiGLU()
     router: RouterConfig = RouterConfig()
     router_reads: Literal["input", "stream"] = "input"
@@ -88,9 +89,9 @@ class ExpertLayerConfig(Config):
     adaptor: PositiveFloat | None = None
     shared: SharedConfig | None = None
     self_gate: SelfGateConfig | None = None
-    noise_tasks: PositiveInt | None = None
+    noise_tasks: Few | None = None
     slot_map: tuple[NonNegativeInt, ...] | None = None
-    rounds: PositiveInt = 1
+    rounds: Few = 1
     round_routing: Literal["own", "shared", "frozen"] = "own"
     inner_residual: bool = True
     inner_norm: bool = False

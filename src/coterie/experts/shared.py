@@ -9,6 +9,7 @@ from pydantic import PositiveInt
 from torch import Generator, Tensor, nn
 
 from coterie.core.config import Config
+from coterie.core.numbers import Few
 from coterie.experts.dispatch.backends import experts_of
 from coterie.experts.dispatch.one import run_one
 from coterie.experts.kinds import ExpertKind, ExpertPool
@@ -25,7 +26,7 @@ class SharedConfig(Config):
     """
 
     hidden: PositiveInt
-    count: PositiveInt = 1
+    count: Few = 1
     gate: Literal["one", "self"] = "one"
     scale: float = 1.0
 

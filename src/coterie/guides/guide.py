@@ -18,6 +18,7 @@ from torch import Generator, Tensor, nn
 from coterie.adapters import LoraConfig, attach, merge, unmerge, weigh
 from coterie.adapters.attach import own_modules
 from coterie.core.errors import ConfigError, describe
+from coterie.core.numbers import Few
 from coterie.core.prediction import Condition, Prediction, check_times
 from coterie.core.registry import Part
 from coterie.core.routing import Aux, Routing
@@ -45,7 +46,7 @@ class GuideConfig(Part):
     kind: Literal["guide"] = "guide"
     network: Annotated[SerializeAsAny[Part], MODELS.validator]
     process: Annotated[SerializeAsAny[Part], PROCESSES.validator] = "ddpm"  # type: ignore[assignment]
-    ranges: PositiveInt | RangesConfig = 5
+    ranges: Few | RangesConfig = 5
     adapt: Literal["lora", "full", "none"] = "lora"
     rank: PositiveInt = 4
     alpha: float | None = Field(None, gt=0)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from coterie.core.config import Config
 from coterie.core.errors import CheckpointError, ConfigError, describe
 from coterie.core.folder import MANIFEST, read_manifest, verify_file
+from coterie.core.numbers import Total
 from coterie.core.tensors import is_borrowed, module_tensors
 from coterie.ensembles import Ensemble
 from coterie.experts import Router
@@ -35,7 +36,7 @@ class _ManifestFile(Config):
     model_class: str
     config: dict[str, Any]
     pools: dict[str, list[str]]
-    parameters: dict[str, int]
+    parameters: dict[str, Total]
     extra: dict[str, Any]
     files: dict[str, dict[str, Any]]
     members: list[str] = Field(default_factory=list)
@@ -49,7 +50,7 @@ class Manifest:
     model_class: str
     config: dict[str, Any]
     pools: dict[str, list[str]]
-    parameters: dict[str, int]  # "total", "active"
+    parameters: dict[str, Total]  # "total", "active"
     libraries: dict[str, str]
     extra: dict[str, Any]
     files: dict[str, dict[str, Any]]  # name -> bytes, sha256

@@ -173,7 +173,7 @@ class DDPMConfig(Part):
 
     kind: Literal["ddpm"] = "ddpm"
     schedule: Betas = "linear"
-    num_steps: int = Field(1000, ge=2)
+    num_steps: int = Field(1000, ge=2, le=10**6)
     beta_start: float | None = Field(None, gt=0, lt=1)
     beta_end: float | None = Field(None, gt=0, lt=1)
 

@@ -25,7 +25,7 @@ from coterie.process.base import PROCESSES, Process
 class _UnitTime(Part):
     """Fields of every closed-form process whose time is in [0, 1]."""
 
-    num_steps: int = Field(1000, ge=2)
+    num_steps: int = Field(1000, ge=2, le=10**6)
     t_min: float = 1e-3
     t_max: float = 1.0
 
@@ -218,7 +218,7 @@ class VarianceExplodingConfig(Part):
     """Variance exploding (EDM): time is sigma, from ``sigma_max`` down to ``sigma_min``."""
 
     kind: Literal["ve"] = "ve"
-    num_steps: int = Field(1000, ge=2)
+    num_steps: int = Field(1000, ge=2, le=10**6)
     sigma_min: float = Field(0.002, gt=0)
     sigma_max: float = Field(80.0, gt=0)
 

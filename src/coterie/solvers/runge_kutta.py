@@ -209,7 +209,7 @@ class RK45Config(SolverConfig):
     kind: Literal["rk45"] = "rk45"
     rtol: float = Field(1e-5, gt=0)
     atol: float = Field(1e-5, gt=0)
-    max_substeps: int = Field(1000, ge=1)
+    max_substeps: int = Field(1000, ge=1, le=10**6)
 
     def build(self) -> Solver:
         return AdaptiveRungeKutta(TABLEAUS["rk45"], self.rtol, self.atol, self.max_substeps)

@@ -8,6 +8,7 @@ from pydantic import BeforeValidator, Field, SerializeAsAny, model_validator
 
 from coterie.core.config import Config
 from coterie.core.errors import ConfigError, describe
+from coterie.core.numbers import Few, Period
 from coterie.core.registry import Part
 from coterie.train.schedule import SCHEDULES, ConstantSchedule
 
@@ -31,15 +32,15 @@ class TrainConfig(Config):
     )
     """Fields that may differ when a run is resumed: they do not change what is learnt."""
 
-    steps: int = Field(default=1000, ge=0)  # optimiser steps; 0 = the model is as it is
+    steps: int = Field(default=1000, ge=0, le=2**40)  # optimiser steps; 0 = the model is as it is
     batch: int = Field(default=64, ge=1)  # samples per optimiser step, all micro-batches together
-    accumulate: int = Field(default=1, ge=1)  # micro-batches per optimiser step
+    accumulate: Few = 1  # micro-batches per optimiser step
     optimizer: Literal["adamw"] = "adamw"
     lr: float = Field(default=1e-3, gt=0)
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = Field(default=1e-8, gt=0)
     weight_decay: float = Field(default=0.0, ge=0)  # on tensors of two or more dimensions
-    warmup: int = Field(default=0, ge=0)  # steps of linear warm-up
+    warmup: int = Field(default=0, ge=0, le=2**40)  # steps of linear warm-up
     schedule: Annotated[SerializeAsAny[Part], SCHEDULES.validator] = ConstantSchedule()
     clip: float | None = Field(default=1.0, gt=0)  # largest gradient norm; None = off
     freeze: tuple[str, ...] = ()  # shell patterns of modules that stay as they are, in eval mode
@@ -48,12 +49,12 @@ class TrainConfig(Config):
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     device: str = "auto"  # "auto" = cuda where there is one, else cpu
     compile: bool = False
-    threads: int | None = Field(default=None, ge=1)  # None = torch's own choice
-    num_bins: int = Field(default=8, ge=1)  # loss is reported per noise-level bin
-    log_every: int = Field(default=20, ge=1)
-    checkpoint_every: int = Field(default=500, ge=1)
-    keep: int = Field(default=3, ge=1)  # newest checkpoints kept
-    nonfinite_limit: int = Field(default=3, ge=1)  # consecutive skipped steps before stopping
+    threads: int | None = Field(default=None, ge=1, le=4096)  # None = torch's own choice
+    num_bins: Few = 8  # loss is reported per noise-level bin
+    log_every: Period = 20
+    checkpoint_every: Period = 500
+    keep: Period = 3  # newest checkpoints kept
+    nonfinite_limit: Period = 3  # consecutive skipped steps before stopping
     tensorboard: bool = False
 
     @model_validator(mode="after")

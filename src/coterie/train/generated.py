@@ -28,7 +28,7 @@ class GeneratedConfig(SourceConfig):
     path: str = Field("runs/dit", min_length=1)
     count: int = Field(1000, ge=8)
     steps: int | None = Field(None, ge=1)
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**63)
     weights: str = "ema"
     origin: Origin | None = None
     info: ClassVar[SourceInfo] = SourceInfo(

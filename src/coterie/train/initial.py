@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field, NonNegativeInt, model_validator
+from pydantic import Field, model_validator
 from torch import nn
 
 from coterie.adapters import AdapterConfig, base_tensors, fold
@@ -16,6 +16,7 @@ from coterie.core.config import Config
 from coterie.core.errors import CheckpointError, ConfigError, describe
 from coterie.core.folder import MANIFEST, file_digest, read_object
 from coterie.core.machine import commit
+from coterie.core.numbers import Total
 from coterie.core.registry import Part
 from coterie.core.rng import generator
 from coterie.core.tensors import assign, module_tensors
@@ -39,7 +40,7 @@ class Origin(Config):
     """
 
     digest: str
-    step: NonNegativeInt | None = None
+    step: Total | None = None
     commit: str = ""
 
 

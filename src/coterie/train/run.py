@@ -34,7 +34,7 @@ from coterie.denoiser import MODELS, DenoiserConfig
 from coterie.ensembles import Ensemble, model_of
 from coterie.experts.routers.config import within
 from coterie.solvers import GRIDS, SOLVERS, GuidanceConfig, ThresholdConfig
-from coterie.train import checkpoint
+from coterie.train import checkpoint, needs
 from coterie.train.adapted import described, put_new
 from coterie.train.config import TrainConfig
 from coterie.train.initial import (
@@ -56,7 +56,7 @@ class SampleConfig(Config):
 
     solver: Annotated[SerializeAsAny[Part], SOLVERS.validator] = "heun"  # type: ignore[assignment]
     grid: Annotated[SerializeAsAny[Part], GRIDS.validator] = "uniform"  # type: ignore[assignment]
-    steps: int = Field(20, ge=1)
+    steps: int = Field(20, ge=1, le=100_000)
     guidance: GuidanceConfig = GuidanceConfig()
     threshold: ThresholdConfig | None = None  # keeps x0 in range, after guidance; pixels only
     batch: int = Field(128, ge=1)
@@ -69,7 +69,7 @@ class RunConfig(Config):
 
     recipe: str = ""
     preset: str = ""
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**63)
     data: Annotated[SerializeAsAny[Part], SOURCES.validator] = "digits"  # type: ignore[assignment]
     model: Annotated[SerializeAsAny[Part], MODELS.validator] = DenoiserConfig()
     objective: Annotated[SerializeAsAny[Part], OBJECTIVES.validator] = DenoisingConfig()
@@ -142,6 +142,18 @@ def based_model(config: RunConfig) -> Any:
     return model
 
 
+def check_fits(config: RunConfig, training: bool = True, parts: int = 1) -> None:
+    """ConfigError where this machine's memory is too small for the model: counted from shapes,
+    before anything is allocated. ``parts``: of one of several processes that share it."""
+    if getattr(config.model, "is_trained", False) or getattr(config.model, "absent", ""):
+        return  # what others trained says how large it is when it is read
+    most = needs.memory_bytes() * parts
+    made = needs.on_meta(config.model, lambda: build_model(config), most)
+    train = config.train if training else None
+    batch = config.train.batch // config.train.accumulate if training else config.sample.batch
+    needs.check_memory(config.model, made, train, batch, parts)
+
+
 def build_source(config: RunConfig, split: str = "train") -> Source:
     """The data, checked against the model's shape and classes."""
     source: Source = config.data.build(split=split)
@@ -202,7 +214,9 @@ def make_trainer(
     placement: Placement = ALONE,
 ) -> Trainer:
     """A trainer of the configured model; ``source`` where it is already built."""
-    source = source or build_source(config)
+    if source is None:
+        check_fits(config, parts=placement.count)
+        source = build_source(config)
     resumes = placement.on_first(
         lambda: run_dir is not None and bool(checkpoint.steps(run_dir.path))
     )
@@ -259,6 +273,7 @@ def prepare(config: RunConfig, out: str | Path) -> Path:
 def _begin(
     config: RunConfig, out: str | Path, placement: Placement = ALONE
 ) -> tuple[Trainer, RunDir, Source]:
+    check_fits(config, parts=placement.count)
     run_dir = RunDir(out)
     config = pinned(config, run_dir)
     source = placement.in_turn(lambda: build_source(config))  # data are fetched once
@@ -313,6 +328,7 @@ def load_run(path: str | Path, which: str = "ema") -> LoadedRun:
     """The run's newest valid weights; ``which``: "ema", "ema-<decay>" or "model"."""
     run_dir = RunDir(path)
     config = run_dir.read_config(RunConfig)
+    check_fits(config, training=False)
     model = based_model(config)
     step = load_weights(run_dir.path, model, which).step if config.train.steps else 0
     return LoadedRun(run_dir.path, config, model.eval(), build_source(config), step)
@@ -327,8 +343,8 @@ def plan(config: RunConfig, measure: bool = True) -> dict[str, Any]:
     if missing:
         known = {"steps": config.train.steps, "batch": config.train.batch}
         return {"recipe": config.recipe, "preset": config.preset, **known, "needs": missing}
-    with torch.device("meta"):  # shapes are enough, and published sizes fit few machines
-        counted = count_parameters(build_model(config))
+    # Shapes are enough, and published sizes fit few machines.
+    counted = count_parameters(needs.on_meta(config.model, lambda: build_model(config)))
     backbone = getattr(config.model, "backbone", None)
     tokens = int(getattr(backbone, "tokens", 1))
     # Where a parameter serves many places, or several networks answer.

@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 from pydantic import Field, SerializeAsAny, model_validator
 
 from coterie.core.errors import ConfigError, describe
+from coterie.core.numbers import Few
 from coterie.core.registry import Part, Registry
 
 SCHEDULES = Registry("learning-rate schedule", "coterie.lr_schedules")
@@ -57,7 +58,7 @@ class RepeatedSchedule(Part):
 
     kind: Literal["repeated"] = "repeated"
     schedule: Annotated[SerializeAsAny[Part], SCHEDULES.validator] = LinearSchedule()
-    times: int = Field(default=5, ge=1)
+    times: Few = 5
 
     def build(self) -> Factor:
         inner = self.schedule.build()

@@ -11,9 +11,10 @@ from collections.abc import Mapping, Sequence
 from typing import ClassVar, Literal
 
 import torch
-from pydantic import Field, PositiveInt
+from pydantic import Field
 from torch import Generator, Tensor, nn
 
+from coterie.core.numbers import Seed
 from coterie.core.rng import generator
 from coterie.experts.kinds.base import EXPERTS, ExpertKind, Weights, weighted_sum
 from coterie.experts.windows import window_masks, window_size
@@ -57,8 +58,8 @@ class ChannelWindow(ExpertKind):
     kind: Literal["channel_window"] = "channel_window"
     share: float = Field(default=0.8, gt=0.0, le=1.0)
     mode: Literal["window", "random"] = "window"
-    num_masks: PositiveInt = 1000
-    seed: int = 0
+    num_masks: int = Field(1000, ge=1, le=10**6)
+    seed: Seed = 0
     input_free: ClassVar[bool] = True
 
     def shapes(self, width: int) -> dict[str, tuple[int, ...]]:

@@ -10,9 +10,11 @@ from collections.abc import Mapping, Sequence
 from typing import ClassVar, Literal, Self
 
 import torch
-from pydantic import PositiveInt
+from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import Generator, Tensor, nn
 
+from coterie.core.errors import ConfigError, describe
+from coterie.core.numbers import SIZE
 from coterie.experts.kinds.base import (
     EXPERTS,
     ExpertKind,
@@ -30,12 +32,16 @@ class _HiddenKind(ExpertKind):
     """Shared by kinds with an inner size F: ``hidden``, or ``ratio`` times the width."""
 
     hidden: PositiveInt | None = None
-    ratio: float = 4.0
-    init_std: float | None = None  # None = Xavier uniform per expert; else N(0, init_std)
+    ratio: PositiveFloat = 4.0
+    init_std: NonNegativeFloat | None = None  # None: Xavier uniform per expert; else N(0, .)
 
     def size(self, width: int) -> int:
         """Inner size F."""
-        return self.hidden if self.hidden is not None else round(self.ratio * width)
+        size = self.hidden if self.hidden is not None else round(self.ratio * width)
+        if not 1 <= size <= SIZE:
+            allowed = f"a ratio that makes an inner size of 1..{SIZE} of the width {width}"
+            raise ConfigError(describe("ratio", self.ratio, allowed))
+        return size
 
     def with_hidden(self, hidden: int) -> Self:
         return self.replace(hidden=hidden)

@@ -17,6 +17,7 @@ from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
 from coterie.core.errors import ConfigError, describe
+from coterie.core.numbers import Few
 from coterie.experts.kinds.base import EXPERTS, ExpertKind, Weights, xavier_uniform
 from coterie.nn import norm_mlp
 
@@ -38,7 +39,7 @@ class NormMLP(ExpertKind):
     norm: norm_mlp.Norm = "batch"
     activation: norm_mlp.Activation = "silu"
     feature_rank: PositiveInt | None = None
-    streams: PositiveInt = 1
+    streams: Few = 1
     reads: tuple[NonNegativeInt, ...] | None = None
     eps: PositiveFloat = 1e-5
     momentum: float = Field(default=0.1, gt=0, le=1)  # of the running statistics

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from coterie.core.context import Context
 from coterie.core.errors import ConfigError, describe
+from coterie.core.numbers import Period
 from coterie.core.rng import generator
 from coterie.core.share import normal
 from coterie.experts.routers.base import EDITS, EditPart, draw, draw_rows, own_candidates, per_row
@@ -188,7 +189,7 @@ class OpeningCandidates(EditPart):
 
     kind: Literal["opening"] = "opening"
     for_table: ClassVar[bool] = True
-    steps: PositiveInt = 1000
+    steps: Period = 1000
 
     def build(self, num_experts: int) -> nn.Module:
         return Opening(self, num_experts)

@@ -10,11 +10,12 @@ from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import NonNegativeInt, PositiveFloat
+from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat
 from torch import Generator, Tensor, nn
 
 from coterie.core.context import Context
 from coterie.core.errors import ConfigError, describe
+from coterie.core.numbers import Seed
 from coterie.experts.routers.base import SCORES, Scored, ScoreModule, ScorePart, per_row
 from coterie.experts.routers.scores import init_linear, linear_f32
 from coterie.experts.windows import window_starts
@@ -31,7 +32,7 @@ class NoiseLevelScore(ScorePart):
     kind: Literal["noise_level"] = "noise_level"
     hidden: NonNegativeInt = 0
     silu: bool = True
-    init_std: float | None = None
+    init_std: NonNegativeFloat | None = None
     table: bool = False
     unit: ClassVar[Literal["token", "sample"] | None] = "sample"
     reads_rows: ClassVar[bool] = False
@@ -126,7 +127,7 @@ class FixedScore(ScorePart):
     kind: Literal["fixed"] = "fixed"
     by: Literal["position", "row", "task", "modality", "label", "sample"] = "position"
     hashed: bool = False
-    seed: int = 0
+    seed: Seed = 0
     learned: ClassVar[bool] = False
     reads_rows: ClassVar[bool] = False
 

@@ -13,7 +13,7 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import PositiveInt
+from pydantic import NonNegativeFloat, PositiveInt
 from torch import Generator, Tensor, nn
 
 from coterie.core.context import Context
@@ -37,7 +37,7 @@ class RecurrentScore(ScorePart):
     detach: bool = False
     head: Literal["linear", "cosine"] = "linear"
     start: Literal["zeros", "time"] = "zeros"
-    init_std: float = 0.02
+    init_std: NonNegativeFloat = 0.02
 
     @property
     def reads(self) -> tuple[str, ...]:

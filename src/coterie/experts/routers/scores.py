@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import PositiveInt
+from pydantic import Field, NonNegativeFloat, PositiveInt
 from torch import Generator, Tensor, nn
 
 from coterie.core.context import Context
@@ -59,7 +59,7 @@ class LinearScore(ScorePart):
 
     kind: Literal["linear"] = "linear"
     bias: bool = False
-    init_std: float | None = None
+    init_std: NonNegativeFloat | None = None
 
     def build(self, width: int, num_experts: int, time_width: int | None) -> ScoreModule:
         return _Linear(self, width, num_experts)
@@ -106,7 +106,7 @@ class MLPScore(ScorePart):
 
     kind: Literal["mlp"] = "mlp"
     hidden: PositiveInt | None = None
-    init_std: float | None = 0.02
+    init_std: NonNegativeFloat | None = 0.02
 
     def build(self, width: int, num_experts: int, time_width: int | None) -> ScoreModule:
         return TwoLayer(width, self.hidden or 2 * width, num_experts, self.init_std)
@@ -134,7 +134,7 @@ class CosineScore(ScorePart):
     """Cosine of a row with each prototype (ProMoE, arXiv:2510.24711); prototypes N(0, 0.02)."""
 
     kind: Literal["cosine"] = "cosine"
-    init_std: float = 0.02
+    init_std: NonNegativeFloat = 0.02
 
     def build(self, width: int, num_experts: int, time_width: int | None) -> ScoreModule:
         return _Cosine(self, width, num_experts)
@@ -161,8 +161,8 @@ class TaskLinearScore(ScorePart):
     """One linear router per task, picked by ``ctx.task``: a softmax per task (HoME, MMoE)."""
 
     kind: Literal["task_linear"] = "task_linear"
-    num_tasks: PositiveInt
-    init_std: float | None = None
+    num_tasks: int = Field(ge=1, le=65536)
+    init_std: NonNegativeFloat | None = None
 
     @property
     def reads(self) -> tuple[str, ...]:

@@ -47,7 +47,7 @@ class UncertainScore(ScorePart):
 
     kind: Literal["uncertain"] = "uncertain"
     of: Annotated[SerializeAsAny[Part], SCORES.validator] = LinearScore()
-    passes: int = Field(5, ge=2)
+    passes: int = Field(5, ge=2, le=4096)
     dropout: float = Field(0.1, ge=0.0, lt=1.0)
     whiten: Literal["diagonal", "full"] = "diagonal"
     evaluate: Literal["off", "running", "passes"] = "running"

@@ -24,6 +24,7 @@ from coterie.core.batch import Source
 from coterie.core.config import Config
 from coterie.core.errors import CheckpointError, ConfigError, DataError, describe
 from coterie.core.folder import digest
+from coterie.core.numbers import Few
 from coterie.core.registry import Part
 from coterie.core.rng import numpy_generator
 from coterie.data import Compaction, Partition, kmeans_partition, order, shards_of
@@ -39,9 +40,9 @@ class PartitionConfig(Config):
     where samples are vectors), whole classes, or at random. ``samples``: how many of the training
     split k-means looks at (the others go to the nearest centre)."""
 
-    islands: int = Field(4, ge=1)
+    islands: Few = 4
     by: Literal["features", "labels", "random"] = "features"
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**63)
     dims: int = Field(64, ge=1)  # principal components of the features
     samples: int = Field(20_000, ge=1)
 

@@ -1,0 +1,68 @@
+"""Numbers of a configuration: what counts as one, and how large it may be where nothing is said.
+
+A number is a number: ``true`` and ``"3"`` are none (text becomes a number only on the command line,
+:func:`coterie.core.config.override`). A field without bounds of its own has those of here, so that
+no value can overflow a tensor's size or a float32. How much memory a configuration asks for is
+another question (:mod:`coterie.train.needs`).
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from pydantic import Field
+from pydantic_core import PydanticCustomError, core_schema
+
+SIZE = 2**24
+"""Largest integer where a field says nothing: a dimension of a tensor, a number of samples."""
+
+LARGEST = 1e30
+"""Largest magnitude of a float where a field says nothing: its square root fits every formula."""
+
+Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
+Total = Annotated[int, Field(ge=0, lt=2**63)]
+"""Parameters, bytes, steps done."""
+
+Period = Annotated[int, Field(ge=1, lt=2**63)]
+"""Every so many steps; a number that never comes is a way to say never."""
+
+Few = Annotated[int, Field(ge=1, le=4096)]
+"""Parts that are made one by one: layers, rounds, passes."""
+
+
+def bounded(schema: Any) -> Any:
+    """A schema of pydantic whose numbers are exact in kind and have bounds; changed in place."""
+    if isinstance(schema, list | tuple):
+        for item in schema:
+            bounded(item)
+    elif isinstance(schema, dict):
+        for key, node in schema.items():
+            if key == "metadata":
+                continue
+            schema[key] = _number(node) if _is_number(node) else node
+            bounded(node)
+            if isinstance(node, list):
+                node[:] = [_number(item) if _is_number(item) else item for item in node]
+        if schema.get("type") == "bool":
+            schema["strict"] = True
+    return schema
+
+
+def _is_number(node: Any) -> bool:
+    return isinstance(node, dict) and node.get("type") in ("int", "float") and "strict" not in node
+
+
+def _number(node: dict[str, Any]) -> Any:
+    largest = SIZE if node["type"] == "int" else LARGEST
+    if "le" not in node and "lt" not in node:
+        node["le"] = largest
+    if "ge" not in node and "gt" not in node:
+        node["ge"] = -largest
+    node["strict"] = False  # seen; what pydantic would take beside numbers is refused below
+    return core_schema.no_info_before_validator_function(_only_numbers, node)
+
+
+def _only_numbers(value: Any) -> Any:
+    if isinstance(value, bool | str | bytes):
+        raise PydanticCustomError("not_a_number", "a number is wanted")
+    return value
