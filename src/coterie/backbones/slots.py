@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import torch
-from pydantic import model_validator
+from pydantic import Field, model_validator
 from torch import Generator, nn
 
 from coterie.core.config import Config
@@ -31,7 +31,9 @@ from coterie.experts import (
 from coterie.experts.balance.base import BalancePart
 
 SlotName = Literal["pre_block", "ffn", "conv"]
-Layers = Literal["all", "odd", "even", "except_first"] | tuple[int, ...]
+Layers = (
+    Literal["all", "odd", "even", "except_first"] | Annotated[tuple[int, ...], Field(min_length=1)]
+)
 
 
 def sites(layers: Layers, depth: int) -> list[int]:

@@ -18,7 +18,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal
 
 import torch
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import Field, NonNegativeFloat, PositiveInt, model_validator
 from torch import Tensor, nn
 
 from coterie.backbones.adaptive import BLOCK, AdaptiveLinear, adaptive
@@ -60,7 +60,7 @@ class TrunkConfig(Config):
     qk_norm: bool = False
     window: PositiveInt | None = None
     window_layers: Layers = "all"
-    init_std: float | None = None  # None: Xavier (DiT); a number: N(0, std) everywhere
+    init_std: NonNegativeFloat | None = None  # None: Xavier (DiT); a number: N(0, std) everywhere
     slots: tuple[SlotConfig, ...] = ()
 
     @model_validator(mode="after")

@@ -9,15 +9,30 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Self, TypeVar, get_args
+from typing import TYPE_CHECKING, Any, Self, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler, ValidationError
 
 from coterie.core.errors import ConfigError, describe, shown, unknown
 from coterie.core.numbers import bounded
 
+if TYPE_CHECKING:
+    from pydantic._internal._model_construction import ModelMetaclass
+else:
+    ModelMetaclass = type(BaseModel)
 
-class Config(BaseModel):
+
+class _Made(ModelMetaclass):
+    """Errors in the house form also where a configuration is made in code."""
+
+    def __call__(cls, *args: Any, **fields: Any) -> Any:
+        try:
+            return super().__call__(*args, **fields)
+        except ValidationError as error:
+            raise ConfigError(explain(error, cls)) from None
+
+
+class Config(BaseModel, metaclass=_Made):
     """Base of all configurations: frozen, unknown keys refused; of numbers those that are not
     finite, out of bounds or of another kind (:mod:`coterie.core.numbers`)."""
 
@@ -71,7 +86,7 @@ class Config(BaseModel):
 ConfigT = TypeVar("ConfigT", bound=Config)
 
 
-def explain(error: ValidationError, cls: type[BaseModel]) -> str:
+def explain(error: ValidationError, cls: type[Any]) -> str:
     """Turn pydantic's report into one ``field: value ...`` clause per problem."""
     clauses = []
     for item in error.errors(include_url=False):
@@ -117,7 +132,7 @@ def override(config: ConfigT, assignments: Mapping[str, Any]) -> ConfigT:
     return type(config).from_dict(data)
 
 
-class _Made(dict[str, Any]):
+class _New(dict[str, Any]):
     """An object that a path has made: which fields it may have, validation says."""
 
 
@@ -141,7 +156,7 @@ def _assign(data: Any, path: str, value: Any) -> None:
                 raise ConfigError(describe(path, part, allowed))
             key: Any = int(part)
         elif isinstance(here, dict):
-            if part not in here and not isinstance(here, _Made):
+            if part not in here and not isinstance(here, _New):
                 raise ConfigError(unknown(path, part, here))
             key = part
         else:
@@ -150,5 +165,5 @@ def _assign(data: Any, path: str, value: Any) -> None:
             here[key] = value
         else:
             if (here[key] if isinstance(here, list) else here.get(key)) is None:
-                here[key] = _Made()
+                here[key] = _New()
             here = here[key]

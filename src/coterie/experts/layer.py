@@ -90,7 +90,7 @@ class ExpertLayerConfig(Config):
     shared: SharedConfig | None = None
     self_gate: SelfGateConfig | None = None
     noise_tasks: Few | None = None
-    slot_map: tuple[NonNegativeInt, ...] | None = None
+    slot_map: tuple[NonNegativeInt, ...] | None = Field(None, min_length=1)
     rounds: Few = 1
     round_routing: Literal["own", "shared", "frozen"] = "own"
     inner_residual: bool = True

@@ -32,7 +32,9 @@ class _UnitTime(Part):
     @model_validator(mode="after")
     def _check_range(self) -> Self:
         if not 0.0 < self.t_min < self.t_max:
-            raise ConfigError(describe("t_min", self.t_min, f"above 0 and below {self.t_max}"))
+            raise ConfigError(
+                describe("t_min", self.t_min, f"above 0 and below t_max = {self.t_max}")
+            )
         if self.t_max > 1.0:
             raise ConfigError(describe("t_max", self.t_max, "at most 1"))
         return self

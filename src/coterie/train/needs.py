@@ -81,9 +81,9 @@ def check_memory(
     kept = batch * sample_bytes(config)
     needed, there = (weights * copies + kept) // parts, memory_bytes() if limit is None else limit
     if needed > there:
-        parts = f"weights {size(weights)}, with what training keeps {size(weights * copies)}"
-        parts += f", a batch at least {size(kept)}" if kept else ""
-        raise ConfigError(_too_much(config, needed, there, parts))
+        what = f"weights {size(weights)}, with what training keeps {size(weights * copies)}"
+        what += f", a batch at least {size(kept)}" if kept else ""
+        raise ConfigError(_too_much(config, needed, there, what))
     return needed
 
 
