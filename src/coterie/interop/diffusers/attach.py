@@ -26,10 +26,11 @@ from coterie.backbones.conditioning import embed_condition
 from coterie.backbones.hosting import NetworkHost
 from coterie.backbones.slots import SlotConfig
 from coterie.core.context import NULL_LABEL, Context
-from coterie.core.errors import ConfigError, DataError, describe
+from coterie.core.errors import ConfigError, describe
 from coterie.core.prediction import Condition
 from coterie.core.routing import Routing
-from coterie.interop.diffusers.facts import embed_time, read_call, takes, time_width
+from coterie.interop.diffusers.conventions import ask
+from coterie.interop.diffusers.facts import embed_time, read_call, time_width
 
 
 class Opener:
@@ -70,7 +71,7 @@ class DiffusersHost(NetworkHost):
                 where = f"slots.{place}.expert.router.score"
                 raise ConfigError(describe(where, score, "another score", hint))
         super().__init__(model, slots, width)
-        self.null_label = null_label
+        self.num_steps, self.null_label = num_steps, null_label
         opener = Opener(num_steps, null_label)
         self._hooks = [
             model.register_forward_pre_hook(opener.before, with_kwargs=True),
@@ -91,31 +92,18 @@ class DiffusersHost(NetworkHost):
         return super().detach()
 
     def forward(self, x: Tensor, ctx: Context, cond: Condition) -> BackboneOutput:
-        """x [B, C, H, W]. Labels go to ``class_labels``, tokens to ``encoder_hidden_states``."""
-        network: Any = self.network
-        ctx = embed_condition(ctx, cond, embed_time(network), None, 0)
-        given: dict[str, Any] = {"timestep": ctx.time_input}
-        if cond.label is not None and takes(network, "class_labels"):
-            given["class_labels"] = self._classes(cond.label)
-        if cond.tokens is not None:
-            given["encoder_hidden_states"] = cond.tokens
-        if cond.tokens_mask is not None:
-            given["encoder_attention_mask"] = cond.tokens_mask
-        with scope.scope(ctx, network) as call:
-            (sample,) = network(x, **given, return_dict=False)
+        """x [B, C, H, W]; ConfigError for a network of a class whose conventions are not known."""
+        ctx = embed_condition(ctx, cond, embed_time(self.network), None, 0)
+        assert ctx.time_input is not None
+        if cond.label is not None and self.null_label is not None:
+            label = torch.where(cond.label == NULL_LABEL, self.null_label, cond.label)
+            cond = cond.replace(label=label)
+        with scope.scope(ctx, self.network) as call:
+            sample = ask(self.network, x, ctx.time_input, self.num_steps, cond)
         variance = None
         if sample.shape[1] == 2 * x.shape[1]:  # learned variances come as further channels
             sample, variance = sample.chunk(2, dim=1)
         return BackboneOutput(sample, tuple(call.routings), variance)
-
-    def _classes(self, label: Tensor) -> Tensor:
-        """Our labels as theirs."""
-        if self.null_label is not None:
-            return torch.where(label == NULL_LABEL, self.null_label, label)
-        if label.device.type == "cpu" and bool((label == NULL_LABEL).any()):
-            hint = "say null_label, the model's class number for no condition"
-            raise DataError(describe("label", NULL_LABEL, "a class of the model", hint))
-        return label
 
 
 def attach(

@@ -25,7 +25,7 @@ from coterie.core.prediction import Condition, View
 from coterie.core.registry import Part
 from coterie.core.tensors import read_tensors
 from coterie.denoiser import MODELS
-from coterie.interop.diffusers.facts import takes
+from coterie.interop.diffusers.conventions import CONVENTIONS, convention_of, labels_of
 from coterie.interop.diffusers.pipeline import (
     INDEX,
     DiffusersDenoiser,
@@ -34,8 +34,8 @@ from coterie.interop.diffusers.pipeline import (
     new_network,
     read_json,
     read_network,
-    scheduler_process,
 )
+from coterie.interop.diffusers.schedulers import scheduler_process
 from coterie.process import PROCESSES
 
 TOKENS = "tokens"
@@ -120,7 +120,8 @@ class DiffusersConfig(Part):
         _, network = component(self.path)
         process, view = self.process, self.view
         if (Path(self.path) / INDEX).is_file():
-            known, told = scheduler_process(Path(self.path))
+            index = read_json(Path(self.path) / INDEX)
+            known, told = scheduler_process(Path(self.path), index)
             for field, value in (("process", process), ("view", view)):
                 if value is not None:
                     hint = "its scheduler says so"
@@ -161,11 +162,17 @@ class DiffusersConfig(Part):
 
 
 def _facts(config: dict[str, Any]) -> NetworkFacts:
-    size, channels = config.get("sample_size"), config.get("in_channels")
+    """``sample_shape`` is that of x: what a network reads besides is no channel of a sample."""
+    kind, size = str(config.get("_class_name", "")), config.get("sample_size")
+    reads, answers = config.get("in_channels"), config.get("out_channels")
+    channels = min(reads, answers) if reads and answers else reads
     sides = (size, size) if isinstance(size, int) else tuple(size or ())
     shape = (int(channels), *map(int, sides)) if channels and sides else None
-    classes = config.get("num_class_embeds") or config.get("num_embeds_ada_norm") or 0
-    return NetworkFacts(shape, int(classes), str(config.get("_class_name", "")))
+    how = CONVENTIONS.get(kind)
+    classes = config.get("num_class_embeds") or 0
+    if how is not None and how.classes:
+        classes = config.get("num_embeds_ada_norm") or 0
+    return NetworkFacts(shape, int(classes), kind)
 
 
 def _tokens(path: str) -> Tensor:
@@ -192,22 +199,22 @@ class DiffusersExpert(DiffusersDenoiser):
         self.register_buffer(TOKENS, tokens)
         self.facts = config.backbone
         self.null_label = config.null_label
-        if self.null_label is None and hasattr(network, "transformer_blocks"):
+        if self.null_label is None and convention_of(network).classes:
             self.null_label = self.facts.num_classes or None  # a DiT's table has one more row
 
     def _told(self, x: Tensor, cond: Condition) -> Condition:
         shape = self.facts.sample_shape
-        if shape is not None and tuple(x.shape[1:]) != shape:
+        if shape is not None and tuple(x.shape[2:]) != shape[1:]:
             raise DataError(describe("x", tuple(x.shape), f"[B, {', '.join(map(str, shape))}]"))
         batch, device = len(x), x.device
         tokens, label = cond.tokens, cond.label
-        if takes(self.network, "encoder_hidden_states") and tokens is None:
+        if convention_of(self.network).tokens and tokens is None:
             own = self.get_buffer(TOKENS) if self.tokens is not None else None
             if own is None:
                 hint = "it reads a prompt; name a file in the expert's tokens"
                 raise ConfigError(describe("cond.tokens", None, "embeddings [B, M, C]", hint))
             tokens = own.to(device).expand(batch, -1, -1)
-        if not self.facts.num_classes:
+        if labels_of(self.network) not in ("class", "number"):
             label = None
         elif label is None:
             label = torch.full((batch,), NULL_LABEL, device=device)

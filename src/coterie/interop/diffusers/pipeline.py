@@ -10,7 +10,8 @@ Of two networks, one is in memory at a time and the other is read meanwhile.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import inspect
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,39 +21,36 @@ from torch import Generator, Tensor, nn
 
 from coterie.backbones import unet_layers
 from coterie.backbones.taps import Layers, Topology
-from coterie.core.errors import CheckpointError, ConfigError, describe, unknown
+from coterie.core.errors import CheckpointError, ConfigError, describe
 from coterie.core.folder import read_object
 from coterie.core.prediction import Condition, Prediction, View, check_times
-from coterie.core.registry import Part
-from coterie.core.tensors import copy_tensors
+from coterie.core.tensors import copy_tensors, require_finite
 from coterie.ensembles import LoadedMembers, Loader, MemberFacts, NoiseRanges, NoiseRangesConfig
 from coterie.ensembles.blueprint import Blueprint
-from coterie.interop.diffusers.facts import takes
+from coterie.interop.diffusers.conventions import ask, convention_of, grid_time, stack
+from coterie.interop.diffusers.schedulers import scheduler_process
 from coterie.interop.diffusers.unet import told_of, topology
-from coterie.process import PROCESSES, Process, discrete
+from coterie.process import Process
 
 INDEX = "model_index.json"
 NETWORKS = ("transformer", "unet")
 """Names of the network of the noisiest range; the next one's ends in ``_2``."""
-VIEWS_THERE: dict[str, View] = {
-    "epsilon": "eps",
-    "sample": "x0",
-    "v_prediction": "v",
-    "flow_prediction": "flow",
-}
 WEIGHTS = "diffusion_pytorch_model.safetensors"
-FLOW = "FlowMatch"  # begins the names of schedulers that know flows only
+READ = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 class DiffusersDenoiser(nn.Module):
     """A network of diffusers with its process and view is a denoiser.
 
     ``cond.tokens`` go to ``encoder_hidden_states``, ``cond.label`` to ``class_labels``,
-    ``cond.channels`` are concatenated to x. Learnt variances come as further channels.
+    ``cond.channels`` are concatenated to x; ``cond.vector`` and the time as
+    :mod:`~coterie.interop.diffusers.conventions` says. Learnt variances come as further channels.
+    ConfigError for a network of a class that is not there.
     """
 
     def __init__(self, network: nn.Module, process: Process, view: View) -> None:
         super().__init__()
+        convention_of(network)
         self.network, self.process, self.view = network, process, view
 
     def forward(
@@ -67,15 +65,7 @@ class DiffusersDenoiser(nn.Module):
         """x [B, C, ...] at t [B]; ``sample_ids``, ``rng`` and ``progress`` have no use here."""
         check_times(t, len(x))
         cond = self._told(x, cond)
-        given: dict[str, Any] = {"timestep": self.process.time_input(t)}
-        for name, value in {
-            "encoder_hidden_states": cond.tokens,
-            "encoder_attention_mask": cond.tokens_mask,
-            "class_labels": cond.label,
-        }.items():
-            if value is not None and takes(self.network, name):
-                given[name] = value
-        (value,) = self.network(self._stacked(x, cond), **given, return_dict=False)
+        value = ask(self.network, x, grid_time(self.process, t), self.process.num_steps, cond)
         return self._answer(x, value)
 
     def topology(self) -> Topology:
@@ -88,19 +78,14 @@ class DiffusersDenoiser(nn.Module):
         """:meth:`forward` of a U-Net layer by layer; see :mod:`coterie.backbones.taps`."""
         check_times(t, len(x))
         cond = self._told(x, cond)
-        stacked = self._stacked(x, cond)
-        told = told_of(self.network, stacked, self.process.time_input(t), cond)
+        stacked = stack(self.network, x, cond)
+        told = told_of(self.network, stacked, grid_time(self.process, t), cond)
         value = yield from unet_layers.layers(self.network, stacked, told)
         return self._answer(x, value)
 
     def _told(self, x: Tensor, cond: Condition) -> Condition:
         """The condition as the network reads it."""
         return cond
-
-    def _stacked(self, x: Tensor, cond: Condition) -> Tensor:
-        dtype: torch.dtype = self.network.dtype  # type: ignore[assignment]
-        both = x if cond.channels is None else torch.cat([x, cond.channels.to(x)], dim=1)
-        return both.to(dtype)
 
     def _answer(self, x: Tensor, value: Tensor) -> Prediction:
         variance = None
@@ -128,9 +113,12 @@ def load_noise_ranges(
     folder = Path(path)
     index = read_json(folder / INDEX)
     names = _networks(folder, index)
-    part, view = scheduler_process(folder)
+    part, view = scheduler_process(folder, index)
     process = part.build()
     ratio = index.get("boundary_ratio")
+    if ratio is not None and not (type(ratio) in (int, float) and 0.0 < ratio < 1.0):
+        allowed = "null, or a number between 0 and 1"
+        raise ConfigError(describe(f"{folder / INDEX}: boundary_ratio", ratio, allowed))
     if (ratio is None) != (len(names) == 1):
         allowed = "a number where there are two networks, null where there is one"
         raise ConfigError(describe(f"{folder / INDEX}: boundary_ratio", ratio, allowed))
@@ -159,7 +147,13 @@ def _networks(folder: Path, index: Mapping[str, Any]) -> list[str]:
     if index.get("expand_timesteps"):
         hint = "a time per token is no noise level of the sample"
         raise ConfigError(describe(f"{folder / INDEX}: expand_timesteps", True, "false", hint))
-    given = {name for name, value in index.items() if isinstance(value, list) and value[0]}
+    given = {
+        name
+        for name, value in index.items()
+        if isinstance(value, list)
+        and len(value) == 2
+        and all(isinstance(one, str) for one in value)
+    }
     for first in NETWORKS:
         if first in given:
             return [name for name in (first, f"{first}_2") if name in given]
@@ -195,31 +189,24 @@ def _config(folder: Path, name: str, stored: Any) -> dict[str, Any]:
 def read_network(folder: Path, config: Mapping[str, Any]) -> nn.Module:
     """A network of diffusers with the weights in ``folder``, as stored, in eval mode."""
     blueprint, files = _blueprint(config), network_files(folder)
-    values = {key: value for file in files for key, value in copy_tensors(file).items()}
-    return blueprint.make(values, str(files[0]))
+    return blueprint.make(_weights(files, blueprint), str(files[0]))
 
 
-def scheduler_process(folder: Path) -> tuple[Part, View]:
-    """Configuration of the process, and the view, from the scheduler's."""
-    path = folder / "scheduler" / "scheduler_config.json"
-    facts = read_json(path)
-    kind = str(facts.get("_class_name", ""))
-    told = "flow_prediction" if kind.startswith(FLOW) else facts.get("prediction_type", "epsilon")
-    if told not in VIEWS_THERE:
-        raise ConfigError(unknown(f"{path}: prediction_type", str(told), VIEWS_THERE))
-    view = VIEWS_THERE[told]
-    steps = int(facts.get("num_train_timesteps", 1000))
-    if view == "flow":
-        # The scheduler's shift moves its steps; what the network sees is 1000 sigma either way.
-        return PROCESSES.parse({"kind": "rectified_flow", "num_steps": steps}), view
-    schedule = str(facts.get("beta_schedule", "linear"))
-    known = {"linear": "linear", "scaled_linear": "scaled_linear", "squaredcos_cap_v2": "cosine"}
-    if schedule not in known:
-        raise ConfigError(unknown(f"{path}: beta_schedule", schedule, known))
-    fields: dict[str, Any] = {"schedule": known[schedule], "num_steps": steps}
-    if known[schedule] != "cosine":
-        fields |= {"beta_start": facts.get("beta_start"), "beta_end": facts.get("beta_end")}
-    return discrete.DDPMConfig.from_dict(fields), view
+def _weights(files: Sequence[Path], blueprint: Blueprint) -> dict[str, Tensor]:
+    """The tensors of ``files``; CheckpointError names one that nothing can be computed with."""
+    out: dict[str, Tensor] = {}
+    for file in files:
+        values = copy_tensors(file)
+        for name, value in values.items():
+            known = blueprint.shapes.get(name)
+            if value.dtype not in READ and (known is None or known[1].is_floating_point):
+                types = ", ".join(str(one).removeprefix("torch.") for one in READ)
+                raise CheckpointError(
+                    f"{file}: {name} is {value.dtype}; weights are read in {types}"
+                )
+        require_finite(values, str(file))
+        out |= values
+    return out
 
 
 def _loader(
@@ -255,7 +242,17 @@ def new_network(config: Mapping[str, Any]) -> nn.Module:
     found = getattr(diffusers, str(kind), None)
     if not (isinstance(found, type) and issubclass(found, diffusers.ModelMixin)):
         raise ConfigError(describe("_class_name", kind, "a model of diffusers"))
-    made: nn.Module = found.from_config(dict(config))
+    known = inspect.signature(found.__init__).parameters
+    for name, value in config.items():
+        if not name.startswith("_") and name not in known and value is not None:
+            hint = "what it does to the network is not known"
+            raise ConfigError(describe(f"{kind}.{name}", value, f"fields of {kind}", hint))
+    try:
+        made: nn.Module = found.from_config(dict(config))
+    except Exception as error:
+        reason = str(error).strip().splitlines()
+        raise ConfigError(f"{kind}: cannot be made: {reason[0] if reason else error!r}") from None
+    convention_of(made)
     return made
 
 
@@ -264,7 +261,12 @@ def network_files(folder: Path) -> list[Path]:
     shards = folder / f"{WEIGHTS}.index.json"
     names = {WEIGHTS}
     if shards.is_file():
-        names = {str(name) for name in dict(read_json(shards).get("weight_map", {})).values()}
+        places = read_json(shards).get("weight_map")
+        if not isinstance(places, dict) or not places:
+            raise CheckpointError(
+                f"{shards}: weight_map: {places!r:.40}: not names with their files"
+            )
+        names = {str(name) for name in places.values()}
     for name in sorted(names):
         if Path(name).name != name or not (folder / name).is_file():
             raise CheckpointError(f"{folder / name}: missing; other formats are not read")
@@ -285,5 +287,5 @@ def _load(
             return value
         return value.to(torch.float32 if any(part in name for part in kept) else dtype)
 
-    values = {name: value for file in files for name, value in copy_tensors(file).items()}
-    return DiffusersDenoiser(blueprint.make(values, str(files[0]), cast), process, view)
+    network = blueprint.make(_weights(files, blueprint), str(files[0]), cast)
+    return DiffusersDenoiser(network, process, view)
