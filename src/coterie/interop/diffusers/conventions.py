@@ -152,7 +152,7 @@ CONVENTIONS: dict[str, Convention] = {
     "WanTransformer3DModel": Convention(only={"image_dim": (None,), "added_kv_proj_dim": (None,)}),
 }
 SAID = names(
-    """hidden_states sample timestep encoder_hidden_states encoder_attention_mask class_labels
+    """self hidden_states sample timestep encoder_hidden_states encoder_attention_mask class_labels
     return_dict attention_mask attention_kwargs cross_attention_kwargs joint_attention_kwargs"""
 )
 """Arguments that any network may have, or need not be given."""
@@ -160,21 +160,22 @@ SAID = names(
 
 def convention_of(network: nn.Module) -> Convention:
     """ConfigError for a class that is not known, or told more than a condition here holds."""
-    kind = type(network).__name__
-    found = CONVENTIONS.get(kind)
+    return convention_for(type(network), getattr(network, "config", {}))
+
+
+def convention_for(kind: type[nn.Module], config: Mapping[str, Any]) -> Convention:
+    """:func:`convention_of` the network that ``config`` describes, before it is made."""
+    found = CONVENTIONS.get(kind.__name__)
     if found is None:
-        others = [
-            name for name in inspect.signature(network.forward).parameters if name not in SAID
-        ]
-        hint = f"it is also told {', '.join(others)}" if others else "its time is not known"
-        raise ConfigError(describe("network", kind, ", ".join(CONVENTIONS), hint))
-    config: Any = network.config
+        others = set(inspect.signature(kind.forward).parameters) - SAID
+        hint = f"it is also told {', '.join(sorted(others))}" if others else "its time is not known"
+        raise ConfigError(describe("network", kind.__name__, ", ".join(CONVENTIONS), hint))
     for name, values in found.only.items():
         value = config.get(name, values[0])
         if value not in values:
             allowed = ", ".join(map(repr, values))
             hint = "no condition here holds what it would be told"
-            raise ConfigError(describe(f"{kind}.{name}", value, allowed, hint))
+            raise ConfigError(describe(f"{kind.__name__}.{name}", value, allowed, hint))
     return found
 
 

@@ -27,7 +27,13 @@ from coterie.core.prediction import Condition, Prediction, View, check_times
 from coterie.core.tensors import copy_tensors, require_finite
 from coterie.ensembles import LoadedMembers, Loader, MemberFacts, NoiseRanges, NoiseRangesConfig
 from coterie.ensembles.blueprint import Blueprint
-from coterie.interop.diffusers.conventions import ask, convention_of, grid_time, stack
+from coterie.interop.diffusers.conventions import (
+    ask,
+    convention_for,
+    convention_of,
+    grid_time,
+    stack,
+)
 from coterie.interop.diffusers.schedulers import scheduler_process
 from coterie.interop.diffusers.unet import told_of, topology
 from coterie.process import Process
@@ -247,12 +253,12 @@ def new_network(config: Mapping[str, Any]) -> nn.Module:
         if not name.startswith("_") and name not in known and value is not None:
             hint = "what it does to the network is not known"
             raise ConfigError(describe(f"{kind}.{name}", value, f"fields of {kind}", hint))
+    convention_for(found, config)
     try:
         made: nn.Module = found.from_config(dict(config))
     except Exception as error:
         reason = str(error).strip().splitlines()
         raise ConfigError(f"{kind}: cannot be made: {reason[0] if reason else error!r}") from None
-    convention_of(made)
     return made
 
 

@@ -142,7 +142,7 @@ class Scheduler:
             raise self._refused("prediction_type", told, "another, or use_flow_sigmas true")
         squares = self._alphas_cumprod()
         if view == "eps" and float(squares[-1]) == 0.0:
-            hint = "the last step is pure noise, where noise tells nothing of the data"
+            hint = "rescale_betas_zero_snr, or a beta of 1, leaves only noise at the last step"
             raise self._refused("prediction_type", told, "v_prediction or sample", hint)
         return self._known_schedule(squares) or self._parse(
             schedule="table", num_steps=len(squares), alphas_cumprod=squares.tolist()
@@ -167,8 +167,7 @@ class Scheduler:
                 raise self._refused(name, value, "a number")
         betas = self.given.get("trained_betas")
         if betas is not None and not _numbers(betas, steps):
-            shown = f"{len(betas)} values" if isinstance(betas, list) else betas
-            raise self._refused("trained_betas", shown, f"null, or {steps} numbers in (0, 1]")
+            raise self._refused("trained_betas", betas, f"null, or {steps} numbers in (0, 1]")
         for name in ("rescale_betas_zero_snr", "use_flow_sigmas"):
             value = self.given.get(name, False)
             if type(value) is not bool:
@@ -239,6 +238,8 @@ class Scheduler:
             raise ConfigError(f"{self.path}: {error}") from None
 
     def _refused(self, field: str, value: object, allowed: str, hint: str = "") -> ConfigError:
+        if isinstance(value, list) and len(value) > 4:
+            value = f"{len(value)} values"
         return ConfigError(describe(f"{self.path}: {field}", value, allowed, hint))
 
 

@@ -13,6 +13,7 @@ from coterie.backbones.unet_layers import Told
 from coterie.core.context import Context
 from coterie.core.errors import ConfigError, DataError, describe
 from coterie.core.prediction import Condition
+from coterie.interop.diffusers.conventions import labels_of
 
 MASKED = -10000.0  # added to the scores of tokens that are not there
 
@@ -27,6 +28,10 @@ def topology(network: Any) -> Topology:
         if value is not None:
             hint = "its layers are told what no condition here has"
             raise ConfigError(describe(f"network.config.{name}", value, "null", hint))
+    if labels_of(network) == "vector":
+        hint = "its layers are told what no condition here has"
+        kind = network.config.class_embed_type
+        raise ConfigError(describe("network.config.class_embed_type", kind, "null, timestep", hint))
     kind = getattr(network.config, "time_embedding_type", "positional")
     if kind != "positional":
         raise ConfigError(describe("network.config.time_embedding_type", kind, "positional"))
