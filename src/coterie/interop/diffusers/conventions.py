@@ -163,7 +163,7 @@ def convention_of(network: nn.Module) -> Convention:
     return convention_for(type(network), getattr(network, "config", {}))
 
 
-def convention_for(kind: type[nn.Module], config: Mapping[str, Any]) -> Convention:
+def convention_for(kind: type[Any], config: Mapping[str, Any]) -> Convention:
     """:func:`convention_of` the network that ``config`` describes, before it is made."""
     found = CONVENTIONS.get(kind.__name__)
     if found is None:
