@@ -22,7 +22,7 @@ from coterie.adapters import (
 )
 from coterie.core.context import Context
 from coterie.core.errors import CheckpointError, ConfigError
-from coterie.core.folder import read_object
+from coterie.core.json_reader import read_object
 from coterie.experts import ExpertLayer, ExpertLayerConfig
 from coterie.experts.kinds import EXPERTS
 

@@ -23,7 +23,8 @@ from coterie.adapters.config import LoraConfig
 from coterie.adapters.layers import LowRank, Rows, fits
 from coterie.adapters.stacks import Stacks, stacked
 from coterie.core.errors import CheckpointError, ConfigError, describe, unknown
-from coterie.core.folder import atomic_folder, canonical, read_object
+from coterie.core.folder import atomic_folder, canonical
+from coterie.core.json_reader import parse_json, read_object
 from coterie.core.tensors import read_tensors, require_finite, write_tensors
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -278,8 +279,5 @@ def _told(path: Path) -> dict[str, Any]:
 
     with safe_open(path, framework="pt") as file:
         header = file.metadata() or {}
-    try:
-        told = json.loads(header.get("coterie", "{}"))
-    except ValueError as error:
-        raise CheckpointError(f"{path}: damaged header ({error})") from None
+    told = parse_json(header.get("coterie", "{}"), f"{path}: damaged header", CheckpointError)
     return told if isinstance(told, dict) else {}

@@ -23,6 +23,7 @@ import torch
 from coterie.bench.goals import timed
 from coterie.bench.timing import ratio
 from coterie.core.errors import TrainingError
+from coterie.core.json_reader import read_object
 from coterie.core.rng import generator
 from coterie.train.config import TrainConfig
 from coterie.train.loop import Trainer
@@ -67,7 +68,7 @@ def run_benchmark(
         trouble = run_processes(WORKER, work, processes, TIMEOUT)
         if trouble is not None:
             raise TrainingError(f"bench parallel: {trouble}")
-        measured = json.loads(out.read_text(encoding="utf-8"))
+        measured = read_object(out)
     times = {name: found["seconds"] for name, found in measured.items()}
     what = f"{config.recipe or 'run'} in {processes} processes: step, over {PEER}"
     return {

@@ -6,12 +6,12 @@ on one and on several threads stand side by side.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from coterie.core.errors import DataError, describe
+from coterie.core.json_reader import read_object
 
 TITLES = {
     "P1": "experts, forward: time over the bare products on sorted rows",
@@ -42,7 +42,7 @@ def sections(folder: str | Path) -> dict[str, str]:
 
 def read_goals(folder: str | Path) -> list[Row]:
     """Every file of results with goals, by name."""
-    files = [json.loads(path.read_text("utf-8")) for path in sorted(Path(folder).glob("*.json"))]
+    files = [read_object(path) for path in sorted(Path(folder).glob("*.json"))]
     results = [found for found in files if "goals" in found and "threads" in found]
     if not results:
         raise DataError(describe("results", str(folder), "a folder with files of coterie bench"))

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from coterie.cli.output import facts, say, say_json, table
+from coterie.cli.output import OUT, facts, say, say_json, table
 
 RUN = click.Path(file_okay=False, exists=True, path_type=Path)
 
@@ -25,7 +25,7 @@ def command() -> None:
 
 @command.command("merge")
 @click.argument("runs", nargs=-1, required=True, type=RUN, metavar="RUN...")
-@click.option("--out", required=True, type=click.Path(path_type=Path), help="The new run.")
+@click.option("--out", required=True, type=OUT, help="The new run.")
 @click.option("--weight", multiple=True, type=float, help="Of each RUN, in order; default 1.")
 @click.option("--dry-run", "-n", is_flag=True, help="Print the configuration, write nothing.")
 def merge(runs: tuple[Path, ...], out: Path, weight: tuple[float, ...], dry_run: bool) -> None:
@@ -57,7 +57,7 @@ def check(runs: tuple[Path, ...], as_json: bool) -> None:
 
 @command.command("export")
 @click.argument("run", type=RUN)
-@click.option("--out", required=True, type=click.Path(path_type=Path), help="A new folder.")
+@click.option("--out", required=True, type=OUT, help="A new folder.")
 @click.option("--name", help="Which adapter, where RUN has several.")
 def export(run: Path, out: Path, name: str | None) -> None:
     """Write an adapter of RUN as a folder that PEFT reads."""

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from coterie.cli.output import facts, say, say_json, table
+from coterie.cli.output import OUT, facts, say, say_json, table
 from coterie.cli.overrides import ANY_FLAG, split, takes_paths
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     help="What networks of diffusers without a scheduler answer. [eps]",
 )
 @click.option("--samples", type=click.IntRange(1), default=256, show_default=True, help="Probed.")
-@click.option("--out", type=click.Path(path_type=Path), help="Run to write.")
+@click.option("--out", type=OUT, help="Run to write.")
 @click.option("-n", "--dry-run", is_flag=True, help="Sizes, FLOPs and projected minutes only.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.option("-q", "--quiet", is_flag=True, help="No progress bar.")

@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from coterie.cli.output import say, say_json, table
+from coterie.cli.output import OUT_FILE, say, say_json, table
 
 LAWS = ("goal", "what", "figure", "bound", "met")
 GOALS = (*LAWS, "spread", "ours_ms", "peer", "peer_ms")
@@ -20,7 +20,7 @@ def timing_options(rounds: int) -> Callable[[Callable[..., Any]], Callable[..., 
     options = (
         click.option("--threads", type=click.IntRange(1), default=1, show_default=True),
         click.option("--rounds", type=click.IntRange(1), default=rounds, show_default=True),
-        click.option("--out", type=click.Path(path_type=Path), help="Also write the JSON here."),
+        click.option("--out", type=OUT_FILE, help="Also write the JSON here."),
         click.option("--json", "as_json", is_flag=True, help="Print JSON, with every column."),
     )
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from coterie.cli.bench_options import GOALS, show, timing_options
+from coterie.cli.output import note
 
 SHOWN = (
     *("candidate", "step_ms", "tokens_per_second", "vs_dense", "spread", "data_share"),
@@ -30,4 +31,4 @@ def command(threads: int, rounds: int, out: Path | None, as_json: bool) -> None:
     result = {**stamp("train", Place(threads=threads), rounds, ("transformers",)), **found}
     show(result, SHOWN, out, as_json, [("goals", GOALS), ("memory", MEMORY)])
     for package in found["left_out"]:
-        click.echo(f"note: {package} is not installed; its rows are left out", err=True)
+        note(f"note: {package} is not installed; its rows are left out")

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import click
 
-from coterie.cli.output import say, say_json
+from coterie.cli.output import OUT, say, say_json
 from coterie.core.errors import ConfigError, describe
+from coterie.core.json_reader import parse_json
 
 
 class Numbers(click.ParamType[tuple[float, ...]]):
@@ -37,9 +37,9 @@ class Told(click.ParamType[tuple[Any, ...]]):
             return value
         pieces = str(value).split(",")
         for piece in pieces:
-            if piece not in ("given", "null") and not piece.isdigit():
+            if piece not in ("given", "null") and not piece.isdecimal():
                 self.fail(f"{piece!r} is neither given, nor null, nor the number of a class")
-        return tuple(int(piece) if piece.isdigit() else piece for piece in pieces)
+        return tuple(int(piece) if piece.isdecimal() else piece for piece in pieces)
 
 
 class Kind(click.ParamType[dict[str, Any]]):
@@ -53,9 +53,9 @@ class Kind(click.ParamType[dict[str, Any]]):
         if not str(value).lstrip().startswith("{"):
             return {"kind": str(value)}
         try:
-            found: dict[str, Any] = json.loads(value)
-        except ValueError as error:
-            self.fail(f"not valid JSON ({error})")
+            found: dict[str, Any] = parse_json(value, str(param.name if param else "value"))
+        except ConfigError as error:
+            self.fail(str(error))
         return found
 
 
@@ -96,7 +96,7 @@ class Kind(click.ParamType[dict[str, Any]]):
 )
 @click.option("--ess", type=float, default=0.5, show_default=True, help="Resample below this.")
 @click.option("--clamp", type=float, help="Cut off larger changes of a weight; biased. [off]")
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="Run to write.")
+@click.option("--out", type=OUT, required=True, help="Run to write.")
 @click.option("-n", "--dry-run", is_flag=True, help="The configuration only.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def command(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from coterie.cli.output import say, say_json, table
+from coterie.cli.output import note, say, say_json, table
 
 
 @click.group("data")
@@ -60,4 +60,4 @@ def get(kinds: tuple[str, ...], refresh: bool) -> None:
 
 
 def _tell(message: str, share: float) -> None:
-    click.echo(f"{message} ({share:.0%})", err=True)
+    note(f"{message} ({share:.0%})")

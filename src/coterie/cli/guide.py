@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from coterie.cli.output import facts, say, say_json
+from coterie.cli.output import OUT, facts, say, say_json
 from coterie.cli.overrides import ANY_FLAG, apply, split, takes_paths
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ def command() -> None:
 @takes_paths("DENOISER [--PATH=VALUE]...")
 @click.option("--task", type=click.Choice(["classes", "map", "pixels"]), default="classes")
 @click.option("--steps", type=click.IntRange(1), default=1000, show_default=True)
-@click.option("--out", required=True, type=click.Path(path_type=Path), help="Run directory.")
+@click.option("--out", required=True, type=OUT, help="Run directory.")
 @click.option("-n", "--dry-run", is_flag=True, help="Sizes, FLOPs and projected minutes only.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.option("-q", "--quiet", is_flag=True, help="No progress bar.")
@@ -54,7 +54,7 @@ def reader(
 @click.option("--steps", type=click.IntRange(1), default=1000, show_default=True, help="Of all.")
 @click.option("--samples", type=click.IntRange(8), default=1000, show_default=True)
 @click.option("--labels", is_flag=True, help="Learn from labelled data, not from samples.")
-@click.option("--out", required=True, type=click.Path(path_type=Path), help="Run directory.")
+@click.option("--out", required=True, type=OUT, help="Run directory.")
 @click.option("-n", "--dry-run", is_flag=True, help="Sizes, FLOPs and projected minutes only.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.option("-q", "--quiet", is_flag=True, help="No progress bar.")

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from coterie.cli.output import facts, progress_bar, say, say_json, table
+from coterie.cli.output import OUT, facts, progress_bar, say, say_json, table
 from coterie.cli.overrides import ANY_FLAG, one_word, recipe_and_config, split, takes_paths
 
 PLAN = click.argument("plan", type=click.Path(path_type=Path), metavar="PLAN")
@@ -58,7 +58,7 @@ def command() -> None:
 )
 @click.option("--export", is_flag=True, help="Write each island's samples into its own folder.")
 @click.option("--emit", type=click.Choice(ENGINES), multiple=True, help="Job files to write.")
-@click.option("--out", type=click.Path(path_type=Path), help="Folder. [runs/RECIPE-islands]")
+@click.option("--out", type=OUT, help="Folder. [runs/RECIPE-islands]")
 @click.option("-n", "--dry-run", is_flag=True, help="Sizes and projected minutes only.")
 @JSON
 @click.pass_context
@@ -150,7 +150,7 @@ def router_command(ctx: click.Context, arguments: tuple[str, ...], quiet: bool) 
 
 @command.command("assemble", context_settings=ANY_FLAG)
 @takes_paths("PLAN [--PATH=VALUE]...")
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="Run to write.")
+@click.option("--out", type=OUT, required=True, help="Run to write.")
 @click.option(
     "--choice",
     type=click.Choice(["full", "top-1", "top-k", "nucleus", "sampled"]),
@@ -190,7 +190,7 @@ def assemble_command(
 
 @command.command("distil", context_settings=ANY_FLAG)
 @takes_paths("PLAN [--PATH=VALUE]...")
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="Run to write.")
+@click.option("--out", type=OUT, required=True, help="Run to write.")
 @QUIET
 @click.pass_context
 def distil_command(ctx: click.Context, arguments: tuple[str, ...], out: Path, quiet: bool) -> None:
@@ -214,7 +214,7 @@ def _unequal(given: Sequence[str]) -> dict[int, dict[str, str]]:
     for text in given:
         index, colon, assignment = text.partition(":")
         path, equals, value = assignment.partition("=")
-        if not (colon and equals and index.isdigit()):
+        if not (colon and equals and index.isdecimal()):
             raise click.UsageError(f"--for {text}: expected ISLAND:PATH=VALUE")
         out.setdefault(int(index), {})[path] = value
     return out

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 
 import click
 
 from coterie.cli.lazy import LazyGroup
+from coterie.cli.output import note
 from coterie.core.errors import CoterieError
+from coterie.core.streams import error_stream
 
 VERBS = {
     "demo": "Train a small mixture of experts on digits, sample, report. Minutes.",
@@ -60,15 +63,25 @@ def run(argv: Sequence[str] | None = None) -> int:
         error.show()
         return error.exit_code
     except click.Abort:
-        click.echo("interrupted; what was saved is intact", err=True)
+        note("interrupted; what was saved is intact")
         return INTERRUPTED
     except CoterieError as error:
         # Training that was asked to stop saves first, then says so with the signal's exit code.
         code = int(getattr(error, "exit_code", USER_ERROR))
         prefix = "error: " if code == USER_ERROR else ""
-        click.echo(prefix + " ".join(str(error).split()), err=True)
+        note(prefix + " ".join(str(error).split()))
         return code
+    except OSError as error:
+        note(f"error: {_of_system(error)}")
+        return USER_ERROR
     return code if isinstance(code, int) else 0
+
+
+def _of_system(error: OSError) -> str:
+    """A disk, a right or a device that failed, in one line."""
+    names = [os.fsdecode(name) for name in (error.filename, error.filename2) if name is not None]
+    what = error.strerror or str(error) or type(error).__name__
+    return " ".join(f"{', '.join(map(str, names))}: {what}".split() if names else what.split())
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -76,4 +89,13 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     Exit codes: 0, 1 (a bug, with its traceback), 2 (a user's error), 128 + n (stopped by signal n).
     """
-    sys.exit(run(argv))
+    sys.stderr = error_stream()
+    code = run(argv)
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()  # what is left would fail where nobody sees it
+    except OSError as error:
+        note(f"error: standard output: {error.strerror or error}")
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = code or USER_ERROR
+    sys.exit(code)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,9 +12,54 @@ from typing import Any
 
 import click
 
+from coterie.core.errors import ConfigError
+from coterie.core.outputs import writable
+from coterie.core.streams import error_stream
+
 
 def say(text: str = "") -> None:
     click.echo(text)
+
+
+class OutFolder(click.Path):
+    """A folder to write: where nothing can be written is refused before any work is done."""
+
+    def __init__(self) -> None:
+        super().__init__(path_type=Path)
+
+    def convert(self, value: Any, param: Any, ctx: click.Context | None) -> Any:
+        if not str(value):
+            self.fail("empty; name a folder, or . for this one", param, ctx)
+        path = Path(os.fsdecode(super().convert(value, param, ctx)))
+        self.check(path)
+        return path
+
+    def check(self, path: Path) -> None:
+        writable(path)
+
+
+class OutName(OutFolder):
+    """A folder that is sometimes read only."""
+
+    def check(self, path: Path) -> None:
+        pass
+
+
+class OutFile(OutFolder):
+    """A file to write, likewise."""
+
+    def check(self, path: Path) -> None:
+        if path.is_dir():
+            raise ConfigError(f"{path}: a folder; --out is a file here")
+        writable(path.parent)
+
+
+OUT, OUT_NAME, OUT_FILE = OutFolder(), OutName(), OutFile()
+
+
+def note(text: str) -> None:
+    """A line on standard error, dropped where that takes none: nothing depends on it."""
+    click.echo(text, file=error_stream())
 
 
 def say_json(value: Any) -> None:
@@ -26,7 +72,9 @@ def progress_bar(total: int, label: str, quiet: bool = False) -> Iterator[Callab
     """A bar on standard error; yields the function that moves it on by some units."""
     from tqdm.auto import tqdm
 
-    with tqdm(total=total, desc=label, unit="", disable=quiet, dynamic_ncols=True) as bar:
+    with tqdm(
+        total=total, desc=label, unit="", disable=quiet, dynamic_ncols=True, file=error_stream()
+    ) as bar:
         yield bar.update
 
 

@@ -48,7 +48,7 @@ def split(arguments: Sequence[str]) -> tuple[list[str], dict[str, str]]:
 
 def one_word(words: Sequence[str], what: str) -> str:
     """The only positional argument, named ``what`` in the error."""
-    if not words:
+    if not words or not words[0]:
         raise click.UsageError(f"missing {what}")
     if len(words) > 1:
         raise click.UsageError(f"one {what} at a time; unexpected: {' '.join(words[1:])}")

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import click
 
-from coterie.cli.output import say, say_json, table
+from coterie.cli.output import OUT, say, say_json, table
+from coterie.core.json_reader import read_object
 
 SHOWN = ("devices", "strategy", "step_ms", "ideal_ms", "efficiency", "experts_per_device")
 
@@ -22,7 +22,7 @@ class Counts(click.ParamType[tuple[int, ...]]):
         if isinstance(value, tuple):
             return value
         pieces = str(value).split(",")
-        if not all(piece.isdigit() and int(piece) > 0 for piece in pieces):
+        if not all(piece.isdecimal() and int(piece) > 0 for piece in pieces):
             self.fail(f"{value!r} is no list of numbers above 0; for example 8,64,1024")
         return tuple(int(piece) for piece in pieces)
 
@@ -38,7 +38,7 @@ class Counts(click.ParamType[tuple[int, ...]]):
     show_default=True,
     help="Copies a device may hold.",
 )
-@click.option("--out", type=click.Path(path_type=Path), help="Folder. [RUN/placement]")
+@click.option("--out", type=OUT, help="Folder. [RUN/placement]")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def command(
     run: Path, devices: tuple[int, ...], tokens: int, spare: int, out: Path | None, as_json: bool
@@ -53,7 +53,7 @@ def command(
     from coterie.train.expert_placement import place_run
 
     written = place_run(run, devices, tokens, spare, out)
-    found = json.loads(written.read_text(encoding="utf-8"))
+    found = read_object(written)
     if as_json:
         say_json(found)
         return

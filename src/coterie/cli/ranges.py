@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from coterie.cli.output import say, say_json
+from coterie.cli.output import OUT, say, say_json
 from coterie.cli.overrides import ANY_FLAG, split, takes_paths
 
 
@@ -27,7 +27,7 @@ from coterie.cli.overrides import ANY_FLAG, split, takes_paths
 @click.option("--guidance", help="A weight for each range, from noisy to clean: 4,2.")
 @click.option("--precision", help="What each computes in: bfloat16,float32.")
 @click.option("--live", is_flag=True, help="Read the newest weights each time: runs still train.")
-@click.option("--out", type=click.Path(path_type=Path), help="Run to write.  [required]")
+@click.option("--out", type=OUT, help="Run to write.  [required]")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def command(
     arguments: tuple[str, ...],

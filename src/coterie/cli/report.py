@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import click
 
-from coterie.cli.output import facts, progress_bar, say, say_json
+from coterie.cli.output import OUT, facts, note, progress_bar, say, say_json
 from coterie.core.errors import CheckpointError, ConfigError
+from coterie.core.json_reader import read_object
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 @click.command("report")
 @click.argument("run", type=click.Path(path_type=Path))
-@click.option("--out", type=click.Path(path_type=Path), help="Folder. [RUN/report]")
+@click.option("--out", type=OUT, help="Folder. [RUN/report]")
 @click.option("--text", type=click.Path(path_type=Path), help="Text that a model is to read.")
 @click.option("--tokens", type=click.IntRange(1), help="Tokens of the text to read. [8192]")
 @click.option("--batch", type=click.IntRange(1), help="Windows at once. [4]")
@@ -56,25 +56,25 @@ def _report_model(
 ) -> None:
     if "text" not in given:
         raise ConfigError(f"--text: missing; {folder} is a model, say what it is to read")
-    from coterie.inspect import write_report
-    from coterie.interop.transformers.report import Reading, writable
+    from coterie.inspect import report_outputs, write_report
+    from coterie.interop.transformers.report import Reading
 
     reading = Reading.prepare(folder, given.pop("text"), **given)
     if dry_run:
         planned = reading.measure()
         say_json(planned) if as_json else say(facts(planned))
         return
-    writable(out)
-    for note in reading.notes():
-        click.echo(f"note: {note}", err=True)
+    report_outputs(out)
+    for text in reading.notes():
+        note(f"note: {text}")
     if not quiet:
         weights = reading.sizes()["weights_gib"]
-        click.echo(f"loading and checking {folder} ({weights:g} GiB)", err=True)
+        note(f"loading and checking {folder} ({weights:g} GiB)")
     _ = reading.model
     with progress_bar(len(reading.windows), "windows", quiet) as advance:
         data = reading.read(advance)
     if not quiet:
-        click.echo("drawing the page", err=True)
+        note("drawing the page")
     page = write_report(out, data)
     if not as_json:
         say(facts(_values(data.metrics)))
@@ -91,7 +91,7 @@ def _values(metrics: Mapping[str, Any]) -> dict[str, Any]:
 
 def _say_report(page: Path, as_json: bool) -> None:
     numbers = page.with_name("report.json")
-    found = json.loads(numbers.read_text(encoding="utf-8"))
+    found = read_object(numbers)
     if as_json:
         say_json(found)
         return
@@ -106,10 +106,9 @@ def _say_report(page: Path, as_json: bool) -> None:
 def _is_model(folder: Path) -> bool:
     """Whether ``config.json`` there is one of transformers: a run's names no model_type."""
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return "model_type" in read_object(folder / "config.json")
+    except CheckpointError:
         return False
-    return isinstance(config, dict) and "model_type" in config
 
 
 def citation_of(run: Path) -> str:
@@ -117,7 +116,7 @@ def citation_of(run: Path) -> str:
     from coterie.recipes import get_recipe, list_recipes
 
     try:
-        name = json.loads((run / "config.json").read_text(encoding="utf-8")).get("recipe")
-    except (OSError, ValueError, AttributeError):
+        name = read_object(run / "config.json").get("recipe")
+    except CheckpointError:
         return ""  # whoever loads the run says what is wrong with it
     return get_recipe(name).paper.bibtex if name in list_recipes() else ""

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import click
 
-from coterie.cli.output import facts, progress_bar, say, say_json
+from coterie.cli.output import OUT, facts, progress_bar, say, say_json
 
 
 @click.command("restore")
 @click.argument("run", type=click.Path(path_type=Path))
 @click.argument("folder", type=click.Path(path_type=Path))
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder to write.")
+@click.option("--out", type=OUT, required=True, help="Folder to write.")
 @click.option("--overlap", type=int, help="Pixels that squares share. [a quarter of a square]")
 @click.option("--weights", type=click.Choice(["ema", "model"]), default="ema", show_default=True)
 @click.option("-n", "--dry-run", is_flag=True, help="Look at the pictures, restore none.")

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from coterie.cli.output import facts, progress_bar, say, say_json, table
+from coterie.cli.output import OUT, facts, progress_bar, say, say_json, table
 from coterie.cli.sample import Labels
 
 
@@ -19,7 +19,7 @@ from coterie.cli.sample import Labels
 @click.option("--steps", type=click.IntRange(1), help="Solver steps per chunk. [the run's]")
 @click.option("--cached", is_flag=True, help="Use every exact cache; says what they save.")
 @click.option("--weights", type=click.Choice(["ema", "model"]), default="ema", show_default=True)
-@click.option("--out", type=click.Path(path_type=Path), help="Folder. [RUN/rollouts]")
+@click.option("--out", type=OUT, help="Folder. [RUN/rollouts]")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.option("-q", "--quiet", is_flag=True, help="No progress bar.")
 def command(

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from coterie.cli.output import human, progress_bar, say, say_json
+from coterie.cli.output import OUT, human, progress_bar, say, say_json
 
 
 class Labels(click.ParamType[list[int]]):
@@ -62,7 +62,7 @@ class Labels(click.ParamType[list[int]]):
     help="Compile the network first, about a minute once: the same samples to rounding.",
 )
 @click.option("--weights", type=click.Choice(["ema", "model"]), default="ema", show_default=True)
-@click.option("--out", type=click.Path(path_type=Path), help="Folder. [RUN/samples, RUN/guided]")
+@click.option("--out", type=OUT, help="Folder. [RUN/samples, RUN/guided]")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.option("-q", "--quiet", is_flag=True, help="No progress bar.")
 def command(

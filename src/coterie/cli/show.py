@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-
 import click
 
 from coterie.cli.output import facts, say, say_json
@@ -31,7 +29,7 @@ def command(ctx: click.Context, arguments: tuple[str, ...], preset: str, as_json
                 "paper": recipe.paper,
                 "preset": preset,
                 "presets": recipe.presets(),
-                "config": json.loads(config.to_json()),
+                "config": config.model_dump(mode="json"),
                 "plan": size,
                 "claims": list(recipe.claims),
                 "departures": list(recipe.departures),

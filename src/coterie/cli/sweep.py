@@ -7,14 +7,14 @@ from typing import Any
 
 import click
 
-from coterie.cli.output import progress_bar, say, say_json, table
+from coterie.cli.output import OUT, progress_bar, say, say_json, table
 from coterie.cli.overrides import ANY_FLAG, one_word, split, takes_paths
 
 
 @click.command("sweep", context_settings=ANY_FLAG)
 @takes_paths("RUN --PATH=VALUES...")
 @click.option("--limit", type=click.IntRange(1), default=512, show_default=True, help="Samples.")
-@click.option("--out", type=click.Path(path_type=Path), help="Folder. [RUN/sweep]")
+@click.option("--out", type=OUT, help="Folder. [RUN/sweep]")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.option("-q", "--quiet", is_flag=True, help="No progress bar.")
 def command(
@@ -35,11 +35,12 @@ def command(
     if not paths:
         raise click.UsageError("missing a path with values, for example --select.k 1,2,4")
     from coterie.train.run import load_run
-    from coterie.train.sweep import check, sweep, values_of, write_sweep
+    from coterie.train.sweep import check, sweep, sweep_outputs, values_of, write_sweep
 
     values = {path: values_of(text) for path, text in paths.items()}
     loaded = load_run(run)
     points = check(loaded, values)
+    sweep_outputs(out or run / "sweep", values)
     with progress_bar(len(points), "sweep", quiet) as advance:
         rows = sweep(loaded, values, limit, advance)
     picture = write_sweep(loaded, rows, limit, out or run / "sweep")

@@ -7,14 +7,14 @@ from typing import Any
 
 import click
 
-from coterie.cli.output import facts, say, say_json
+from coterie.cli.output import OUT, facts, note, say, say_json
 from coterie.cli.overrides import ANY_FLAG, run_and_config, takes_paths
 
 
 @click.command("train", context_settings=ANY_FLAG)
 @takes_paths("RECIPE|RUN [--PATH=VALUE]...")
 @click.option("--preset", default="tiny", show_default=True, help="Sizes: tiny, paper, gpu, ...")
-@click.option("--out", type=click.Path(path_type=Path), help="Run directory. [runs/RECIPE]")
+@click.option("--out", type=OUT, help="Run directory. [runs/RECIPE]")
 @click.option("-n", "--dry-run", is_flag=True, help="Sizes, FLOPs and projected minutes only.")
 @click.option(
     "--parallel", metavar="DEGREES", help="Processes, such as data=2 or expert=2,shard=2."
@@ -100,6 +100,6 @@ def _in_processes(
             return processes.rank == 0
     launch(
         config, run, parallel, progress=not quiet, restarts=restarts, timeout=timeout,
-        say=lambda line: click.echo(line, err=True),
+        say=note,
     )  # fmt: skip
     return True

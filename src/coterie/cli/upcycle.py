@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from coterie.cli.output import facts, say, say_json
+from coterie.cli.output import OUT, facts, say, say_json
 from coterie.cli.overrides import ANY_FLAG, apply, one_word, split, takes_paths
 
 if TYPE_CHECKING:
@@ -20,7 +19,7 @@ SAMPLES = 64  # on which the function is compared before and after
 
 @click.command("upcycle", context_settings=ANY_FLAG)
 @takes_paths("SOURCE [--PATH=VALUE]...")
-@click.option("--out", type=click.Path(path_type=Path), help="Folder to write.  [required]")
+@click.option("--out", type=OUT, help="Folder to write.  [required]")
 @click.option("--mode", type=click.Choice(list(MODES)), help="[slice+copy]")
 @click.option("--copies", type=int, help="Copies of each feed-forward network. [4]")
 @click.option("--slices", type=int, help="Experts that each copy is cut into. [2]")
@@ -83,16 +82,17 @@ def command(
 
 def kind_of(source: Path) -> str:
     """``run``, ``model`` or ``hugging_face``, by what lies in the folder."""
-    from coterie.core.errors import ConfigError, describe
+    from coterie.core.errors import CheckpointError, ConfigError, describe
     from coterie.core.folder import MANIFEST
+    from coterie.core.json_reader import read_object
 
     try:
-        data = json.loads((source / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        data = read_object(source / "config.json")
+    except CheckpointError:
         data = {}
-    if isinstance(data, dict) and "train" in data:
+    if "train" in data:
         return "run"
-    if isinstance(data, dict) and "model_type" in data:
+    if "model_type" in data:
         return "hugging_face"
     if (source / MANIFEST).is_file():
         return "model"
@@ -106,8 +106,8 @@ def _config(mode: str | None, fields: dict[str, Any]) -> UpcycleConfig:
 
     given = {name: value for name, value in fields.items() if value is not None}
     layers = given.get("layers", "")
-    if layers[:1].isdigit():
-        given["layers"] = [int(part) if part.isdigit() else part for part in layers.split(",")]
+    if layers[:1].isdecimal():
+        given["layers"] = [int(part) if part.isdecimal() else part for part in layers.split(",")]
     fixed = MODES[mode] if mode else {}
     for name, value in fixed.items():
         if given.setdefault(name, value) != value:

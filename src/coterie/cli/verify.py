@@ -8,21 +8,21 @@ from typing import Any
 
 import click
 
-from coterie.cli.output import progress_bar, say, say_json, table
+from coterie.cli.output import OUT, OUT_NAME, progress_bar, say, say_json, table
 
 
 @click.command("verify")
 @click.argument("recipes", nargs=-1, metavar="[RECIPE]...")
 @click.option(
     "--out",
-    type=click.Path(path_type=Path),
+    type=OUT_NAME,
     default=Path("results/claims"),
     show_default=True,
     help="Folder of the results, one RECIPE.json each.",
 )
 @click.option(
     "--work",
-    type=click.Path(path_type=Path),
+    type=OUT,
     default=Path("runs/verify"),
     show_default=True,
     help="Folder of the training runs; what is finished there is not repeated.",
@@ -51,6 +51,7 @@ def command(
     A claim that does not show is reported as not shown; that is a result, not an error.
     """
     from coterie.core.folder import write_text
+    from coterie.core.outputs import writable
     from coterie.recipes import get_recipe, list_recipes
 
     if update is not None:
@@ -59,6 +60,7 @@ def command(
 
         update_sections(update, sections(out))
         return
+    writable(out)
     names = list(recipes) or list_recipes()
     for name in names:
         get_recipe(name)  # a misspelt name should not cost the hours of those before it

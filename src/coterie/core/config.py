@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar, get_args
 from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler, ValidationError
 
 from coterie.core.errors import ConfigError, describe, shown, unknown
+from coterie.core.json_reader import literal, parse_json, read_object
 from coterie.core.numbers import bounded
 
 if TYPE_CHECKING:
@@ -62,10 +63,7 @@ class Config(BaseModel, metaclass=_Made):
     @classmethod
     def from_json(cls, text: str, origin: str = "configuration") -> Self:
         """Parse JSON text; ``origin`` names the file in errors."""
-        try:
-            data = json.loads(text)
-        except (json.JSONDecodeError, RecursionError) as error:
-            raise ConfigError(f"{origin}: not valid JSON ({error})") from None
+        data = parse_json(text, origin)
         if not isinstance(data, dict):
             raise ConfigError(describe(origin, type(data).__name__, "a JSON object"))
         return cls.from_dict(data)
@@ -75,7 +73,7 @@ class Config(BaseModel, metaclass=_Made):
         path = Path(path)
         if not path.is_file():
             raise ConfigError(describe("config file", str(path), "an existing file"))
-        return cls.from_json(path.read_text(encoding="utf-8"), origin=str(path))
+        return cls.from_dict(read_object(path, error=ConfigError))
 
     def replace(self, **changes: Any) -> Self:
         """Validated copy with some fields changed (``model_copy`` would not validate)."""
@@ -128,21 +126,12 @@ def override(config: ConfigT, assignments: Mapping[str, Any]) -> ConfigT:
     """
     data = config.model_dump(mode="json")
     for path, value in assignments.items():
-        _assign(data, path, _literal(value))
+        _assign(data, path, literal(value, path) if isinstance(value, str) else value)
     return type(config).from_dict(data)
 
 
 class _New(dict[str, Any]):
     """An object that a path has made: which fields it may have, validation says."""
-
-
-def _literal(value: Any) -> Any:
-    if not isinstance(value, str):
-        return value
-    try:
-        return json.loads(value)
-    except json.JSONDecodeError:
-        return value
 
 
 def _assign(data: Any, path: str, value: Any) -> None:
@@ -151,7 +140,7 @@ def _assign(data: Any, path: str, value: Any) -> None:
     for depth, part in enumerate(parts):
         last = depth == len(parts) - 1
         if isinstance(here, list):
-            if not part.isdigit() or int(part) >= len(here):
+            if not part.isdecimal() or int(part) >= len(here):
                 allowed = f"an index 0..{len(here) - 1}" if here else "nothing: the list is empty"
                 raise ConfigError(describe(path, part, allowed))
             key: Any = int(part)

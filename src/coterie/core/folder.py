@@ -11,7 +11,9 @@ import hashlib
 import json
 import os
 import platform
+import re
 import shutil
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib import metadata
@@ -20,11 +22,16 @@ from typing import Any
 
 from coterie.core.errors import CheckpointError, CoterieError, describe
 from coterie.core.files import require_utf8
+from coterie.core.json_reader import read_object
 
 MANIFEST = "manifest.json"
 TEMPORARY = ".tmp-"
-MAX_MANIFEST_BYTES = 64 * 2**20
+_TEMPORARY = re.compile(r"\.tmp-(?:old-)?(.+)-\d+")
 _CHUNK = 2**20
+
+
+class FolderWarning(UserWarning):
+    """Something in a folder was ignored; the message names it."""
 
 
 def canonical(data: Any) -> str:
@@ -46,22 +53,6 @@ def file_digest(path: Path) -> str:
     return hasher.hexdigest()
 
 
-def read_object(
-    path: Path, missing: str = "", error: type[CoterieError] = CheckpointError
-) -> dict[str, Any]:
-    """The JSON object in a file; ``error`` where there is no such file (``missing``: what that
-    means), or something else in it."""
-    if not path.is_file():
-        raise error(f"{path}: missing" + (f"; {missing}" if missing else ""))
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as problem:
-        raise error(f"{path}: not valid JSON ({problem})") from None
-    if not isinstance(data, dict):
-        raise error(f"{path}: not a JSON object")
-    return data
-
-
 def sync(path: Path) -> None:
     """Flush a file or folder to the disk."""
     handle = os.open(path, os.O_RDONLY)
@@ -71,12 +62,30 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
+def temporary_of(path: Path) -> Path:
+    """Where this process writes what becomes ``path``."""
+    return path.with_name(f"{TEMPORARY}{path.name}-{os.getpid()}")
+
+
+def open_own(path: Path, flags: int) -> int:
+    """A descriptor of a file of ours; OSError where the name is a link, which may lead anywhere."""
+    return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0) | os.O_CLOEXEC, 0o666)
+
+
 def write_text(path: Path, text: str) -> None:
-    """Replace a file atomically: readers see the old text or the new one."""
-    temporary = path.with_name(f"{TEMPORARY}{path.name}-{os.getpid()}")
+    """Replace a file atomically: readers see the old text or the new one.
+
+    A link of that name is replaced, not followed."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """As :func:`write_text`."""
+    temporary = temporary_of(path)
     try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
+        temporary.unlink(missing_ok=True)
+        with os.fdopen(open_own(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL), "wb") as file:
+            file.write(data)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
@@ -93,10 +102,11 @@ def atomic_folder(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
     CheckpointError; what was there before stays.
     """
     require_utf8(target.absolute(), "folder", CheckpointError)
+    refuse_link(target)
     if target.exists() and not overwrite:
         hint = "allow overwriting, or choose another path"
         raise CheckpointError(describe("folder", str(target), "a path that does not exist", hint))
-    temporary = target.parent / f"{TEMPORARY}{target.name}-{os.getpid()}"
+    temporary = temporary_of(target)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         remove(temporary)
@@ -134,14 +144,25 @@ def _set_aside(folder: Path) -> Path | None:
     return folder.rename(doomed)
 
 
-def clean(parent: Path) -> None:
-    """Remove what interrupted writes left behind; call only while nobody writes there."""
-    if parent.is_dir():
-        for path in parent.glob(f"{TEMPORARY}*"):
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path, ignore_errors=True)
-            else:
-                path.unlink(missing_ok=True)
+def clean(parent: Path, names: re.Pattern[str]) -> None:
+    """Remove what interrupted writes of ``names`` left behind, and nothing that others may have
+    put there; call only while nobody writes them."""
+    if not parent.is_dir():
+        return
+    for path in parent.glob(f"{TEMPORARY}*"):
+        found = _TEMPORARY.fullmatch(path.name)
+        if found is None or not names.fullmatch(found[1]) or path.is_symlink():
+            continue
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def refuse_link(path: Path, error: type[CoterieError] = CheckpointError) -> None:
+    """``error`` where the name is a link: writing there would change what lies elsewhere."""
+    if path.is_symlink():
+        raise error(f"{path}: a link to {os.readlink(path)}; nothing is written through links")
 
 
 def seal(folder: Path, header: Mapping[str, Any]) -> dict[str, Any]:
@@ -152,7 +173,7 @@ def seal(folder: Path, header: Mapping[str, Any]) -> dict[str, Any]:
             "sha256": file_digest(path),
         }
         for path in _walk(folder)
-        if path.is_file()
+        if path.is_file() and not is_litter(path)
     }
     manifest = {**header, "files": files}
     manifest["digest"] = digest(manifest)
@@ -176,15 +197,8 @@ def read_manifest(folder: Path, kind: str, version: int) -> dict[str, Any]:
     path = folder / MANIFEST
     if path.is_symlink() or not path.is_file():
         raise CheckpointError(f"{path}: missing; {folder} is not a complete {kind}")
-    if path.stat().st_size > MAX_MANIFEST_BYTES:
-        raise CheckpointError(f"{path}: larger than {MAX_MANIFEST_BYTES} bytes")
-    try:
-        text = path.read_bytes().decode()
-        manifest = json.loads(text)
-        unchanged = isinstance(manifest, dict) and canonical(manifest) == text
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: damaged, not valid JSON ({error})") from None
-    if not unchanged:
+    manifest = read_object(path)
+    if not _is_as_written(path, manifest):
         raise CheckpointError(f"{path}: damaged, not as it was written")
     for field, allowed in (("format", kind), ("version", version)):
         if manifest.get(field) != allowed:
@@ -198,6 +212,13 @@ def read_manifest(folder: Path, kind: str, version: int) -> dict[str, Any]:
     for name in files:
         check_name(name, folder)
     return manifest
+
+
+def _is_as_written(path: Path, manifest: dict[str, Any]) -> bool:
+    try:
+        return canonical(manifest).encode() == path.read_bytes()
+    except ValueError:  # NaN, which is never written
+        return False
 
 
 def _is_entry(entry: Any) -> bool:
@@ -244,8 +265,11 @@ def verify_folder(folder: Path, manifest: Mapping[str, Any]) -> None:
         verify_file(folder, name, manifest)
     for path in _walk(folder):
         name = path.relative_to(folder).as_posix()
-        listed = name == MANIFEST or name in manifest["files"]
-        if not listed and not path.is_dir() and not is_litter(path):
+        if path.is_dir() or name == MANIFEST or name in manifest["files"]:
+            continue
+        if is_litter(path):
+            warnings.warn(f"{path}: ignored, the system put it there", FolderWarning, stacklevel=3)
+        else:
             raise CheckpointError(f"{path}: not listed in {MANIFEST}")
 
 

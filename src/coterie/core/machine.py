@@ -9,6 +9,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+GIT_SECONDS = 30
+
 
 @cache
 def commit() -> str:
@@ -16,10 +18,17 @@ def commit() -> str:
     root = Path(__file__).resolve().parents[3]
 
     def git(*words: str) -> str:
-        done = subprocess.run(
-            ["git", "-C", str(root), *words], capture_output=True, text=True, check=False
-        )
-        return done.stdout.strip() if done.returncode == 0 else ""
+        try:
+            done = subprocess.run(
+                ["git", "-C", str(root), *words],
+                capture_output=True,
+                stdin=subprocess.DEVNULL,
+                timeout=GIT_SECONDS,
+                check=False,
+            )
+        except (OSError, subprocess.TimeoutExpired):  # no git here, or a disk that hangs
+            return ""
+        return done.stdout.decode(errors="replace").strip() if done.returncode == 0 else ""
 
     head = git("rev-parse", "--short=12", "HEAD") if (root / ".git").exists() else ""
     changed = git("status", "--porcelain", "--untracked-files=no", "--", "src") if head else ""

@@ -1,4 +1,4 @@
-"""The user's cache: ``$COTERIE_CACHE`` (default ``~/.cache/coterie``).
+"""The user's cache: ``$COTERIE_CACHE`` (default ``coterie`` in the system's folder of caches).
 
 Each converted data set is one sealed folder (:mod:`coterie.core.folder`): it appears complete or
 not at all. A lock file keeps two processes from doing the same work; the system releases it when
@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from coterie.core.errors import CheckpointError, DataError
+from coterie.core.errors import CheckpointError, DataError, describe
 from coterie.core.folder import TEMPORARY, atomic_folder, read_manifest, seal, verify_file
 from coterie.data.arrays import open_npy
 
@@ -23,9 +23,15 @@ FORMAT, VERSION = "coterie-data", 1
 
 
 def cache_root() -> Path:
-    """``$COTERIE_CACHE`` if set, else ``~/.cache/coterie``."""
-    chosen = os.environ.get("COTERIE_CACHE")
-    return Path(chosen).expanduser() if chosen else Path.home() / ".cache" / "coterie"
+    """``$COTERIE_CACHE`` if set, else ``coterie`` in ``$XDG_CACHE_HOME``, else in ``~/.cache``."""
+    chosen, common = os.environ.get("COTERIE_CACHE"), os.environ.get("XDG_CACHE_HOME", "")
+    if not chosen and Path(common).is_absolute():  # a relative one is to be ignored
+        return Path(common) / "coterie"
+    try:
+        return Path(chosen).expanduser() if chosen else Path.home() / ".cache" / "coterie"
+    except RuntimeError:  # a user without a home
+        allowed = "a folder of your own: there is no home folder here"
+        raise DataError(describe("COTERIE_CACHE", chosen, allowed)) from None
 
 
 @contextmanager

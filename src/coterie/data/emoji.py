@@ -14,6 +14,8 @@ from typing import Annotated, Any, ClassVar, Literal
 import numpy as np
 from pydantic import Field
 
+from coterie.core.errors import DataError
+from coterie.core.json_reader import parse_json, read_json
 from coterie.data.cache import save_array
 from coterie.data.clients import Package, members
 from coterie.data.fetch import Download, Files, fetch, load, register_download
@@ -60,7 +62,7 @@ class EmojiConfig(ImageConfig):
         if not self.skin_tones:
             wanted &= ~toned
         rows = np.flatnonzero(wanted)
-        captions = json.loads((fetch(self.kind) / "captions.json").read_text(encoding="utf-8"))
+        captions = read_json(fetch(self.kind) / "captions.json")
         return ArraySource(
             self.kind,
             "image",
@@ -88,7 +90,7 @@ def _entries(table: list[dict[str, Any]]) -> Iterator[tuple[dict[str, Any], str,
 
 
 def _convert(files: Sequence[Files], folder: Path) -> None:
-    table = json.loads(files[0]["package/emoji.json"])
+    table = parse_json(files[0]["package/emoji.json"], "emoji.json", DataError)
     columns: dict[str, list[Any]] = {
         name: [] for name in ("images", "labels", "vendors", "held_out", "toned")
     }

@@ -9,7 +9,6 @@ from __future__ import annotations
 import csv
 import gzip
 import io
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from coterie.core.errors import DataError
+from coterie.core.json_reader import parse_json
 from coterie.data.cache import save_array
 from coterie.data.clients import Package, members
 from coterie.data.fetch import Download, Files, register_download
@@ -69,7 +69,11 @@ def _convert_cifar10(files: Sequence[Files], folder: Path) -> None:
         tables = [read_picture(found[name], name=name).transpose(1, 2, 0) for name in names]
         images = np.concatenate(tables).reshape(-1, 32, 32, 3).transpose(0, 3, 1, 2)
         save_array(folder, f"{split}_images", images)
-        save_array(folder, f"{split}_labels", np.array(json.loads(found[labels[split]]), "i8"))
+        save_array(
+            folder,
+            f"{split}_labels",
+            np.array(parse_json(found[labels[split]], labels[split], DataError), "i8"),
+        )
 
 
 register_download(

@@ -16,6 +16,7 @@ import numpy as np
 from pydantic import model_validator
 
 from coterie.core.errors import ConfigError, DataError, describe
+from coterie.core.json_reader import read_object
 from coterie.data.cache import save_array
 from coterie.data.clients import Package, members
 from coterie.data.fetch import Download, Files, fetch, load, register_download
@@ -58,7 +59,7 @@ def read_table(content: bytes, name: str, columns: int) -> list[list[str]]:
 
 def year_group(text: str) -> int:
     """0 unknown, 1 before 1960, 2.. one per year."""
-    if not text.isdigit():
+    if not text.isdecimal():
         return 0
     return min(max(int(text), FIRST_YEAR - 1), LAST_YEAR) - FIRST_YEAR + 2
 
@@ -141,7 +142,7 @@ class MovieLensConfig(SourceConfig):
             "year": years[items],
         }
         fields = chosen_fields(self.features, FIELDS)
-        titles = json.loads((fetch(self.kind) / "items.json").read_text(encoding="utf-8"))["titles"]
+        titles = read_object(fetch(self.kind) / "items.json")["titles"]
 
         def tell(index: int) -> str:
             return f"user {users[index] + 1} on {titles[items[index]]}: {stars[index]} of 5"

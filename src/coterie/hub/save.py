@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import shutil
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from coterie.hub.layout import (
     ROUTER,
     TRUNK,
     VERSION,
+    Manifest,
     expert_name,
     load_manifest,
     split,
@@ -39,12 +41,15 @@ def save_pretrained(
     """Write ``model`` and the JSON configuration it can be built from; all or nothing.
 
     ``description`` and ``data_licence`` go to the model card, ``extra`` (JSON) to the manifest.
-    ``overwrite`` replaces a model directory, never a folder that holds anything else.
+    ``overwrite`` replaces a model directory, never a folder that holds anything else. What people
+    put beside the model stays: files that its manifest does not list, and a card that was edited.
     Raises CheckpointError.
     """
     target = Path(path)
+    kept: list[Path] = []
     if overwrite:
         _check_replaceable(target)
+        kept = _of_others(target, lambda m: model_card(m, target.name, description, data_licence))
     parts = split(model)
     counts = count_parameters(model)
     pools = {
@@ -78,7 +83,24 @@ def save_pretrained(
         # After sealing: people edit model cards.
         card = model_card(load_manifest(folder), target.name, description, data_licence)
         (folder / CARD).write_text(card, encoding="utf-8")
+        for path in kept:
+            goal = folder / path.relative_to(target)
+            goal.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(path, goal, follow_symlinks=False)
     return target
+
+
+def _of_others(target: Path, card: Callable[[Manifest], str]) -> list[Path]:
+    """Files in a model directory that are not as ``save_pretrained`` wrote them."""
+    if not (target / MANIFEST).is_file():
+        return []
+    manifest = load_manifest(target)
+    ours = {MANIFEST, *manifest.files}
+    written = target / CARD
+    if written.is_file() and written.read_bytes() == card(manifest).encode():
+        ours.add(CARD)
+    found = (path for path in target.rglob("*") if path.is_symlink() or not path.is_dir())
+    return [path for path in found if path.relative_to(target).as_posix() not in ours]
 
 
 def _check_replaceable(target: Path) -> None:

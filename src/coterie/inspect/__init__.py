@@ -12,7 +12,7 @@ from coterie.inspect.findings import Finding, findings, sentences
 from coterie.inspect.pairs import PairStats, analyse_pairs
 from coterie.inspect.plots.gates import GateMaps
 from coterie.inspect.pools import PoolStats, analyse_pools
-from coterie.inspect.report import write_report
+from coterie.inspect.report import report_outputs, write_report
 from coterie.inspect.routers import RouterStats, analyse
 from coterie.inspect.stats import off_diagonal_mean
 from coterie.inspect.summary import text_summary
@@ -44,6 +44,7 @@ __all__ = [
     "label_name",
     "noise_name",
     "off_diagonal_mean",
+    "report_outputs",
     "sentences",
     "text_summary",
     "verdicts",

@@ -7,12 +7,14 @@ writes ``index.html`` (pictures inside, nothing fetched), ``report.json`` and on
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from coterie.core.outputs import Outputs
 from coterie.inspect.amounts import analyse_amounts
 from coterie.inspect.anomalies import Anomalies, analyse_anomalies, anomaly_numbers
 from coterie.inspect.anomaly_verdicts import verdicts
@@ -65,34 +67,49 @@ from coterie.inspect.routers import RouterStats, analyse
 from coterie.inspect.sections import build_sections, footer, header
 from coterie.inspect.trace import Trace
 
+PAGE, INDEX = "index.html", "report.json"
+_NAMES = re.compile(r"index\.html|report\.json")
+
 
 def write_report(out_dir: str | Path, data: ReportData) -> Path:
     """Write the report and return the path of its page.
 
-    Files of an earlier report of the same name are replaced; others are left alone. Raises
-    DataError for samples or loss bins of an unknown form, before anything is written.
+    Files of an earlier report are replaced; others are left alone, and one that is in the way is
+    a ConfigError. Raises DataError for samples or loss bins of an unknown form, before anything is
+    written.
     """
     check(data)
+    outputs = report_outputs(out_dir)
     trace = data.trace or Trace()
     items = analyse(trace)
     names = {"class": data.class_names, "task": data.task_names}
     anomalies = analyse_anomalies(trace, items, data.answers, names, data.losses)
     pictures = {plot.name: render(plot) for plot in _plots(data, trace, items, anomalies)}
-    numbers = to_json(_numbers(data, trace, items, anomalies))
+    numbers = _numbers(data, trace, items, anomalies)
+    numbers["files"] = [PAGE, *sorted(f"{name}.png" for name in pictures)]
     html = page(
         data.title,
         header(data, items),
         build_sections(data, trace, items, pictures, anomalies),
         footer(data),
     )
-    folder = Path(out_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, picture in pictures.items():
-        (folder / f"{name}.png").write_bytes(picture.light)
-    (folder / "report.json").write_text(numbers, encoding="utf-8")
-    index = folder / "index.html"
-    index.write_text(html, encoding="utf-8")
-    return index
+    with outputs.writing() as work:
+        for name, picture in pictures.items():
+            (work / f"{name}.png").write_bytes(picture.light)
+        (work / INDEX).write_text(to_json(numbers), encoding="utf-8")
+        (work / PAGE).write_text(html, encoding="utf-8")
+    return outputs.folder / PAGE
+
+
+def report_outputs(folder: str | Path) -> Outputs:
+    """``folder``, looked at before anything is measured: ConfigError if a report cannot be written
+    there, or would take the place of a page that is no report of ours."""
+    return Outputs.at(folder, INDEX, _listed).check(_NAMES)
+
+
+def _listed(data: Any) -> list[str] | None:
+    files = data.get("files") if isinstance(data, dict) else None
+    return [str(name) for name in files] if isinstance(files, list) else None
 
 
 def _plots(

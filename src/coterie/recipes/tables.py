@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from coterie.core.errors import DataError, describe
+from coterie.core.json_reader import read_object
 
 
 def sections(folder: str | Path) -> dict[str, str]:
@@ -20,7 +20,7 @@ def read_results(folder: str | Path) -> list[dict[str, Any]]:
     paths = sorted(Path(folder).glob("*.json"))
     if not paths:
         raise DataError(describe("results", str(folder), "a folder with RECIPE.json files"))
-    return [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+    return [read_object(path, error=DataError) for path in paths]
 
 
 def claims_table(results: list[dict[str, Any]]) -> str:

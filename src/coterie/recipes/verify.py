@@ -29,6 +29,7 @@ from typing import Any
 
 from coterie.core.errors import ConfigError, unknown
 from coterie.core.folder import digest, write_text
+from coterie.core.json_reader import read_object
 from coterie.core.machine import commit, hardware
 from coterie.recipes.base import Claim, Recipe, get_recipe
 from coterie.train.run import RunConfig
@@ -228,7 +229,7 @@ def run_arm(config_json: str, folder: str) -> dict[str, float]:
     config = config.replace(train=config.train.replace(threads=1))
     stored = Path(folder) / "measures.json"
     if stored.is_file():
-        found = json.loads(stored.read_text(encoding="utf-8"))
+        found = read_object(stored)
         return {str(key): float(value) for key, value in found["measures"].items()}
     first = {} if config.init is None else _initial(config, Path(folder))
     began = time.process_time()
@@ -253,4 +254,4 @@ def _initial(config: RunConfig, folder: Path) -> dict[str, float]:
         if loads:
             measures["initial_load_cv"] = loads["load_cv"]
         write_text(stored, json.dumps(measures, indent=1))
-    return {str(k): float(v) for k, v in json.loads(stored.read_text(encoding="utf-8")).items()}
+    return {str(k): float(v) for k, v in read_object(stored).items()}

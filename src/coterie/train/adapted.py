@@ -23,9 +23,10 @@ from coterie.adapters import (
 from coterie.adapters.attach import Parts
 from coterie.adapters.files import CONFIG
 from coterie.core.errors import CheckpointError, ConfigError, describe
-from coterie.core.folder import read_object
+from coterie.core.json_reader import read_object
 from coterie.core.tensors import assign, module_tensors, require_finite
 from coterie.train import checkpoint
+from coterie.train.rundir import stored_hash
 
 PARTS = ".adapters.parts."
 
@@ -67,7 +68,7 @@ def _from_run(model: nn.Module, config: AdapterConfig, base: str) -> Parts:
     if trained_on != base:
         hint = f"its adapter was trained on {theirs.get('path')}"
         raise CheckpointError(describe(f"{path}: base", trained_on[:16], base[:16], hint))
-    found = checkpoint.load_latest(path)
+    found = checkpoint.load_latest(path, stored_hash(path))
     if found is None:
         raise CheckpointError(f"{path}: no checkpoint yet; train the run first")
     tensors = found.state.get("ema", found.state["model"])

@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor
 
@@ -24,6 +25,7 @@ from coterie.core.folder import (
     atomic_folder,
     libraries,
     read_manifest,
+    refuse_link,
     remove,
     seal,
     verify_folder,
@@ -32,9 +34,13 @@ from coterie.core.folder import (
 FORMAT = "coterie.checkpoint"
 VERSION = 1
 FOLDER = "checkpoints"
-_NAME = re.compile(r"step-(\d{8,})")
+NAME = re.compile(r"step-(\d{8,})")
+
+RETRIES = 20
+"""Of reading the newest checkpoint while a trainer replaces it."""
 
 Groups = Mapping[str, Mapping[str, Tensor]]
+T = TypeVar("T")
 
 
 class CheckpointWarning(UserWarning):
@@ -58,8 +64,8 @@ def steps(run_dir: str | Path) -> list[tuple[int, Path]]:
     found = []
     if parent.is_dir():
         for path in parent.iterdir():
-            match = _NAME.fullmatch(path.name)
-            if match and path.is_dir():
+            match = NAME.fullmatch(path.name)
+            if match and path.is_dir() and not path.is_symlink():
                 found.append((int(match[1]), path))
     return sorted(found)
 
@@ -78,6 +84,7 @@ def save(
     Raises CheckpointError when the disk fails; earlier checkpoints stay as they are. Checkpoints
     of later steps (damaged ones that resuming skipped) are left alone until training reaches them.
     """
+    refuse_link(Path(run_dir) / FOLDER)
     target = Path(run_dir) / FOLDER / f"step-{step:08d}"
     with atomic_folder(target, overwrite=True) as folder:
         for group, tensors in state.items():
@@ -114,8 +121,7 @@ def latest(run_dir: str | Path, config_hash: str | None = None) -> Path | None:
     Damaged ones are skipped with a CheckpointWarning; if all are damaged, or the newest belongs to
     another configuration, CheckpointError.
     """
-    found = _newest(run_dir, config_hash)
-    return None if found is None else found[0]
+    return _settled(run_dir, config_hash, lambda path, _: path)
 
 
 def load(path: str | Path) -> Checkpoint:
@@ -125,23 +131,62 @@ def load(path: str | Path) -> Checkpoint:
 
 def load_latest(run_dir: str | Path, config_hash: str | None = None) -> Checkpoint | None:
     """``load(latest(...))``, hashing the files once."""
-    found = _newest(run_dir, config_hash)
-    return None if found is None else _read(*found)
+    return _settled(run_dir, config_hash, _read)
+
+
+def _settled(
+    run_dir: str | Path, config_hash: str | None, use: Callable[[Path, dict[str, Any]], T]
+) -> T | None:
+    """``use`` of the newest checkpoint and its manifest; again where a trainer beside us has
+    replaced it meanwhile."""
+    for _ in range(RETRIES):
+        with suppress(_Replaced):
+            found = _newest(run_dir, config_hash)
+            if found is None:
+                return None
+            with _unless_replaced(found[0]):
+                return use(*found)
+    raise CheckpointError(f"{run_dir}: checkpoints are replaced faster than they can be read")
+
+
+class _Replaced(Exception):
+    """The folder that was read is not there any more, or is another one of the same name."""
+
+
+@contextmanager
+def _unless_replaced(path: Path) -> Iterator[None]:
+    before = _identity(path)
+    try:
+        yield
+    except (CheckpointError, OSError):
+        if before is None or _identity(path) != before:
+            raise _Replaced from None
+        raise
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_ino, found.st_ctime_ns
 
 
 def _newest(run_dir: str | Path, config_hash: str | None) -> tuple[Path, dict[str, Any]] | None:
     problems = []
     for _, path in reversed(steps(run_dir)):
         try:
-            manifest = verify(path)
+            with _unless_replaced(path):
+                manifest = verify(path)
         except CheckpointError as error:
             problems.append(str(error))
-            warnings.warn(f"checkpoint skipped: {error}", CheckpointWarning, stacklevel=3)
+            warnings.warn(f"checkpoint skipped: {error}", CheckpointWarning, stacklevel=4)
             continue
         if config_hash is not None and manifest["config_hash"] != config_hash:
             raise CheckpointError(
                 f"{path}: made by configuration {manifest['config_hash']}, "
-                f"this run is {config_hash}; use another run directory"
+                f"this run is {config_hash}; put config.json back as it was, "
+                "or use another run directory"
             )
         return path, manifest
     if problems:

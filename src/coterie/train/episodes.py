@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from coterie.train.judges import judge_of
 from coterie.train.judges.action import ActionJudge
 from coterie.train.rollouts import RolledOut, Rollouts
 from coterie.train.run import LoadedRun
-from coterie.train.samples import write_samples
+from coterie.train.samples import outputs_at, write_samples
 
 
 def rollout_run(
@@ -36,15 +35,15 @@ def rollout_run(
     if not isinstance(judge, ActionJudge) or judge.simulator is None:
         hint = f"{run.source.name!r} brings no simulator"
         raise ConfigError(describe("run", str(run.path), "a policy that acts in one", hint))
+    outputs = outputs_at(out)
     made = judge.draw(num, cached=use_cache, progress=progress, **options)
     assert isinstance(made, RolledOut)
     found: dict[str, Any] = {
         "goals": by_goal(made.rollouts, run.source.class_names),
         "cache": saved(run, options.get("steps")) if use_cache else None,
-        "pictures": str(write_samples(judge, made, Path(out))),
     }
-    (Path(out) / "rollouts.json").write_text(json.dumps(found, indent=2), encoding="utf-8")
-    return found
+    shown = write_samples(judge, made, outputs, {"rollouts.json": found})
+    return {**found, "pictures": str(shown)}
 
 
 def by_goal(rolled: Rollouts, names: tuple[str, ...]) -> list[dict[str, Any]]:

@@ -15,8 +15,8 @@ import torch
 from torch import nn
 
 from coterie.core.errors import ConfigError, describe
-from coterie.core.folder import write_text
 from coterie.core.machine import commit, hardware_line
+from coterie.core.outputs import pair_at
 from coterie.experts import ExpertLayer
 from coterie.inspect.placement import STRATEGIES, RowCost, fit_cost, strategies
 from coterie.inspect.plots.placement import draw_placement
@@ -42,6 +42,7 @@ def place_run(
     busiest device. ConfigError for a run without token routers.
     """
     run = load_run(path)
+    outputs = pair_at(out if out is not None else run.path / "placement", "placement", "cost")
     routers = [r for r in analyse(judge_of(run).held_out().trace) if r.unit == "token"]
     layers = [m for m in run.model.modules() if isinstance(m, ExpertLayer)]
     if not routers or not layers:
@@ -58,11 +59,10 @@ def place_run(
         "layers": [{"name": r.name, "load": [round(float(v), 6) for v in r.load]} for r in routers],
         "rows": rows,
     }
-    folder = Path(out) if out is not None else run.path / "placement"
-    folder.mkdir(parents=True, exist_ok=True)
-    draw_placement(rows, folder / "placement.png")
-    write_text(folder / "placement.json", json.dumps(result, indent=1) + "\n")
-    return folder / "placement.json"
+    with outputs.writing() as work:
+        draw_placement(rows, work / "placement.png")
+        (work / outputs.index).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    return outputs.folder / outputs.index
 
 
 def simulate(

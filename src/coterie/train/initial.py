@@ -14,7 +14,8 @@ from coterie.convert import UpcycleConfig
 from coterie.core.batch import Source
 from coterie.core.config import Config
 from coterie.core.errors import CheckpointError, ConfigError, describe
-from coterie.core.folder import MANIFEST, file_digest, read_object
+from coterie.core.folder import MANIFEST, file_digest
+from coterie.core.json_reader import read_object
 from coterie.core.machine import commit
 from coterie.core.numbers import Total
 from coterie.core.registry import Part
@@ -26,6 +27,7 @@ from coterie.hub import load_manifest, load_pretrained
 from coterie.hub.layout import model_config
 from coterie.train import checkpoint
 from coterie.train.adapted import put_new, put_trained
+from coterie.train.rundir import stored_hash
 from coterie.train.state import load_weights
 
 MICRO_BATCH = 64  # samples at a time that calibrate a router
@@ -100,7 +102,7 @@ def find_origin(init: InitConfig) -> Origin:
         return Origin(digest=file_digest(path / MANIFEST), commit=commit())
     if is_untrained(path):
         return Origin(digest=file_digest(path / "config.json"), step=0, commit=commit())
-    newest = checkpoint.latest(path)
+    newest = checkpoint.latest(path, stored_hash(path))
     if newest is None:
         raise CheckpointError(f"{path}: no checkpoint yet; train the run first")
     step = next(step for step, folder in checkpoint.steps(path) if folder == newest)

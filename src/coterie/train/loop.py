@@ -102,7 +102,7 @@ class Trainer:
         """
         with ExitStack() as stack:
             stack.enter_context(own_threads_and_rng(self.config.threads, self.device))
-            stack.enter_context(self._locked())
+            stack.enter_context(self.locked())
             self._resume()
             stack.enter_context(self.log.open(self._log_dir, self.state.step))
             shown = progress if self.placement.is_first else False
@@ -123,7 +123,7 @@ class Trainer:
         """Save the weights that training starts from and an empty log, unless it has begun."""
         if self.run_dir is None:
             return
-        with self._locked():
+        with self.locked():
             self._resume()
             if self.state.step == 0:
                 with self.log.open(self._log_dir, 0):
@@ -133,7 +133,7 @@ class Trainer:
     def _log_dir(self) -> RunDir | None:
         return self.run_dir if self.placement.is_first else None
 
-    def _locked(self) -> AbstractContextManager[object]:
+    def locked(self) -> AbstractContextManager[object]:
         """The directory held against other trainers, by one process for all of this one's."""
         if self.run_dir is None or not self.placement.is_first:
             return nullcontext()

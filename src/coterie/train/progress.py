@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from coterie.core.streams import error_stream
+
 ProgressOption = bool | Callable[[int, int, dict[str, Any]], None]
 """True = bar, False = nothing, or a function of (steps done, steps in all, metrics record)."""
 
@@ -20,7 +22,9 @@ class Progress:
         if option is True:
             from tqdm.auto import tqdm
 
-            self._bar = tqdm(total=total, initial=done, unit="step", dynamic_ncols=True)
+            self._bar = tqdm(
+                total=total, initial=done, unit="step", dynamic_ncols=True, file=error_stream()
+            )
 
     def update(self, record: dict[str, Any]) -> None:
         if self._bar is not None:
@@ -47,7 +51,7 @@ def stages(total: int, title: str, shown: bool = True) -> Iterator[Callable[[str
         return
     from tqdm.auto import tqdm
 
-    with tqdm(total=total, desc=title, unit="part", dynamic_ncols=True) as bar:
+    with tqdm(total=total, desc=title, unit="part", dynamic_ncols=True, file=error_stream()) as bar:
 
         def done(name: str) -> None:
             bar.set_postfix_str(name, refresh=False)

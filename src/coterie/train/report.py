@@ -9,7 +9,7 @@ from typing import Any
 
 from coterie.core.cost import Parameters, count_parameters
 from coterie.core.machine import commit, hardware_line
-from coterie.inspect import ReportData, noise_name, write_report
+from coterie.inspect import ReportData, noise_name, report_outputs, write_report
 from coterie.train.composed import composed_of
 from coterie.train.evaluate import StepRecorder, held_out, measured_active
 from coterie.train.expert_answers import watched_answers
@@ -32,8 +32,9 @@ def report_run(
     """Write ``index.html``, pictures and ``report.json`` to ``out`` (default: the run's
     ``report/``) and return the page."""
     run = load_run(path)
-    judge = judge_of(run)
     folder = Path(out) if out is not None else run.path / "report"
+    report_outputs(folder)
+    judge = judge_of(run)
     with stages(4, "report", progress) as bar:
         with watched_answers(run.model) as answers:
             found = held_out(run)

@@ -18,8 +18,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from coterie.core.errors import ConfigError, DataError, describe
+from coterie.core.errors import CheckpointError, ConfigError, DataError, describe
 from coterie.core.folder import write_text
+from coterie.core.json_reader import read_json
 from coterie.core.prediction import Condition
 from coterie.data.listing import existing_folder, files_below
 from coterie.data.pictures import SUFFIXES, read_picture
@@ -162,8 +163,8 @@ def _claim(folder: Path, record: dict[str, Any]) -> None:
     stored = folder / RECORD
     if stored.is_file():
         try:
-            known = json.loads(stored.read_text(encoding="utf-8"))
-        except ValueError:
+            known = read_json(stored)
+        except CheckpointError:
             known = None
         if known != record:
             hint = "restore into a new folder"

@@ -239,12 +239,13 @@ def start(
     if not config.train.steps:
         return Path(placement.on_first(lambda: str(_as_it_is(config, out))))
     trainer, run_dir, source = _begin(config, out, placement)
-    trainer.fit(progress=progress)
-    if placement.count == 1:
-        with trainer.averaged() as model:
-            _export(model, config, run_dir, source)
-    else:  # what is held here is a part of the model: the checkpoint has all of it
-        placement.on_first(lambda: _export_saved(config, run_dir, source))
+    with trainer.locked():  # to the end: another trainer would clear away what is half exported
+        trainer.fit(progress=progress)
+        if placement.count == 1:
+            with trainer.averaged() as model:
+                _export(model, config, run_dir, source)
+        else:  # what is held here is a part of the model: the checkpoint has all of it
+            placement.on_first(lambda: _export_saved(config, run_dir, source))
     return run_dir.path
 
 
@@ -264,9 +265,10 @@ def prepare(config: RunConfig, out: str | Path) -> Path:
     if not config.train.steps:
         return _as_it_is(config, out)
     trainer, run_dir, source = _begin(config, out)
-    trainer.begin()
-    with trainer.averaged() as model:
-        _export(model, config, run_dir, source)
+    with trainer.locked():
+        trainer.begin()
+        with trainer.averaged() as model:
+            _export(model, config, run_dir, source)
     return run_dir.path
 
 

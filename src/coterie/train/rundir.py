@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,12 +13,19 @@ from typing import Any, TextIO
 from coterie.core.config import Config, ConfigT
 from coterie.core.errors import ConfigError, TrainingError, describe
 from coterie.core.files import require_utf8
-from coterie.core.folder import clean, digest, read_object, write_text
+from coterie.core.folder import clean, digest, open_own, refuse_link, write_text
+from coterie.core.json_reader import parse_json, read_object
+from coterie.train import checkpoint
 from coterie.train.checkpoint import FOLDER
 from coterie.train.config import TrainConfig
 
 FREE = tuple(f"train.{name}" for name in TrainConfig.free)
 """Paths of a run's configuration that may change when it is resumed."""
+
+
+OWN = ("config.json", "metrics.jsonl", "lock", FOLDER, "model")
+"""What a trainer writes in a run directory."""
+_FILES = re.compile(r"config\.json|metrics\.jsonl|model")
 
 
 class RunDir:
@@ -94,7 +102,11 @@ class RunDir:
             yield
             return
         self._create()
-        with (self.path / "lock").open("a+", encoding="utf-8") as file:
+        for name in OWN:
+            refuse_link(self.path / name, TrainingError)
+        with _disk(self.path / "lock"):
+            handle = open_own(self.path / "lock", os.O_RDWR | os.O_CREAT | os.O_APPEND)
+        with os.fdopen(handle, "a+", encoding="utf-8") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -107,8 +119,8 @@ class RunDir:
             file.truncate(0)
             file.write(f"{os.getpid()}\n")
             file.flush()
-            clean(self.path)
-            clean(self.checkpoints)
+            clean(self.path, _FILES)
+            clean(self.checkpoints, checkpoint.NAME)
             self._locked = True
             try:
                 yield
@@ -143,7 +155,8 @@ class MetricsLog:
         self.path = path
         with _disk(path):
             self._cut(last_step)
-            self._file: TextIO = path.open("a", encoding="utf-8")
+            handle = open_own(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+            self._file: TextIO = os.fdopen(handle, "a", encoding="utf-8")
 
     def write(self, record: Mapping[str, Any], *, flush: bool) -> None:
         with _disk(self.path):
@@ -165,7 +178,8 @@ class MetricsLog:
         if not self.path.exists():
             return
         lines = self.path.read_text(encoding="utf-8", errors="replace").splitlines()
-        kept = [line for line in lines if (_step(line) or last_step + 1) <= last_step]
+        after = {"step": last_step + 1}
+        kept = [line for line in lines if (_record(line) or after)["step"] <= last_step]
         if len(kept) < len(lines):
             write_text(self.path, "".join(f"{line}\n" for line in kept))
 
@@ -186,12 +200,19 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     if not Path(path).is_file():
         return []
     lines = Path(path).read_text(encoding="utf-8", errors="replace").splitlines()
-    return [json.loads(line) for line in lines if _step(line) is not None]
+    found = [_record(line) for line in lines]
+    return [record for record in found if record is not None]
 
 
 def config_hash(config: Mapping[str, Any], free: tuple[str, ...] = FREE) -> str:
     """Short hash of a configuration without its free paths."""
     return digest(_fixed(config, free))[:16]
+
+
+def stored_hash(run_dir: str | Path) -> str | None:
+    """Hash of the configuration as it lies in a run directory, None where there is none."""
+    stored = RunDir(run_dir).stored_config()
+    return None if stored is None else config_hash(stored)
 
 
 def differences(old: Any, new: Any, path: str = "") -> list[str]:
@@ -218,9 +239,11 @@ def _fixed(config: Mapping[str, Any], free: tuple[str, ...]) -> dict[str, Any]:
     return data
 
 
-def _step(line: str) -> int | None:
+def _record(line: str) -> dict[str, Any] | None:
+    """The record of a line, None where a crash tore it apart."""
     try:
-        step = json.loads(line)["step"]
-    except (ValueError, KeyError, TypeError):
+        record = parse_json(line, "metrics")
+    except ConfigError:
         return None
-    return step if isinstance(step, int) else None
+    whole = isinstance(record, dict) and type(record.get("step")) is int
+    return record if whole else None

@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from coterie.core.outputs import Outputs
 from coterie.train.judges import Judge, judge_of
 from coterie.train.run import LoadedRun
 from coterie.train.sampling import Samples
 
 PARTICLES = "particles.json"
 """What happened to weighted particles, batch by batch: effective sizes, ancestry, normaliser."""
+INDEX = "samples.json"
+SHEETS = (
+    *("answers.csv", "grid.png", "rollouts.gif", "rollouts.json", "samples.npy", "samples.txt"),
+    *("tasks.png", PARTICLES, INDEX),
+)
+"""Files of a whole draw that some judge writes."""
+_NAMES = re.compile("|".join([r"\d{5,}\.png", *map(re.escape, SHEETS)]))
 
 
 def sample_run(
@@ -27,26 +36,49 @@ def sample_run(
 ) -> Path:
     """Write samples to ``out`` (default: the run's ``samples/``), in place of those of an earlier
     draw, and return what people open: a sheet of pictures, a file of texts."""
+    outputs = outputs_at(out if out is not None else run.path / "samples")
     judge = judge_of(run)
     made = judge.draw(
         num, labels=labels, seed=seed, steps=steps, guidance=guidance, progress=progress
     )
-    return write_samples(judge, made, Path(out) if out is not None else run.path / "samples")
+    return write_samples(judge, made, outputs)
 
 
-def write_samples(judge: Judge, made: Samples, folder: Path) -> Path:
-    """The files of samples that a judge has drawn; what people open."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for old in folder.glob("[0-9][0-9][0-9][0-9][0-9].png"):  # of an earlier, larger draw
-        old.unlink()
+def outputs_at(folder: str | Path) -> Outputs:
+    """``folder``, looked at before anything is drawn: ConfigError if samples cannot be written
+    there, or would take the place of files that are no samples of ours."""
+    return Outputs.at(folder, INDEX, _listed).check(_NAMES)
+
+
+def write_samples(
+    judge: Judge, made: Samples, outputs: Outputs, more: Mapping[str, Any] | None = None
+) -> Path:
+    """The files of samples that a judge has drawn; what people open. ``more``: JSON files with
+    them."""
     entries: list[dict[str, Any]] = [
         {"index": index, "label": int(label), "seed": made.seeds[index]}
         for index, label in enumerate(made.labels)
     ]
-    shown = judge.write(made, entries, folder)
-    (folder / "samples.json").write_text(json.dumps(entries, indent=2), encoding="utf-8")
-    (folder / PARTICLES).unlink(missing_ok=True)
+    files: dict[str, Any] = dict(more or {})
     if made.particles:
-        records = [record.as_json() for record in made.particles]
-        (folder / PARTICLES).write_text(json.dumps(records, indent=1), encoding="utf-8")
-    return shown
+        files[PARTICLES] = [record.as_json() for record in made.particles]
+    with outputs.writing() as work:
+        shown = judge.write(made, entries, work)
+        for name, data in files.items():
+            (work / name).write_text(json.dumps(data, indent=2), encoding="utf-8")
+        single = {entry.get("file") for entry in entries}
+        sheets = sorted(path.name for path in work.iterdir() if path.name not in single)
+        for entry in entries:
+            entry["sheets"] = sheets
+        (work / INDEX).write_text(json.dumps(entries, indent=2), encoding="utf-8")
+    return outputs.folder / shown.name
+
+
+def _listed(data: Any) -> set[str] | None:
+    """The files that came with a ``samples.json``, of single samples and of the whole draw."""
+    if not isinstance(data, list) or not all(
+        isinstance(entry, dict) and isinstance(entry.get("sheets"), list) for entry in data
+    ):
+        return None
+    single = {str(entry["file"]) for entry in data if "file" in entry}
+    return single | {str(name) for entry in data for name in entry["sheets"]}

@@ -16,6 +16,7 @@ from coterie.train import checkpoint
 from coterie.train.checkpoint import Checkpoint
 from coterie.train.ema import Ema
 from coterie.train.optim import load_optimizer, optimizer_tensors
+from coterie.train.rundir import stored_hash
 
 
 def objective_tensors(objective: Any, model: nn.Module) -> dict[str, Tensor]:
@@ -89,9 +90,10 @@ def restore(
 def load_weights(run_dir: str | Path, model: nn.Module, weights: str = "ema") -> Checkpoint:
     """Load a run's newest weights into ``model``: "ema" (first decay), "ema-<decay>" or "model".
 
-    "ema" falls back to the plain weights of a run trained without averaging.
+    "ema" falls back to the plain weights of a run trained without averaging. CheckpointError where
+    ``config.json`` is not the one that the checkpoint was made by.
     """
-    found = checkpoint.load_latest(run_dir)
+    found = checkpoint.load_latest(run_dir, stored_hash(run_dir))
     if found is None:
         raise CheckpointError(f"{run_dir}: no checkpoint yet; train the run first")
     path = found.path

@@ -8,15 +8,16 @@ Every router of tokens runs with the settings of a row; paths lead into its conf
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 from coterie.core.errors import ConfigError, describe
-from coterie.core.folder import write_text
+from coterie.core.json_reader import literal
 from coterie.core.machine import commit, hardware
+from coterie.core.outputs import Outputs, pair_at
 from coterie.experts import Router
 from coterie.experts.rerouting import changed, check_paths, rerouted, token_routers
 from coterie.inspect import analyse_amounts
@@ -53,14 +54,7 @@ def values_of(text: str) -> list[Any]:
     parts = [text] if text.startswith(("[", "{")) else [part.strip() for part in text.split(",")]
     if not all(parts):
         raise ConfigError(describe("values", text, "values with single commas between them"))
-    return [_literal(part) for part in parts]
-
-
-def _literal(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError:
-        return text
+    return [literal(part, "values") for part in parts]
 
 
 def sweep(
@@ -156,8 +150,8 @@ def write_sweep(run: LoadedRun, rows: Sequence[SweepRow], limit: int, folder: Pa
     from coterie.inspect.plots.style import render
     from coterie.inspect.plots.sweep import plot_sweep
 
-    name = "_".join(rows[0].settings)
-    folder.mkdir(parents=True, exist_ok=True)
+    outputs = sweep_outputs(folder, rows[0].settings)
+    name = outputs.index.removesuffix(".json")
     data = {
         "run": run.config.recipe or run.path.name,
         "step": run.step,
@@ -167,8 +161,13 @@ def write_sweep(run: LoadedRun, rows: Sequence[SweepRow], limit: int, folder: Pa
         "hardware": hardware(),
         "rows": [vars(row) for row in rows],
     }
-    write_text(folder / f"{name}.json", json.dumps(data, indent=1) + "\n")
-    picture = folder / f"{name}.png"
     plot = plot_sweep([vars(row) for row in rows], judge_of(run).unit())
-    picture.write_bytes(render(plot).light)
-    return picture
+    with outputs.writing() as work:
+        (work / outputs.index).write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+        (work / f"{name}.png").write_bytes(render(plot).light)
+    return outputs.folder / f"{name}.png"
+
+
+def sweep_outputs(folder: str | Path, paths: Collection[str]) -> Outputs:
+    """Where the files of a sweep over ``paths`` go, looked at before anything is evaluated."""
+    return pair_at(folder, "_".join(paths), "loss_unit")

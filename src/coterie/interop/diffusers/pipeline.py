@@ -22,7 +22,7 @@ from torch import Generator, Tensor, nn
 from coterie.backbones import unet_layers
 from coterie.backbones.taps import Layers, Topology
 from coterie.core.errors import CheckpointError, ConfigError, describe
-from coterie.core.folder import read_object
+from coterie.core.json_reader import read_object
 from coterie.core.prediction import Condition, Prediction, View, check_times
 from coterie.core.tensors import copy_tensors, require_finite
 from coterie.ensembles import LoadedMembers, Loader, MemberFacts, NoiseRanges, NoiseRangesConfig

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from coterie.core.errors import ConfigError, describe, unknown
-from coterie.core.folder import read_object
+from coterie.core.json_reader import read_object
 from coterie.core.prediction import View
 from coterie.core.registry import Part
 from coterie.process import PROCESSES

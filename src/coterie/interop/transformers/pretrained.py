@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from coterie.core.errors import CheckpointError, ConfigError, CoterieError, describe
-from coterie.core.folder import read_object
+from coterie.core.json_reader import read_object
 
 OLDEST = (5, 18)
 CAUSAL = ("AutoModelForCausalLM",)

@@ -10,7 +10,6 @@ first asks :func:`.selfcheck` whether the model is understood.
 from __future__ import annotations
 
 import math
-import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -25,7 +24,7 @@ from coterie.core.cost import Parameters
 from coterie.core.errors import ConfigError, DataError, describe
 from coterie.core.machine import commit, hardware, hardware_line
 from coterie.core.routing import Routing
-from coterie.inspect import ReportData, Trace, write_report
+from coterie.inspect import ReportData, Trace, report_outputs, write_report
 from coterie.interop.transformers.answers import watched_answers
 from coterie.interop.transformers.load import DType, ModelFolder
 from coterie.interop.transformers.losses import LEVELS, Answer, Blocks, causal
@@ -178,7 +177,8 @@ class Reading:
 
     def report(self, out: str | Path, advance: Advance | None = None) -> Path:
         """Read, and write ``index.html``, pictures and ``report.json`` to ``out``; the page."""
-        return write_report(writable(Path(out)), self.read(advance))
+        report_outputs(out)
+        return write_report(out, self.read(advance))
 
     def notes(self) -> tuple[str, ...]:
         """What a reader must know to read the numbers rightly."""
@@ -211,17 +211,6 @@ def _context(folder: ModelFolder, tokens: Tokens, wanted: int | None) -> int:
         hint = "the model has no more positions" if context > most else "room to predict a token"
         raise ConfigError(describe("context", context, f"{least}..{most}", hint))
     return context
-
-
-def writable(folder: Path) -> Path:
-    """The folder, made if need be; ConfigError if nothing can be written there."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"{folder}: {error.strerror or error}; choose another --out") from None
-    if not os.access(folder, os.W_OK):
-        raise ConfigError(f"{folder}: not writable; choose another --out")
-    return folder
 
 
 @dataclass(eq=False)

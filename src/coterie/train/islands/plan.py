@@ -9,7 +9,6 @@ the others.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -17,6 +16,7 @@ from typing import Any, Literal
 from coterie.core.config import Config, override
 from coterie.core.errors import ConfigError, describe
 from coterie.core.folder import write_text
+from coterie.core.json_reader import parse_json, read_json
 from coterie.data.shard import ShardConfig, write_shard
 from coterie.data.source import SPLITS
 from coterie.train.islands.partition import Islands, PartitionConfig, copy_partition, partition_of
@@ -160,8 +160,6 @@ def _entries(islands: Islands) -> Sequence[IslandEntry]:
 
 
 def _write_once(path: Path, made: IslandPlan) -> None:
-    if path.is_file() and json.loads(path.read_text(encoding="utf-8")) != json.loads(
-        made.to_json()
-    ):
+    if path.is_file() and read_json(path) != parse_json(made.to_json()):
         raise ConfigError(f"{path}: holds another plan; use another folder")
     write_text(path, made.to_json() + "\n")

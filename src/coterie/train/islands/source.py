@@ -13,6 +13,7 @@ from torch import Tensor
 
 from coterie.core.batch import Batch, Source
 from coterie.core.errors import CheckpointError, ConfigError, describe
+from coterie.core.json_reader import parse_json
 from coterie.core.registry import Part
 from coterie.data import SOURCES, SourceConfig, SourceInfo, Split, Subset
 from coterie.data.source import as_rows
@@ -86,9 +87,7 @@ class IslandConfig(SourceConfig):
 @lru_cache(maxsize=8)
 def _islands(data: str, partition: str, path: str | None) -> Islands:
     """Read once per process: every batch source of a run asks for it."""
-    import json
-
-    config, source = PartitionConfig.from_json(partition), SOURCES.parse(json.loads(data))
+    config, source = PartitionConfig.from_json(partition), SOURCES.parse(parse_json(data))
     if path is None:
         return partition_of(source, config)
     return read_partition(Path(path), source, config)

@@ -6,7 +6,6 @@ exit code is that of the command line.
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 import threading
@@ -16,6 +15,7 @@ from typing import Any
 
 from coterie.core.errors import CoterieError
 from coterie.core.folder import write_text
+from coterie.core.json_reader import read_object
 from coterie.train.parallel.config import ParallelConfig
 from coterie.train.parallel.processes import joined
 from coterie.train.parallel.spread import Spread
@@ -49,7 +49,7 @@ def main(path: Path, do: Callable[[dict[str, Any]], None] = train) -> int:
     """``do`` with what the file says; the exit code."""
     stop_with_parent()
     try:
-        do(json.loads(path.read_text(encoding="utf-8")))
+        do(read_object(path))
     except CoterieError as error:
         write_text(path.with_name(f"error-{os.environ['RANK']}"), str(error))
         return int(getattr(error, "exit_code", USER_ERROR))

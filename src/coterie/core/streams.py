@@ -1,0 +1,40 @@
+"""Output for people, which no work depends on: where it cannot be written it is dropped."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any, TextIO, cast
+
+
+class Dropping:
+    """A text stream whose failures are nobody's: a closed terminal, a full disk, a pipe whose
+    reader has left. What it is asked beside writing, the stream below answers."""
+
+    def __init__(self, below: TextIO | None) -> None:
+        self._below = below
+
+    def write(self, text: str) -> int:
+        self._try("write", text)
+        return len(text)
+
+    def flush(self) -> None:
+        self._try("flush")
+
+    def _try(self, what: str, *given: Any) -> None:
+        try:
+            if self._below is not None:
+                getattr(self._below, what)(*given)
+        except (OSError, ValueError):  # ValueError: the stream is closed, or has no such letters
+            pass
+
+    def __getattr__(self, name: str) -> Any:
+        if self._below is None:
+            raise AttributeError(name)
+        return getattr(self._below, name)
+
+
+def error_stream() -> TextIO:
+    """Standard error as it is now (None in a process without one), for bars and notes."""
+    if isinstance(sys.stderr, Dropping):
+        return cast(TextIO, sys.stderr)
+    return cast(TextIO, Dropping(sys.stderr))
