@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
 
 import pytest
@@ -14,8 +15,9 @@ from toy_training import (
     weights,
 )
 
-from coterie.core.errors import DataError, TrainingError
-from coterie.train import read_metrics
+from coterie.core.errors import CheckpointError, ConfigError, DataError, TrainingError
+from coterie.train import checkpoint, read_metrics
+from coterie.train.rundir import RunDir
 
 
 @pytest.mark.parametrize("kind", ["loss", "grad"])
@@ -71,3 +73,73 @@ def test_non_finite_data_is_refused_with_its_samples():
         DataError, match=r"plane: x is not finite in samples \[(7|30|7, 30|30, 7)\]"
     ):
         train(source=source)
+
+
+def blown_up(run_dir, **changes):
+    """Sound checkpoints at 4 and 8, then steps that are not finite until training stops."""
+    poison = ToyObjective(dict.fromkeys(range(8, 20), "loss"))
+    with pytest.raises(TrainingError, match=r"lower train\.lr, or set train\.clip"):
+        train(run_dir, poison, **{"keep": 2, "checkpoint_every": 4, **changes})
+
+
+def saved(run_dir):
+    return [step for step, _ in checkpoint.steps(run_dir)]
+
+
+def test_G8_bad_steps_do_not_rotate_out_good_checkpoints(tmp_path):
+    for stopped in (11, 12, 13):  # started again, it stops again
+        blown_up(tmp_path)
+        assert saved(tmp_path) == [4, 8, stopped]
+    trainer, _ = train(tmp_path, keep=2)
+    assert trainer.state.step == POISON_STEPS and saved(tmp_path) == [16, 20]
+
+
+def test_G8_what_the_message_advises_is_allowed_and_goes_on_from_before(tmp_path):
+    blown_up(tmp_path)
+    for changes in ({"lr": 0.001, "betas": [0.5, 0.9]}, {"weight_decay": 0.5}):
+        with pytest.raises(ConfigError, match="another configuration"):
+            train(tmp_path, keep=2, **changes)
+    trainer, records = train(tmp_path, keep=2, lr=0.001, clip=0.5)
+    assert records[0]["step"] == 9 and trainer.state.skipped == 0
+    assert 0 < records[0]["lr"] <= 0.001
+    logged = read_metrics(tmp_path / "metrics.jsonl")
+    assert [record["step"] for record in logged] == list(range(1, POISON_STEPS + 1))
+    assert RunDir(tmp_path).stored_config()["train"]["lr"] == 0.001
+    old = json.loads((tmp_path / "config-until-8.json").read_text())
+    assert old["train"]["lr"] == 0.02
+    with pytest.raises(ConfigError, match=r"train\.lr"):
+        train(tmp_path, keep=2, lr=0.002)  # it did not blow up any more
+
+
+@pytest.mark.parametrize("killed", ["drop_later", "save"])
+def test_G8_killed_while_it_takes_advice_the_same_call_ends_it(tmp_path, monkeypatch, killed):
+    blown_up(tmp_path)
+    real = getattr(checkpoint, killed)
+
+    def die(*given, **named):
+        real(*given, **named)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(checkpoint, killed, die)
+        train(tmp_path, keep=2, lr=0.001)
+    _, records = train(tmp_path, keep=2, lr=0.001)
+    assert records[0]["step"] == 9
+
+
+def test_G8_weights_are_checked_after_the_step_and_never_saved(tmp_path):
+    def explode(trainer, record):
+        if record["step"] == 5:  # as a step would whose learning rate is too large for float32
+            for group in trainer.optimizer.param_groups:
+                group["weight_decay"] = math.inf
+
+    said = r"^step 6: model\.first\.weight is not finite after it; .* lower train\.lr$"
+    with pytest.raises(TrainingError, match=said):
+        train(tmp_path, callbacks=(explode,), keep=9)
+    assert saved(tmp_path) == [4]
+    with pytest.raises(ConfigError, match=r"lr: 1e\+38 is not allowed"):
+        train(lr=1e38)
+    bad = {"model": {"weight": torch.tensor([1.0, math.nan])}}
+    with pytest.raises(CheckpointError, match=r"^model: weight is not finite; no checkpoint"):
+        checkpoint.save(tmp_path, bad, {}, step=5)
+    assert saved(tmp_path) == [4]

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor
 
 import coterie.core.tensors as tensors_io
@@ -78,13 +79,18 @@ def save(
     step: int,
     config_hash: str = "",
     keep: int = 3,
+    is_bad: bool = False,
 ) -> Path:
     """Write the checkpoint of ``step`` and drop all but the ``keep`` newest.
 
-    Raises CheckpointError when the disk fails; earlier checkpoints stay as they are. Checkpoints
-    of later steps (damaged ones that resuming skipped) are left alone until training reaches them.
+    ``is_bad``: it stands in no other's stead, but in that of a bad one just before it. Raises
+    CheckpointError when the disk fails, and where a number is not finite; earlier checkpoints stay
+    as they are. Checkpoints of later steps (damaged ones that resuming skipped) are left alone
+    until training reaches them.
     """
     refuse_link(Path(run_dir) / FOLDER)
+    for group, tensors in state.items():
+        _check_finite(group, tensors)
     target = Path(run_dir) / FOLDER / f"step-{step:08d}"
     with atomic_folder(target, overwrite=True) as folder:
         for group, tensors in state.items():
@@ -96,12 +102,37 @@ def save(
             "config_hash": config_hash,
             "libraries": libraries(),
             "scalars": dict(scalars),
+            "is_bad": is_bad,
         }
         seal(folder, header)
     earlier = [path for number, path in steps(run_dir) if number < step]
-    for path in earlier[: len(earlier) - max(keep, 1) + 1]:
+    bad = [path for path in earlier if _is_bad(path)]
+    good = [path for path in earlier if path not in bad]
+    for path in [*bad, *(() if is_bad else good[: len(good) - max(keep, 1) + 1])]:
         _drop(path)
     return target
+
+
+def drop_later(run_dir: str | Path, step: int) -> None:
+    """Remove the checkpoints of steps after ``step``."""
+    for number, path in steps(run_dir):
+        if number > step:
+            remove(path)
+
+
+def _is_bad(path: Path) -> bool:
+    try:
+        return bool(read_manifest(path, FORMAT, VERSION).get("is_bad"))
+    except CheckpointError:  # damaged: neither counted among the bad nor spared as one
+        return False
+
+
+def _check_finite(group: str, tensors: Mapping[str, Tensor]) -> None:
+    for name, value in tensors.items():
+        if value.is_floating_point() and not torch.isfinite(value).all():
+            raise CheckpointError(
+                f"{group}: {name} is not finite; no checkpoint is written, earlier ones are intact"
+            )
 
 
 def verify(path: str | Path) -> dict[str, Any]:

@@ -195,11 +195,25 @@ class Trainer:
         if not result.problem:
             set_lr(self.optimizer, lr)
             self.optimizer.step()
+            self._check_weights(step)
             if hook is not None:
                 hook(result.routings)
             self.ema.update(self.model)
         self._advance(result, time.perf_counter() - start)
         return self.log.record(self.state.step, lr, result)
+
+    def _check_weights(self, step: int) -> None:
+        """TrainingError where a step has made a weight that is not finite; nothing is saved."""
+        if self.placement.count > 1:
+            return  # the next step's loss tells all processes, and no checkpoint takes it
+        held = [value.detach() for value in self.parameters.values()]
+        largest = torch.stack(torch._foreach_norm(held, float("inf")))
+        if not torch.isfinite(largest.max()):
+            name = next(n for n, v in self.parameters.items() if not torch.isfinite(v).all())
+            raise TrainingError(
+                f"step {step + 1}: {name} is not finite after it; checkpoints saved before it are "
+                "intact; lower train.lr"
+            )
 
     def _advance(self, result: StepResult, seconds: float) -> None:
         self.state.step += 1

@@ -66,7 +66,7 @@ class RunDir:
         if existing is None:
             self.write_json("config.json", config)
             existing = dict(config)
-        changes = differences(_fixed(existing, free), _fixed(config, free))
+        changes = differences(fixed(existing, free), fixed(config, free))
         if changes:
             raise ConfigError(
                 f"{self.path} holds a run with another configuration: {'; '.join(changes[:8])}; "
@@ -206,7 +206,7 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
 
 def config_hash(config: Mapping[str, Any], free: tuple[str, ...] = FREE) -> str:
     """Short hash of a configuration without its free paths."""
-    return digest(_fixed(config, free))[:16]
+    return digest(fixed(config, free))[:16]
 
 
 def stored_hash(run_dir: str | Path) -> str | None:
@@ -226,7 +226,8 @@ def differences(old: Any, new: Any, path: str = "") -> list[str]:
     return [] if old == new else [f"{path}: {old!r} -> {new!r}"]
 
 
-def _fixed(config: Mapping[str, Any], free: tuple[str, ...]) -> dict[str, Any]:
+def fixed(config: Mapping[str, Any], free: tuple[str, ...] = FREE) -> dict[str, Any]:
+    """A configuration as JSON, without its free paths."""
     # Through JSON, so that tuples and lists compare equal.
     data = json.loads(json.dumps(config, sort_keys=True))
     for path in free:

@@ -9,6 +9,7 @@ from typing import Any
 from coterie.core.errors import DataError
 from coterie.data.source import changed, identity
 from coterie.train import checkpoint
+from coterie.train.another_try import is_bad, take_advice
 from coterie.train.config import TrainConfig
 from coterie.train.placement import ALONE, Placement
 from coterie.train.rundir import RunDir
@@ -48,9 +49,9 @@ class RunStore:
         if self.run_dir is None:
             return None
         run_dir = self.run_dir
-        self._hash = self.placement.on_first(
-            lambda: run_dir.write_config(self._run_config(run_dir))
-        )
+        config = self._run_config(run_dir)
+        self.placement.on_first(lambda: take_advice(run_dir, config))
+        self._hash = self.placement.on_first(lambda: run_dir.write_config(config))
         found = self.placement.newest(run_dir.path, self._hash)
         if found is None:
             return None
@@ -76,7 +77,13 @@ class RunStore:
             def write() -> str:
                 known = {**scalars, "ema_updates": self.parts.ema.num_updates, "data": self._data}
                 made = checkpoint.save(
-                    run, state, known, step=step, config_hash=self._hash, keep=self.keep
+                    run,
+                    state,
+                    known,
+                    step=step,
+                    config_hash=self._hash,
+                    keep=self.keep,
+                    is_bad=is_bad(known),
                 )
                 return str(made)
 
