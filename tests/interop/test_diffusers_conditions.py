@@ -34,6 +34,7 @@ from coterie.core.errors import CheckpointError, CoterieError
 from coterie.core.prediction import Condition
 from coterie.interop.diffusers import DiffusersConfig, DiffusersDenoiser, load_noise_ranges
 from coterie.process import PROCESSES
+from coterie.solvers import GuidanceConfig, guide
 
 
 @pytest.fixture(autouse=True)
@@ -110,6 +111,33 @@ def test_D3_vectors_of_another_width_and_none_at_all_are_refused() -> None:
         other(X, T, Condition(vector=POOLED))
     with pytest.raises(CoterieError, match=r"even H and W"):
         guided(rand(2, 4, 7, 8), T, Condition(tokens=TOKENS, vector=rand(2, 7)))
+
+
+def test_D3_guided_samples_keep_the_numbers_behind_the_pooled_text() -> None:
+    """SDXL's own pipeline tells both halves the same time ids; zeros would be another picture."""
+    vector = torch.cat([POOLED, IDS], 1)
+    cond = Condition(tokens=TOKENS, vector=vector, null={"tokens": TOKENS[0] * 0})
+    guided = guide(DiffusersDenoiser(large_unet(), DDPM, "eps"), GuidanceConfig(weight=2.0))
+    with pytest.raises(CoterieError, match=r"cond\.vector: 0\.0 .*null form that keeps them"):
+        guided(X, T, cond)
+    row = torch.cat([POOLED[0] * 0, IDS[0]])
+    null = {**cond.null, "vector": row}
+    plain = DiffusersDenoiser(large_unet(), DDPM, "eps")
+    with torch.no_grad():
+        found = guided(X, T, cond.replace(null=null)).value
+        weak = Condition(tokens=TOKENS * 0, vector=row.expand(2, -1))
+        one, other = plain(X, T, cond).value, plain(X, T, weak).value
+    torch.testing.assert_close(found, other + 2.0 * (one - other), rtol=1e-4, atol=1e-5)
+
+
+def test_D4_pipelines_that_put_channels_before_x_are_refused(tmp_path: Path) -> None:
+    folder = saved(text_unet(in_channels=8), tmp_path)
+    index = json.loads((folder / "model_index.json").read_text("utf-8"))
+    index["_class_name"] = "MarigoldDepthPipeline"
+    (folder / "model_index.json").write_text(json.dumps(index), "utf-8")
+    for load in (load_noise_ranges, lambda path: DiffusersConfig(path=str(path)).build()):
+        with pytest.raises(CoterieError, match=r"_class_name: 'MarigoldDepthPipeline'.*before x"):
+            load(folder)
 
 
 def test_D3_lumina_attends_to_every_token_where_no_mask_is_given() -> None:

@@ -168,19 +168,31 @@ def test_A2_each_network_is_asked_as_its_own_pipeline_asks_it(name: str, tmp_pat
         assert float(expected.std()) > 1e-3
 
 
-def test_A2_a_dit_by_its_older_name_is_asked_as_one(tmp_path: Path) -> None:
-    fields = {"num_attention_heads": 2, "attention_head_dim": 4, "in_channels": 2, "num_layers": 1}
-    fields |= {"sample_size": SIDE, "patch_size": 2, "num_embeds_ada_norm": 5}
-    network = trained("Transformer2DModel", **fields, out_channels=4, norm_type="ada_norm_zero")
-    made = DiffusersConfig(path=str(saved(network, tmp_path))).build()
-    label = torch.tensor([1, -1])
-    with torch.no_grad():
-        given = {"timestep": DDPM.time_input(T), "class_labels": torch.tensor([1, 5])}
-        (expected,) = network(X2, **given, return_dict=False)
-    found = made(X2, T, Condition(label=label))
-    torch.testing.assert_close(found.value, expected[:, :2], rtol=1e-4, atol=1e-5)
-    with pytest.raises(CoterieError, match=r"Transformer2DModel\.norm_type: 'layer_norm'"):
-        load_noise_ranges(saved(network, tmp_path, norm_type="layer_norm"))
+OLDER = {"num_attention_heads": 2, "attention_head_dim": 4, "num_layers": 1, "patch_size": 2}
+OLDER |= {"sample_size": SIDE, "in_channels": 2, "out_channels": 4, "num_embeds_ada_norm": 5}
+
+
+def test_A2_networks_under_older_names_are_asked_like_those_of_today(tmp_path: Path) -> None:
+    kind, times = "Transformer2DModel", DDPM.time_input(T)
+    dit = trained(kind, **OLDER, norm_type="ada_norm_zero")
+    text = {"cross_attention_dim": 8, "caption_channels": 8, "attention_bias": True}
+    art = trained(kind, **OLDER, **text, norm_type="ada_norm_single", norm_elementwise_affine=False)
+    more = {"added_cond_kwargs": {"resolution": None, "aspect_ratio": None}}
+    for name, network, cond, given in [
+        ("dit", dit, Condition(label=torch.tensor([1, -1])),
+         {"class_labels": torch.tensor([1, 5])}),
+        ("art", art, Condition(tokens=TOKENS, tokens_mask=MASK),
+         {"encoder_hidden_states": TOKENS, "encoder_attention_mask": MASK, **more}),
+    ]:  # fmt: skip
+        made = DiffusersConfig(path=str(saved(network, tmp_path / name))).build()
+        with torch.no_grad():
+            (expected,) = network(X2, timestep=times, **given, return_dict=False)
+        found = made(X2, T, cond)
+        torch.testing.assert_close(found.value, expected[:, :2], rtol=1e-4, atol=1e-5)
+        assert found.variance is not None
+    other = saved(dit, tmp_path / "dit", norm_type="layer_norm")
+    with pytest.raises(CoterieError, match=r"network: 'Transformer2DModel'"):
+        load_noise_ranges(other)
 
 
 def test_A2_every_class_that_is_served_is_compared_with_its_pipeline() -> None:
@@ -188,4 +200,4 @@ def test_A2_every_class_that_is_served_is_compared_with_its_pipeline() -> None:
     and test_diffusers_slots.py, plain U-Nets in test_diffusers_schedulers.py."""
     elsewhere = {"WanTransformer3DModel", "DiTTransformer2DModel", "UNet2DModel"}
     here = {type(network()).__name__ for _, network, _, _, _ in CASES.values()}
-    assert here | elsewhere | {"Transformer2DModel"} == set(CONVENTIONS)  # a DiT by its older name
+    assert here | elsewhere == set(CONVENTIONS)

@@ -170,6 +170,8 @@ def test_A1_the_index_names_the_class_where_the_file_does_not(tmp_path: Path) ->
     assert process.beta_start == 0.00085  # that class's default, not the usual one
     with pytest.raises(ConfigError, match=r"'DDIMScheduler'.*HeunDiscreteScheduler"):
         read(tmp_path, "DDIMScheduler", index)
+    with pytest.raises(ConfigError, match=r"scheduler: 'mine'.*other code"):
+        read(tmp_path, "DDIMScheduler", {"scheduler": ["mine", "DDIMScheduler"]})
 
 
 @pytest.mark.parametrize(

@@ -67,7 +67,12 @@ def _split(network: Any, vector: Tensor, pooled: int, count: int, what: str) -> 
     if vector.dim() != 2 or vector.shape[1] != pooled + count:
         allowed = f"[B, {pooled + count}]: {what}"
         raise DataError(describe("cond.vector", tuple(vector.shape), allowed))
-    return [vector[:, :pooled].to(network.dtype), vector[:, pooled:]]
+    text, numbers = vector[:, :pooled], vector[:, pooled:]
+    if count and not bool((numbers[:, 0] > 0).all()):
+        hint = "a null form that keeps them: Condition(null={'vector': ...})"
+        allowed = f"a number above 0 in column {pooled}: {what}"
+        raise DataError(describe("cond.vector", float(numbers[:, 0].min()), allowed, hint))
+    return [text.to(network.dtype), numbers]
 
 
 def _pooled_and_ids(network: Any, vector: Tensor) -> dict[str, Any]:
@@ -134,9 +139,6 @@ CONVENTIONS: dict[str, Convention] = {
     "SanaTransformer2DModel": Convention(
         mask="encoder_attention_mask", only={"guidance_embeds": (False, None)}
     ),
-    "Transformer2DModel": Convention(
-        tokens=False, classes=True, only={"norm_type": ("ada_norm_zero",)}
-    ),
     "UNet2DConditionModel": Convention(
         mask="encoder_attention_mask",
         vector=_of_unet,
@@ -151,6 +153,13 @@ CONVENTIONS: dict[str, Convention] = {
     "UNet2DModel": Convention(tokens=False, vector=_of_unet, only=POSITIONAL),
     "WanTransformer3DModel": Convention(only={"image_dim": (None,), "added_kv_proj_dim": (None,)}),
 }
+OLDER_NAMES = {
+    ("Transformer2DModel", "ada_norm_zero"): "DiTTransformer2DModel",
+    ("Transformer2DModel", "ada_norm_single"): "PixArtTransformer2DModel",
+}
+"""(class, its ``norm_type``) -> what diffusers calls such a network now."""
+CHANNELS_FIRST = names("MarigoldDepth MarigoldIntrinsics MarigoldNormals", "Pipeline")
+"""Pipelines whose network reads the condition's channels before x: its class does not say so."""
 SAID = names(
     """self hidden_states sample timestep encoder_hidden_states encoder_attention_mask class_labels
     return_dict attention_mask attention_kwargs cross_attention_kwargs joint_attention_kwargs"""
@@ -165,7 +174,7 @@ def convention_of(network: nn.Module) -> Convention:
 
 def convention_for(kind: type[Any], config: Mapping[str, Any]) -> Convention:
     """:func:`convention_of` the network that ``config`` describes, before it is made."""
-    found = CONVENTIONS.get(kind.__name__)
+    found = CONVENTIONS.get(known_as(kind.__name__, config))
     if found is None:
         others = set(inspect.signature(kind.forward).parameters) - SAID
         hint = f"it is also told {', '.join(sorted(others))}" if others else "its time is not known"
@@ -177,6 +186,11 @@ def convention_for(kind: type[Any], config: Mapping[str, Any]) -> Convention:
             hint = "no condition here holds what it would be told"
             raise ConfigError(describe(f"{kind.__name__}.{name}", value, allowed, hint))
     return found
+
+
+def known_as(kind: str, config: Mapping[str, Any]) -> str:
+    """The class whose conventions hold for networks of class ``kind`` with this configuration."""
+    return OLDER_NAMES.get((kind, str(config.get("norm_type"))), kind)
 
 
 def labels_of(network: Any) -> Literal["", "class", "number", "vector"]:

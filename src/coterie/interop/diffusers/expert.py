@@ -25,7 +25,7 @@ from coterie.core.prediction import Condition, View
 from coterie.core.registry import Part
 from coterie.core.tensors import read_tensors
 from coterie.denoiser import MODELS
-from coterie.interop.diffusers.conventions import CONVENTIONS, convention_of, labels_of
+from coterie.interop.diffusers.conventions import CONVENTIONS, convention_of, known_as, labels_of
 from coterie.interop.diffusers.pipeline import (
     INDEX,
     DiffusersDenoiser,
@@ -168,7 +168,7 @@ def _facts(config: dict[str, Any]) -> NetworkFacts:
     channels = min(reads, answers) if reads and answers else reads
     sides = (size, size) if isinstance(size, int) else tuple(size or ())
     shape = (int(channels), *map(int, sides)) if channels and sides else None
-    how = CONVENTIONS.get(kind)
+    how = CONVENTIONS.get(known_as(kind, config))
     classes = config.get("num_class_embeds") or 0
     if how is not None and how.classes:
         classes = config.get("num_embeds_ada_norm") or 0

@@ -28,6 +28,7 @@ from coterie.core.tensors import copy_tensors, require_finite
 from coterie.ensembles import LoadedMembers, Loader, MemberFacts, NoiseRanges, NoiseRangesConfig
 from coterie.ensembles.blueprint import Blueprint
 from coterie.interop.diffusers.conventions import (
+    CHANNELS_FIRST,
     ask,
     convention_for,
     convention_of,
@@ -153,6 +154,12 @@ def _networks(folder: Path, index: Mapping[str, Any]) -> list[str]:
     if index.get("expand_timesteps"):
         hint = "a time per token is no noise level of the sample"
         raise ConfigError(describe(f"{folder / INDEX}: expand_timesteps", True, "false", hint))
+    if str(index.get("_class_name")) in CHANNELS_FIRST:
+        hint = "its network reads the condition before x"
+        allowed = "pipelines that put channels of a condition behind x"
+        raise ConfigError(
+            describe(f"{folder / INDEX}: _class_name", index["_class_name"], allowed, hint)
+        )
     given = {
         name
         for name, value in index.items()
@@ -193,7 +200,10 @@ def _config(folder: Path, name: str, stored: Any) -> dict[str, Any]:
 
 
 def read_network(folder: Path, config: Mapping[str, Any]) -> nn.Module:
-    """A network of diffusers with the weights in ``folder``, as stored, in eval mode."""
+    """A network of diffusers with the weights in ``folder``, as stored, in eval mode; without them
+    where models are made without memory."""
+    if torch.get_default_device().type == "meta":
+        return new_network(config).eval()
     blueprint, files = _blueprint(config), network_files(folder)
     return blueprint.make(_weights(files, blueprint), str(files[0]))
 

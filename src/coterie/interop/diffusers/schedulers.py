@@ -84,7 +84,8 @@ def scheduler_process(folder: Path, index: Mapping[str, Any]) -> tuple[Part, Vie
     known = ON_A_GRID | FLOWS
     if not isinstance(kind, str) or kind not in known:
         raise ConfigError(unknown(f"{path}: _class_name", kind, known))
-    made = Scheduler(path, kind, facts).process()
+    with torch.device("cpu"):  # numbers, also where a model is built without memory
+        made = Scheduler(path, kind, facts).process()
     if named is not None and named != kind:
         hint = f"model_index.json says {named}"
         raise ConfigError(describe(f"{path}: _class_name", kind, "one class in both files", hint))
@@ -94,7 +95,12 @@ def scheduler_process(folder: Path, index: Mapping[str, Any]) -> tuple[Part, Vie
 def _named(index: Mapping[str, Any]) -> Any:
     """The class of the scheduler that the pipeline's index names; None if it names none."""
     stored = index.get("scheduler")
-    return stored[1] if isinstance(stored, list) and len(stored) == 2 else None
+    if not isinstance(stored, list) or len(stored) != 2:
+        return None
+    if stored[0] not in (None, "diffusers"):
+        hint = "schedulers of other code are not run"
+        raise ConfigError(describe("model_index.json: scheduler", stored[0], "diffusers", hint))
+    return stored[1]
 
 
 class Scheduler:
