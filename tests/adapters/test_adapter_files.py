@@ -113,9 +113,10 @@ def of_weights(change: Callable[[dict[str, torch.Tensor]], Any], header: Any = N
     def apply(folder: Path) -> None:
         path = folder / "adapter_model.safetensors"
         tensors = load_file(path)
-        told = read_header(path)
+        told = json.loads(read_header(path).get("coterie", "{}"))
+        told.pop("sha256", None)  # as another library would write it
         change(tensors)
-        save_file(tensors, path, {**told, **(header or {})})
+        save_file(tensors, path, {"coterie": json.dumps(told), **(header or {})})
 
     return apply
 

@@ -373,10 +373,11 @@ def test_one_copy_of_a_module_answers_at_a_time() -> None:
     merge(net)
 
 
-def test_peft_has_no_word_for_copies(tmp_path: Path) -> None:
+def test_peft_has_no_word_for_kernels(tmp_path: Path) -> None:
+    """For biases and copies it has: tests/adapters/test_peft_files.py."""
     net = Normed()
-    attach(net, "a", COPIED)
-    with pytest.raises(ConfigError, match=r"a: biases: \('conv',\) .*one rank, and rows of tables"):
+    attach(net, "a", COPIED.replace(conv="kernel"))
+    with pytest.raises(ConfigError, match=r"a: conv: 'kernel' .*a convolution to r channels"):
         save_adapter(net, "a", tmp_path / "peft")
     with pytest.raises(ConfigError, match=r"basis: 'conv kernel, narrow refuse'"):
         LoraConfig.from_dict({"basis": {}, "conv": "kernel"})

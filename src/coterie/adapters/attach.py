@@ -12,7 +12,6 @@ adapted network holds its adapters alone.
 
 from __future__ import annotations
 
-import hashlib
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -39,7 +38,7 @@ from coterie.adapters.layers import (
 from coterie.adapters.reach import await_reach, check_reach, left_out
 from coterie.adapters.stacks import Stacks, lend, stacked, take_back
 from coterie.core.errors import ConfigError, describe, unknown
-from coterie.core.tensors import borrow, tensors_of
+from coterie.core.tensors import borrow, tensors_digest, tensors_of
 
 Parts = dict[str, Part]
 
@@ -99,6 +98,9 @@ def _made(modules: Mapping[str, nn.Module], config: LoraConfig) -> Parts:
     layers = set(named(modules, config.targets, "targets", fits)) - set(copies)
     tables = set(named(modules, config.embeddings, "embeddings", _is_table)) - set(copies)
     stacks = named_stacks(modules, config.experts)
+    among = {path: modules[path] for path in modules if path in layers}
+    named(among, config.ranks, "ranks", fits)
+    named(among, config.alphas, "alphas", fits)
     made: Parts = {}
     for path, module in modules.items():
         if path in copies:
@@ -216,12 +218,7 @@ def base_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 def base_digest(model: nn.Module) -> str:
     """SHA-256 of :func:`base_tensors`: names, types, shapes, values."""
-    hasher = hashlib.sha256()
-    for name, value in base_tensors(model).items():
-        data = value.detach().cpu().contiguous()
-        hasher.update(f"{name} {data.dtype} {tuple(data.shape)} ".encode())
-        hasher.update(data.reshape(-1).view(torch.uint8).numpy().tobytes())
-    return hasher.hexdigest()
+    return tensors_digest(base_tensors(model))
 
 
 def weigh(model: nn.Module, weights: Mapping[str, Gain]) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from fnmatch import fnmatchcase
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
@@ -30,6 +32,9 @@ class LoraConfig(Config):
     ``experts``: stacks of maps [E, out, in] (patterns of parameter paths, such as ``*.pool.*``), of
     which each expert gets factors of its own. They are no modules, so ``targets`` cannot name them.
 
+    ``ranks`` and ``alphas``: modules among the targets (patterns) that have another rank or alpha;
+    the first pattern that fits holds.
+
     ``biases``: modules whose biases are trained along. ``copies``: modules of which the adapter has
     its own, starting as they are and trained whole: a batch norm with its statistics, or, with
     ``*``, all of the network. On or off, and only one copy of a module at a time.
@@ -39,6 +44,8 @@ class LoraConfig(Config):
     rank: PositiveInt = 4
     alpha: float | None = Field(None, gt=0)  # None: rank, so that scale is 1
     rank_scaling: bool = False  # divide alpha by sqrt(rank) instead of rank (arXiv:2312.03732)
+    ranks: dict[str, PositiveInt] = Field(default_factory=dict)
+    alphas: dict[str, Annotated[float, Field(gt=0)]] = Field(default_factory=dict)
     basis: BasisConfig | None = None
     embeddings: tuple[str, ...] = ()
     rows: tuple[NonNegativeInt, ...] = ()
@@ -63,12 +70,31 @@ class LoraConfig(Config):
             hint = "a basis has slots of one rank in the space of a module's inputs"
             found = f"conv {self.conv}, narrow {self.narrow}"
             raise ConfigError(describe("basis", found, "conv channels, narrow refuse", hint))
+        if self.basis is not None and self.ranks:
+            hint = "the slots of a basis are of one rank"
+            raise ConfigError(describe("ranks", self.ranks, "none with a basis", hint))
         return self
 
     @property
     def scale(self) -> float:
-        alpha = self.rank if self.alpha is None else self.alpha
-        return alpha / (math.sqrt(self.rank) if self.rank_scaling else self.rank)
+        """Of a module without a rank or alpha of its own."""
+        return self._scale(self.rank, self.alpha)
+
+    def rank_of(self, path: str) -> int:
+        """The rank that is wanted in the module at ``path``."""
+        rank: int = _first(self.ranks, path, self.rank)
+        return rank
+
+    def scale_of(self, path: str) -> float:
+        return self._scale(self.rank_of(path), _first(self.alphas, path, self.alpha))
+
+    def _scale(self, rank: int, alpha: float | None) -> float:
+        return (rank if alpha is None else alpha) / (math.sqrt(rank) if self.rank_scaling else rank)
+
+
+def _first(patterns: Mapping[str, Any], path: str, otherwise: Any) -> Any:
+    found = (value for pattern, value in patterns.items() if fnmatchcase(path, pattern))
+    return next(found, otherwise)
 
 
 class AdapterConfig(Config):

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,29 +21,33 @@ from torch import Tensor, nn
 
 from coterie.adapters.attach import Parts, adapters_of, attach, own_modules
 from coterie.adapters.config import LoraConfig
-from coterie.adapters.layers import LowRank, Rows, fits
+from coterie.adapters.layers import Copy, LowRank, Rows, Shift, fits, own_state
+from coterie.adapters.peft import (
+    PEFT,
+    STACKED,
+    check_words,
+    patterned,
+    rows_of,
+    saved_whole,
+    words,
+)
 from coterie.adapters.stacks import Stacks, stacked
 from coterie.core.errors import CheckpointError, ConfigError, describe, unknown
 from coterie.core.folder import atomic_folder, canonical
 from coterie.core.json_reader import parse_json, read_object
-from coterie.core.tensors import read_tensors, require_finite, write_tensors
+from coterie.core.tensors import read_tensors, require_finite, tensors_digest, write_tensors
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
-PEFT, STACKED = "LORA", "LORA_EXPERTS"
 DOWN_E, UP_E = "experts_A", "experts_B"
 DOWN, UP, TOKENS = "lora_A.weight", "lora_B.weight", "token_adapter.trainable_tokens_delta"
-REFUSED = (
-    *("use_dora", "fan_in_fan_out", "modules_to_save", "rank_pattern", "alpha_pattern"),
-    *("lora_bias", "layer_replication", "use_bdlora", "use_qalora", "target_parameters"),
-    *("arrow_config", "alora_invocation_tokens"),
-)
-"""Options of PEFT that change the function or the layout in ways these adapters do not have."""
+BIAS, OWN_BIAS = "bias", "base_layer.bias"
 
 
 @dataclass(frozen=True, eq=False)
 class AdapterFile:
-    """A folder as it was read: factors by path in PEFT's shapes, and the new values of rows."""
+    """A folder as it was read: factors by path in PEFT's shapes, and the new values of rows, of
+    biases and of whole modules."""
 
     path: Path
     config: LoraConfig
@@ -50,6 +55,8 @@ class AdapterFile:
     factors: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     tables: dict[str, Tensor] = field(default_factory=dict)
     stacks: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    biases: dict[str, Tensor] = field(default_factory=dict)
+    copies: dict[str, dict[str, Tensor]] = field(default_factory=dict)
 
 
 def save_adapter(
@@ -66,6 +73,13 @@ def save_adapter(
         if isinstance(part, LowRank):
             down, up = part.factors()
             tensors[f"{PREFIX}{path}.{DOWN}"], tensors[f"{PREFIX}{path}.{UP}"] = down, up
+            if part.shift is not None:
+                tensors[f"{PREFIX}{path}.{OWN_BIAS}"] = _bias(modules[path]) + part.shift
+        elif isinstance(part, Shift):
+            tensors[f"{PREFIX}{path}.{BIAS}"] = _bias(modules[path]) + part.change
+        elif isinstance(part, Copy):
+            for own, value in own_state(part.own).items():
+                tensors[f"{PREFIX}{path}.{own}"] = value
         elif isinstance(part, Stacks):
             for own in part.names:
                 tensors[f"{PREFIX}{path}.{own}.{DOWN_E}"] = part.down[own]
@@ -76,55 +90,43 @@ def save_adapter(
             tensors[f"{PREFIX}{path}.{TOKENS}"] = table.weight[list(part.rows)] + part.change
     require_finite(tensors, f"adapter {name}")
     with atomic_folder(folder, overwrite=overwrite) as work:
-        write_tensors(work / WEIGHTS, tensors, _header(parts))
-        (work / CONFIG).write_text(canonical(_peft(parts, base)), encoding="utf-8")
+        write_tensors(work / WEIGHTS, tensors, _header(parts, tensors))
+        (work / CONFIG).write_text(canonical(words(parts, base)), encoding="utf-8")
     return folder
 
 
 def _require_plain(name: str, parts: Parts) -> None:
     """ConfigError where PEFT's layout has no word for what the adapter is."""
     config = next(iter(parts.values())).config
-    ranks = {part.rank for part in parts.values() if isinstance(part, LowRank)}
-    for part in parts.values():
-        ranks |= part.ranks() if isinstance(part, Stacks) else set()
-    extras: dict[str, object] = {"biases": config.biases, "copies": config.copies}
-    extras["conv"] = "" if config.conv == "channels" else config.conv
-    extras["narrow"] = "" if len(ranks) < 2 else config.narrow
-    for option, value in extras.items():
+    ranks = {rank for part in parts.values() if isinstance(part, Stacks) for rank in part.ranks()}
+    copies = [path for path, part in parts.items() if isinstance(part, Copy)]
+    # A module is named by the end of its path there.
+    also = [path for path in parts for end in copies if path not in copies and path.endswith(end)]
+    for option, value, hint in (
+        ("conv", "" if config.conv == "channels" else config.conv, "a convolution to r channels"),
+        ("narrow", "" if len(ranks) < 2 else config.narrow, "stacked experts are of one rank"),
+        ("copies", also, "their names end as those of other modules of the adapter"),
+    ):
         if value:
-            hint = "a file of this layout holds low-rank maps of one rank, and rows of tables"
             raise ConfigError(describe(f"{name}: {option}", value, "the default", hint))
 
 
-def _header(parts: Parts) -> dict[str, str]:
+def _bias(module: nn.Module) -> Tensor:
+    assert isinstance(module.bias, Tensor)
+    return module.bias.detach()
+
+
+def _header(parts: Parts, tensors: dict[str, Tensor]) -> dict[str, str]:
+    """With a hash of the weights, which the format has none of."""
     config = next(iter(parts.values())).config
-    if config.basis is None:
-        return {"format": "pt"}
-    told = {"basis": config.basis.model_dump(mode="json"), "basis_hash": config.basis.hash}
+    told: dict[str, Any] = {"sha256": _digest(tensors)}
+    if config.basis is not None:
+        told |= {"basis": config.basis.model_dump(mode="json"), "basis_hash": config.basis.hash}
     return {"format": "pt", "coterie": json.dumps(told, sort_keys=True)}
 
 
-def _peft(parts: Parts, base: str) -> dict[str, Any]:
-    config = next(iter(parts.values())).config
-    rows = {path: list(part.rows) for path, part in parts.items() if isinstance(part, Rows)}
-    stacks = {p: part.names for p, part in parts.items() if isinstance(part, Stacks)}
-    experts = sorted(f"{path}.{name}" for path, names in stacks.items() for name in names)
-    return {
-        "peft_type": STACKED if experts else PEFT,
-        "base_model_name_or_path": base or None,
-        "task_type": None,
-        "inference_mode": True,
-        "r": config.rank,
-        "lora_alpha": config.rank if config.alpha is None else config.alpha,
-        "use_rslora": config.rank_scaling,
-        "lora_dropout": 0.0,
-        "bias": "none",
-        "fan_in_fan_out": False,
-        "init_lora_weights": True,
-        "target_modules": sorted(p for p in parts if p not in rows and p not in stacks),
-        **({"target_experts": experts} if experts else {}),
-        "trainable_token_indices": rows or None,
-    }
+def _digest(tensors: dict[str, Tensor]) -> str:
+    return tensors_digest({name: tensors[name] for name in sorted(tensors)})
 
 
 def read_adapter(folder: str | Path) -> AdapterFile:
@@ -132,27 +134,23 @@ def read_adapter(folder: str | Path) -> AdapterFile:
     weights that are not finite."""
     folder = Path(folder)
     data = read_object(folder / CONFIG, "no adapter configuration")
-    if data.get("peft_type") not in (PEFT, STACKED) or data.get("bias", "none") != "none":
-        found = (data.get("peft_type"), data.get("bias"))
-        raise CheckpointError(describe(f"{folder / CONFIG}: peft_type, bias", found, "LORA, none"))
-    for name in REFUSED:
-        if data.get(name):
-            hint = "adapters here are plain sums of low-rank maps"
-            raise CheckpointError(describe(f"{folder / CONFIG}: {name}", data[name], "none", hint))
+    where, weights = str(folder / CONFIG), str(folder / WEIGHTS)
+    check_words(data, where)
     tensors = read_tensors(folder / WEIGHTS)
-    require_finite(tensors, str(folder / WEIGHTS))
-    told = _told(folder / WEIGHTS)
-    factors, tables, stacks = _sorted(tensors, str(folder / WEIGHTS))
+    require_finite(tensors, weights)
+    told, written = _told(folder / WEIGHTS), _digest(tensors)
+    biases, copies = _set_apart(tensors, data)
+    factors, tables, stacks = _sorted(tensors, weights, bool(biases or copies))
     if bool(stacks) != (data["peft_type"] == STACKED):
-        where = f"{folder / CONFIG}: peft_type"
-        raise CheckpointError(describe(where, data["peft_type"], STACKED if stacks else PEFT))
-    rows = data.get("trainable_token_indices") or {}
+        allowed = STACKED if stacks else PEFT
+        raise CheckpointError(describe(f"{where}: peft_type", data["peft_type"], allowed))
+    rows = rows_of(data, tables, where)
     if len({tuple(own) for own in rows.values()}) > 1:
-        where = f"{folder / CONFIG}: trainable_token_indices"
-        raise CheckpointError(describe(where, rows, "the same rows for every table"))
+        name = f"{where}: trainable_token_indices"
+        raise CheckpointError(describe(name, rows, "the same rows for every table"))
     if set(rows) != set(tables):
         allowed = f"those of {CONFIG}: {', '.join(rows) or 'none'}"
-        raise CheckpointError(describe(f"{folder / WEIGHTS}: tables", sorted(tables), allowed))
+        raise CheckpointError(describe(f"{weights}: tables", sorted(tables), allowed))
     try:
         config = LoraConfig.from_dict(
             {
@@ -160,15 +158,22 @@ def read_adapter(folder: str | Path) -> AdapterFile:
                 "experts": sorted(stacks),
                 "rank": data.get("r", 8),
                 "alpha": data.get("lora_alpha", 8),
+                "ranks": patterned(data, "rank_pattern", factors, where),
+                "alphas": patterned(data, "alpha_pattern", factors, where),
                 "rank_scaling": bool(data.get("use_rslora")),
                 "basis": told.get("basis"),
                 "embeddings": sorted(rows),
                 "rows": next(iter(rows.values()), ()),
+                "biases": sorted(biases),
+                "copies": sorted(copies),
             }
         )
     except ConfigError as error:
-        raise CheckpointError(f"{folder / CONFIG}: {error}") from None
-    return AdapterFile(folder, config, str(told.get("basis_hash", "")), factors, tables, stacks)
+        raise CheckpointError(f"{where}: {error}") from None
+    if told.get("sha256", written) != written:
+        raise CheckpointError(f"{weights}: damaged, its SHA-256 does not match")
+    hash_ = str(told.get("basis_hash", ""))
+    return AdapterFile(folder, config, hash_, factors, tables, stacks, biases, copies)
 
 
 def load_adapter(model: nn.Module, name: str, folder: str | Path, weight: float = 1.0) -> Parts:
@@ -181,16 +186,24 @@ def load_adapter(model: nn.Module, name: str, folder: str | Path, weight: float 
         raise CheckpointError(describe(f"{folder}: basis hash", found.basis_hash, basis.hash, hint))
     _check_shapes(model, found)
     parts = attach(model, name, found.config, weight, warn=False)
+    modules = own_modules(model)
     for path, part in parts.items():
         if isinstance(part, LowRank):
             _fill(part, *found.factors[path], f"{folder}: {path}")
+            if part.shift is not None:
+                part.shift.data.copy_(found.biases[path] - _bias(modules[path]))
+        elif isinstance(part, Shift):
+            part.change.data.copy_(found.biases[path] - _bias(modules[path]))
+        elif isinstance(part, Copy):
+            for own, value in own_state(part.own).items():
+                value.data.copy_(found.copies[path][own])
         elif isinstance(part, Stacks):
             for own in part.names:
                 down, up = found.stacks[f"{path}.{own}"]
                 part.down[own].data.copy_(down)
                 part.up[own].data.copy_(up)
         elif isinstance(part, Rows):
-            table = own_modules(model)[path]
+            table = modules[path]
             assert isinstance(table, nn.Embedding)
             old = table.weight.detach()[list(part.rows)]
             part.change.data.copy_(found.tables[path].to(old) - old)
@@ -206,13 +219,13 @@ def _fill(part: LowRank, down: Tensor, up: Tensor, where: str) -> None:
 
 
 def _check_shapes(model: nn.Module, found: AdapterFile) -> None:
-    modules, rank, basis = own_modules(model), found.config.rank, found.config.basis
+    modules, basis = own_modules(model), found.config.basis
     for path, (down, up) in found.factors.items():
         layer = modules.get(path)
         if layer is None or not fits(layer):
             there = [name for name, module in modules.items() if fits(module)]
             raise CheckpointError(unknown(f"{found.path}: module", path, there[:8]))
-        weight = layer.weight
+        weight, rank = layer.weight, found.config.rank_of(path)
         assert isinstance(weight, Tensor)
         ones = (1,) * (weight.dim() - 2)
         wanted = (rank, *weight.shape[1:]), (weight.shape[0], rank, *ones)
@@ -234,6 +247,7 @@ def _check_shapes(model: nn.Module, found: AdapterFile) -> None:
             there = [f"{p}.{n}" for p, m in modules.items() for n in stacked(m)]
             raise CheckpointError(unknown(f"{found.path}: experts", path, there[:8]))
         count, outputs, *rest = modules[owner].get_parameter(stack).shape
+        rank = found.config.rank
         wanted = (count, rank, math.prod(rest)), (count, outputs, rank)
         if (tuple(down.shape), tuple(up.shape)) != wanted:
             shapes = tuple(down.shape), tuple(up.shape)
@@ -244,12 +258,51 @@ def _check_shapes(model: nn.Module, found: AdapterFile) -> None:
         if not isinstance(table, nn.Embedding) or tuple(values.shape) != wanted_rows:
             allowed = f"rows {found.config.rows} of an embedding of the model"
             raise CheckpointError(describe(f"{found.path}: {path}", tuple(values.shape), allowed))
+        tied = [p for p, m in modules.items() if m is not table and _weight(m) is table.weight]
+        if tied:
+            hint = "its rows would change there too, which an adapter here does not do"
+            what = f"{found.path}: {path}"
+            raise CheckpointError(describe(what, f"tied to {tied[0]}", "a table of its own", hint))
+    for path, bias in found.biases.items():
+        own_bias = getattr(modules.get(path), "bias", None)
+        if not isinstance(own_bias, Tensor) or own_bias.shape != bias.shape:
+            allowed = "the bias of a module of the model"
+            raise CheckpointError(describe(f"{found.path}: {path}", tuple(bias.shape), allowed))
+    for path, whole in found.copies.items():
+        given = {name: tuple(value.shape) for name, value in whole.items()}
+        module = modules.get(path, nn.Module())
+        here = {name: tuple(value.shape) for name, value in own_state(module).items()}
+        if given != here:
+            raise CheckpointError(describe(f"{found.path}: {path}", given, str(here)))
+
+
+def _weight(module: nn.Module) -> object:
+    return module._parameters.get("weight")
 
 
 Pairs = dict[str, tuple[Tensor, Tensor]]
 
 
-def _sorted(tensors: dict[str, Tensor], where: str) -> tuple[Pairs, dict[str, Tensor], Pairs]:
+def _set_apart(
+    tensors: dict[str, Tensor], data: Mapping[str, Any]
+) -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]]]:
+    """Biases and whole modules by path, taken out of ``tensors``."""
+    biases: dict[str, Tensor] = {}
+    copies: dict[str, dict[str, Tensor]] = {}
+    for key in list(tensors):
+        path, _, own = key.removeprefix(PREFIX).rpartition(".")
+        if not key.startswith(PREFIX) or "lora_" in key:
+            continue
+        if saved_whole(data, path):
+            copies.setdefault(path, {})[own] = tensors.pop(key)
+        elif own == BIAS and data.get("bias", "none") != "none":
+            biases[path.removesuffix(".base_layer")] = tensors.pop(key)
+    return biases, copies
+
+
+def _sorted(
+    tensors: dict[str, Tensor], where: str, others: bool
+) -> tuple[Pairs, dict[str, Tensor], Pairs]:
     """Factors by path, rows by path, and factors of stacked experts by the parameter's path."""
     found: dict[str, dict[str, Tensor]] = {end: {} for end in (DOWN, UP, TOKENS, DOWN_E, UP_E)}
     for key, value in tensors.items():
@@ -262,7 +315,7 @@ def _sorted(tensors: dict[str, Tensor], where: str) -> tuple[Pairs, dict[str, Te
     tables = found[TOKENS]
     for down, up in ((DOWN, UP), (DOWN_E, UP_E)):
         lonely = sorted(found[down].keys() ^ found[up].keys())
-        if lonely or not any(found.values()):
+        if lonely or not (others or any(found.values())):
             raise CheckpointError(
                 describe(f"{where}: modules", lonely, f"{down} and {up} for each")
             )

@@ -44,6 +44,7 @@ class LowRank(nn.Module):
         self.config = config
         self.shape = tuple(layer.weight.shape)
         self.rank = _rank(config, self.shape, path)
+        self.scale = config.scale_of(path)
         side = self.shape[2] if config.conv == "kernel" and len(self.shape) > 2 else 1
         outputs, inputs = self.shape[0] * side, math.prod(self.shape[1:]) // side
         rank, basis = self.rank * side, config.basis
@@ -79,10 +80,6 @@ class LowRank(nn.Module):
             made = torch.einsum("or,br...->bo...", self.up, hidden) * self.scale
         return made if self.shift is None else made + along(layer, self.shift, y)
 
-    @property
-    def scale(self) -> float:
-        return self.config.scale
-
     def delta(self) -> Tensor:
         """dW f32, of the weight's shape."""
         return (self.scale * self.up.float() @ self.down.float()).reshape(self.shape)
@@ -101,12 +98,13 @@ class LowRank(nn.Module):
 def _rank(config: LoraConfig, shape: tuple[int, ...], path: str) -> int:
     """The rank in a module; ConfigError where it is too narrow and ``config`` says so."""
     outputs, inputs = shape[0], math.prod(shape[1:] if config.conv == "channels" else shape[1:2])
-    if config.rank <= min(inputs, outputs):
-        return config.rank
+    rank = config.rank_of(path)
+    if rank <= min(inputs, outputs):
+        return rank
     if config.narrow == "lower":
         return min(inputs, outputs)
     hint = f"{path} maps {inputs} to {outputs}; leave it out of targets, or lower the rank"
-    raise ConfigError(describe("rank", config.rank, f"1..{min(inputs, outputs)}", hint))
+    raise ConfigError(describe("rank", rank, f"1..{min(inputs, outputs)}", hint))
 
 
 def along(layer: nn.Module, values: Tensor, y: Tensor) -> Tensor:

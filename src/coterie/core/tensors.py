@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -96,6 +97,16 @@ def require_finite(values: Mapping[str, Tensor], where: str) -> None:
     for name, value in values.items():
         if value.is_floating_point() and not bool(torch.isfinite(value).all()):
             raise CheckpointError(f"{where}: {name} holds NaN or infinity")
+
+
+def tensors_digest(values: Mapping[str, Tensor]) -> str:
+    """SHA-256 of names, types, shapes and values, in their order."""
+    hasher = hashlib.sha256()
+    for name, value in values.items():
+        data = value.detach().cpu().contiguous()
+        hasher.update(f"{name} {data.dtype} {tuple(data.shape)} ".encode())
+        hasher.update(data.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return hasher.hexdigest()
 
 
 def write_tensors(
