@@ -153,8 +153,15 @@ class Outcomes:
         wrong = self.tried - self.counts["refused"] - self.counts["worked"]
         assert self.tried and not wrong, self.report()
 
-    def write(self) -> Path | None:
-        """``results/fuzz/NAME.json``, in a long run only."""
+    def absorb(self, other: Outcomes) -> dict[str, int]:
+        """Add the counts of a part of this suite; they are returned for a record of it."""
+        self.counts.update(other.counts)
+        self.faults += other.faults[: KEPT - len(self.faults)]
+        self.seeds += other.seeds
+        return {"tried": other.tried, **{name: other.counts[name] for name in COUNTED}}
+
+    def write(self, **more: Any) -> Path | None:
+        """``results/fuzz/NAME.json``, in a long run only; ``more`` is what else to record."""
         if not is_long():
             return None
         path = ROOT / "results" / "fuzz" / f"{self.name}.json"
@@ -163,6 +170,7 @@ class Outcomes:
             "name": self.name,
             "tried": self.tried,
             **{name: self.counts[name] for name in COUNTED},
+            **more,
             "faults": self.faults,
             "seeds": [min(self.seeds, default=0), max(self.seeds, default=0)],
             "seconds": round(time.perf_counter() - self._begin, 1),

@@ -13,12 +13,13 @@ from PIL import Image
 from coterie.core.config import override
 from coterie.core.errors import CoterieError, DataError
 from coterie.core.folder import MANIFEST
-from coterie.data import Subset, build_source
+from coterie.data import SOURCES, Subset, build_source
 from coterie.data.cache import problem, save_array, write_folder
 from coterie.data.listing import DataWarning
 from coterie.data.source import changed, identity
 from coterie.recipes import get_recipe
 from coterie.train import checkpoint
+from coterie.train.islands.partition import PartitionConfig, partition_of
 from coterie.train.run import prepare, start
 
 LITTER = (".git", "__MACOSX", ".ipynb_checkpoints", ".thumbnails", "empty")
@@ -182,6 +183,23 @@ def test_G9_values_of_latents_count(tmp_path: Path) -> None:
     source = build_source({"kind": "latents", "path": str(tmp_path)})
     assert "files or values" in changed(before, identity(source))
     assert identity(Subset(source, [0]))["fingerprint"] == identity(source)["fingerprint"] != ""
+
+
+def test_G9_a_partition_is_of_the_pictures_that_are_there(
+    album: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COTERIE_CACHE", str(album.parent / "cache"))
+    data = SOURCES.parse(
+        {"kind": "image-folder", "path": str(album), "size": 8, "held_out_one_in": 3}
+    )
+    cut = PartitionConfig(islands=2, by="labels")
+    before = partition_of(data, cut)
+    assert partition_of(data, cut).digest == before.digest
+    for name in ("7", "8", "9"):  # as many as before, of other classes
+        (album / "cat" / f"{name}.png").rename(album / "dog" / f"x{name}.png")
+    source, after = data.build("train"), partition_of(data, cut)
+    labels = source.get(np.arange(len(source))).cond.label.numpy()
+    np.testing.assert_array_equal(after.train, labels)
 
 
 def test_G9_cached_arrays_are_hashed(tmp_path: Path) -> None:

@@ -245,7 +245,7 @@ def verify_file(
     if entry is None:
         raise CheckpointError(f"{folder / name}: not listed in {MANIFEST}")
     path = folder / name
-    if not path.resolve().is_relative_to(folder.resolve()) or path.is_symlink():
+    if not _is_inside(path, folder):
         raise CheckpointError(f"{path}: a link; only regular files inside the folder are allowed")
     if not path.is_file():
         raise CheckpointError(f"{path}: missing")
@@ -256,6 +256,13 @@ def verify_file(
     if hashes and file_digest(path) != entry["sha256"]:
         raise CheckpointError(f"{path}: damaged, its SHA-256 does not match")
     return path
+
+
+def _is_inside(path: Path, folder: Path) -> bool:
+    try:
+        return not path.is_symlink() and path.resolve().is_relative_to(folder.resolve())
+    except (OSError, RuntimeError):  # links that lead to each other
+        return False
 
 
 def verify_folder(folder: Path, manifest: Mapping[str, Any]) -> None:

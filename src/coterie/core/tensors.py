@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from coterie.core.errors import CheckpointError
+from coterie.core.files import regular_file
 
 
 def borrow(module: nn.Module, borrowed: bool = True) -> None:
@@ -127,6 +128,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
+    regular_file(path, CheckpointError)
     try:
         return load_file(path)
     except (SafetensorError, OSError, KeyError, ValueError, RuntimeError) as error:
@@ -139,6 +141,7 @@ def copy_tensors(path: Path) -> dict[str, Tensor]:
     tensor at a time, and no more of it than that is held beside the copies."""
     from safetensors import SafetensorError, safe_open
 
+    regular_file(path, CheckpointError)
     try:
         with safe_open(path, framework="pt") as file:
             names = list(file.keys())

@@ -149,7 +149,9 @@ class ActionSource:
         licence: str,
         make_simulator: Callable[[], Simulator] | None = None,
         stride: int = 1,
+        fingerprint: str = "",
     ) -> None:
+        self.fingerprint = fingerprint
         episodes.check(name, len(goal_names))
         self.name, self.licence, self.make_simulator = name, licence, make_simulator
         self.class_names, self.num_classes = tuple(goal_names), len(goal_names)

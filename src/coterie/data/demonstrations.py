@@ -15,7 +15,7 @@ from pydantic import Field
 
 from coterie.core.errors import DataError, describe
 from coterie.data.actions import ActionSource, Array, Demonstrations
-from coterie.data.arrays import check_numbers, read_npz
+from coterie.data.arrays import check_numbers, read_npz, rows_digest
 from coterie.data.source import SOURCES, SourceConfig, SourceInfo, Split, split_rows
 
 NEEDED = ("observations", "actions", "lengths")
@@ -58,6 +58,7 @@ class DemonstrationsConfig(SourceConfig):
             goal_names=[f"goal {index}" for index in range(goals)],
             rest=np.asarray(self.rest or np.zeros(size), np.float32),
             licence=self.info.licence,
+            fingerprint=rows_digest(found.actions, found.lengths),
         )
 
 

@@ -30,6 +30,8 @@ def read_idx(content: bytes) -> np.ndarray:
     if len(content) < 4 or content[:3] != b"\x00\x00\x08":
         raise DataError("IDX file: wrong magic number; allowed: unsigned bytes (00 00 08)")
     start = 4 + 4 * content[3]
+    if len(content) < start:
+        raise DataError(f"IDX file: {len(content)} bytes, cut off within its header of {start}")
     shape = tuple(int(side) for side in np.frombuffer(content[4:start], dtype=">u4"))
     if len(content) - start != math.prod(shape):
         raise DataError(f"IDX file: {len(content) - start} bytes do not fill shape {shape}")

@@ -50,7 +50,10 @@ FIELDS = (
 
 def read_table(content: bytes, name: str, columns: int) -> list[list[str]]:
     """Rows of a tab-separated file below its header; DataError names a line of another form."""
-    rows = [line.split("\t") for line in content.decode("utf-8").splitlines()[1:]]
+    try:
+        rows = [line.split("\t") for line in content.decode("utf-8").splitlines()[1:]]
+    except UnicodeDecodeError as error:
+        raise DataError(f"{name}: not UTF-8 text ({error.reason} at byte {error.start})") from None
     for number, row in enumerate(rows, start=2):
         if len(row) != columns:
             raise DataError(f"{name} line {number}: {len(row)} columns; allowed: {columns}")

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from coterie.core.batch import Batch, Source
 from coterie.core.errors import CheckpointError, DataError, describe
-from coterie.core.folder import atomic_folder, read_manifest, seal, verify_file
+from coterie.core.folder import atomic_folder, digest, read_manifest, seal, verify_file
 from coterie.core.prediction import Condition
 from coterie.core.tensors import read_tensors, write_tensors
 from coterie.data.source import SOURCES, SPLITS, SourceConfig, SourceInfo, Split, as_rows
@@ -104,6 +104,7 @@ class ShardSource:
         self.shape = tuple(header["shape"])
         self.class_names = tuple(header["class_names"])
         self.num_classes, self.licence = len(self.class_names), str(header["licence"])
+        self.fingerprint = digest(header["files"])
 
     def __len__(self) -> int:
         return len(self._tensors["ids"])

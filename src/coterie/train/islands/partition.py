@@ -29,7 +29,7 @@ from coterie.core.registry import Part
 from coterie.core.rng import numpy_generator
 from coterie.data import Compaction, Partition, kmeans_partition, order, shards_of
 from coterie.data.cache import cache_root, locked, open_array, problem, save_array, write_folder
-from coterie.data.source import SPLITS, Split
+from coterie.data.source import SPLITS, Split, identity
 
 ARRAYS = ("centers", "groups", "mean", "axes")
 READ = 512  # samples read at a time
@@ -104,8 +104,10 @@ def copy_partition(data: Part, config: PartitionConfig, target: Path) -> Islands
 
 
 def _drawn(data: Part, config: PartitionConfig) -> Path:
-    """The folder in the cache; a second process waits for the first to draw it."""
-    key = digest([data.model_dump(mode="json"), config.model_dump(mode="json")])
+    """The folder in the cache, of these very samples: pictures may have changed under their path.
+    A second process waits for the first to draw it."""
+    seen = [identity(data.build(split=split)) for split in SPLITS]
+    key = digest([data.model_dump(mode="json"), config.model_dump(mode="json"), seen])
     folder = cache_root() / "partitions" / f"{data.kind}-{key[:32]}"
     with locked(folder.with_suffix(".lock")):
         if problem(folder, deep=True) is not None:

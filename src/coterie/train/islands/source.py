@@ -102,6 +102,7 @@ class Placed:
         self.name, self.modality, self.shape = source.name, source.modality, source.shape
         self.num_classes, self.class_names = source.num_classes, source.class_names
         self.licence = source.licence
+        self.fingerprint = str(getattr(source, "fingerprint", ""))
         self.task_names = tuple(f"island {index}" for index in range(islands.config.islands))
 
     def __len__(self) -> int:
