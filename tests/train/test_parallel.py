@@ -289,7 +289,7 @@ def test_a_process_that_hangs_is_named(tmp_path, monkeypatch, how):
     fake(monkeypatch, HANGS[how])
     begin = time.monotonic()
     with pytest.raises(Hung, match=r"process 1 of 3 did not answer for 1 s") as error:
-        launch(config(), tmp_path / "run", ParallelConfig(data=3), timeout=1.0)
+        launch(config(train__batch=12), tmp_path / "run", ParallelConfig(data=3), timeout=1.0)
     assert error.value.exit_code == 124
     assert time.monotonic() - begin < 11
     assert_nobody_is_left(tmp_path / "run")

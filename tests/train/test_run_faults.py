@@ -19,8 +19,9 @@ from toy_training import ToyModel, ToyObjective, ToySource, toy_config
 from coterie.core.errors import CheckpointError, ConfigError, TrainingError
 from coterie.core.folder import FolderWarning
 from coterie.hub import save_pretrained
-from coterie.train import RunDir, Trainer, checkpoint, load_weights
+from coterie.train import RunDir, Trainer, checkpoint, load_weights, store
 from coterie.train import run as run_module
+from coterie.train.checkpoint import CheckpointWarning
 from coterie.train.report import report_run
 from coterie.train.run import load_run, start
 from coterie.train.samples import sample_run
@@ -227,3 +228,20 @@ def test_H_system_files_in_a_checkpoint_do_not_damage_it(tmp_path: Path) -> None
     (newest / ".DS_Store").write_bytes(b"x")
     with pytest.warns(FolderWarning, match=r"\.DS_Store: ignored"):
         assert load_weights(path, ToyModel(), "model").step == 4
+
+
+def test_H_a_resumed_run_says_that_other_code_computes_its_experts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = finished("dit-moe", tmp_path / "run", train__steps=2)
+    newest = checkpoint.latest(run)
+    assert newest is not None
+    told = checkpoint.load(newest).scalars[store.OPERATOR]
+    assert told == store.build.library().line()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        start(short("dit-moe", train__steps=2), run, progress=False)
+    other = store.build.Library(None, "off: no C compiler found")
+    monkeypatch.setattr(store.build, "library", lambda: other)
+    with pytest.warns(CheckpointWarning, match=r"was compiled by .*; here it is off: no C comp"):
+        store._say_other_operator(newest, told)

@@ -33,6 +33,9 @@ from coterie.cli.overrides import ANY_FLAG, run_and_config, takes_paths
     show_default=True,
     help="Seconds a process may keep the others waiting.",
 )
+@click.option(
+    "--oversubscribe", is_flag=True, help="Start more processes than the cores can serve."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.option("-q", "--quiet", is_flag=True, help="No progress bar.")
 @click.pass_context
@@ -45,6 +48,7 @@ def command(
     parallel: str | None,
     restarts: int,
     timeout: float,
+    oversubscribe: bool,
     as_json: bool,
     quiet: bool,
 ) -> None:
@@ -68,7 +72,7 @@ def command(
     if dry_run:
         from coterie.cli.size import projection
 
-        planned = projection(config)
+        planned = {**projection(config), **_started(config, parallel, oversubscribe)}
         say_json(planned) if as_json else say(facts(planned))
         return
     run = out or folder
@@ -76,7 +80,7 @@ def command(
         from coterie.train.run import start
 
         start(config, run, progress=not quiet)
-    elif not _in_processes(config, run, parallel, restarts, timeout, quiet):
+    elif not _in_processes(config, run, parallel, restarts, timeout, oversubscribe, quiet):
         return
     if as_json:
         say_json({"run": run})
@@ -86,8 +90,23 @@ def command(
     say(f"        coterie report {run}")
 
 
+def _started(config: Any, degrees: str | None, oversubscribe: bool) -> dict[str, int]:
+    """What --parallel would start; refused as it would be."""
+    if degrees is None:
+        return {}
+    from coterie.train.parallel import ParallelConfig, planned
+
+    return planned(config, ParallelConfig.parse(degrees), oversubscribe)
+
+
 def _in_processes(
-    config: Any, run: Path, degrees: str, restarts: int, timeout: float, quiet: bool
+    config: Any,
+    run: Path,
+    degrees: str,
+    restarts: int,
+    timeout: float,
+    oversubscribe: bool,
+    quiet: bool,
 ) -> bool:
     """Train in several processes, of which this starts all or is one; whether it is to report."""
     from coterie.train.parallel import ParallelConfig, Spread, joined, launch, launched
@@ -100,6 +119,6 @@ def _in_processes(
             return processes.rank == 0
     launch(
         config, run, parallel, progress=not quiet, restarts=restarts, timeout=timeout,
-        say=note,
+        oversubscribe=oversubscribe, say=note,
     )  # fmt: skip
     return True

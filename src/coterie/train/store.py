@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from coterie.core.errors import DataError
 from coterie.data.source import changed, identity
+from coterie.experts.dispatch.native import build
 from coterie.train import checkpoint
 from coterie.train.another_try import is_bad, take_advice
 from coterie.train.config import TrainConfig
 from coterie.train.placement import ALONE, Placement
 from coterie.train.rundir import RunDir
 from coterie.train.state import Parts, capture, restore
+
+OPERATOR = "experts_operator"
+"""Name of what a checkpoint says of the machine's code for experts."""
 
 
 class RunStore:
@@ -65,6 +70,7 @@ class RunStore:
         state = self.placement.part(found.state)
         restore(self.parts, state, found.scalars["ema_updates"], str(found.path))
         self._last = (found.step, found.path)
+        _say_other_operator(found.path, str(found.scalars.get(OPERATOR, "")))
         return found.scalars
 
     def save(self, step: int, scalars: Mapping[str, Any]) -> Path | None:
@@ -75,7 +81,9 @@ class RunStore:
             run, state = self.run_dir.path, self.placement.whole(capture(self.parts))
 
             def write() -> str:
-                known = {**scalars, "ema_updates": self.parts.ema.num_updates, "data": self._data}
+                updates = self.parts.ema.num_updates
+                known = {**scalars, "ema_updates": updates, "data": self._data}
+                known[OPERATOR] = build.in_use()
                 made = checkpoint.save(
                     run,
                     state,
@@ -97,3 +105,15 @@ class RunStore:
         if existing is None:
             return self._own
         return {**existing, **{key: self._own[key] for key in self._own if key in existing}}
+
+
+def _say_other_operator(path: Path, before: str) -> None:
+    """The same weights go on, but not to the same bits."""
+    here = build.library().line() if before else ""
+    if here != before:
+        warnings.warn(
+            f"{path}: experts were computed by an operator that was {before}; here it is {here}; "
+            "training goes on, with other bits",
+            checkpoint.CheckpointWarning,
+            stacklevel=3,
+        )

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
+import json
+import os
+import shlex
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from coterie.core.errors import ConfigError, TrainingError, describe
-from coterie.core.folder import write_text
-from coterie.train import checkpoint
+from coterie.core.folder import open_own, write_text
+from coterie.train import checkpoint, children
 from coterie.train.islands.plan import IslandPlan, read_plan
 from coterie.train.run import RunConfig, start
 from coterie.train.rundir import RunDir, read_metrics
+from coterie.train.signals import Interrupted, StopSignals
 
 POLL = 0.2  # seconds between looks at running islands
 
@@ -32,33 +34,32 @@ def run_all(
     """Train every island, ``jobs`` at a time, each in a process of its own.
 
     What a process says goes to ``island-k.log`` in the plan. An island that fails does not stop the
-    others; TrainingError names all that failed.
+    others; TrainingError names all that failed. A signal is passed on to those that train, which
+    save and stop (Interrupted); none goes on when this process is killed.
     """
     if jobs < 1:
         raise ConfigError(describe("jobs", jobs, "1 or more"))
     folder, plan = Path(folder), read_plan(folder)
     left = [entry.index for entry in plan.islands]
-    running: dict[int, subprocess.Popen[bytes]] = {}
+    running: dict[int, children.Child] = {}
     failed: dict[int, str] = {}
     done = 0
-    try:
-        while left or running:
-            while left and len(running) < jobs:
-                index = left.pop(0)
-                running[index] = _spawn(folder, index)
-            index, process = _first_done(running)
-            del running[index]
-            if process.returncode:
-                said = _log(folder, index).read_text(encoding="utf-8", errors="replace")
-                failed[index] = (said.strip().splitlines() or ["no message"])[-1]
-            done += 1
-            if progress is not None:
-                progress(f"island {index}", done, len(plan.islands))
-    finally:
-        for process in running.values():  # they save and stop, like any run that is interrupted
-            process.terminate()
-        for process in running.values():
-            process.wait()
+    with StopSignals() as signals:
+        try:
+            while left or running:
+                while left and len(running) < jobs:
+                    index = left.pop(0)
+                    running[index] = _spawn(folder, index)
+                index, process = _first_done(running, signals)
+                del running[index]
+                if process.returncode:
+                    said = _log(folder, index).read_text(encoding="utf-8", errors="replace")
+                    failed[index] = (said.strip().splitlines() or ["no message"])[-1]
+                done += 1
+                if progress is not None:
+                    progress(f"island {index}", done, len(plan.islands))
+        finally:
+            children.kill(list(running.values()))
     if failed:
         told = "; ".join(f"island {index}: {why}" for index, why in sorted(failed.items()))
         raise TrainingError(f"{folder}: {len(failed)} of {len(plan.islands)} failed: {told}")
@@ -107,24 +108,32 @@ def state_of(folder: Path) -> dict[str, Any]:
 
 ALONE = """\
 import sys
+from coterie.train.children import stop_with_parent
+stop_with_parent()
 from coterie.train.islands.work import run_island
 run_island(*sys.argv[1:], False)
 """
 
 
-def _spawn(folder: Path, index: int) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-c", ALONE, str(folder), str(index)]
-    with _log(folder, index).open("wb") as log:
-        return subprocess.Popen(command, stdout=log, stderr=log)
+def _spawn(folder: Path, index: int) -> children.Child:
+    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
+    with os.fdopen(open_own(_log(folder, index), flags), "wb") as log:
+        return children.start(ALONE, [str(folder), str(index)], output=log)
 
 
 def _log(folder: Path, index: int) -> Path:
     return folder / f"island-{index}.log"
 
 
-def _first_done(running: dict[int, subprocess.Popen[bytes]]) -> tuple[int, subprocess.Popen[bytes]]:
-    """Wait until one process has ended."""
+def _first_done(
+    running: dict[int, children.Child], signals: StopSignals
+) -> tuple[int, children.Child]:
+    """Wait until one process has ended; Interrupted, when all have saved, after a signal."""
     while True:
+        if signals.received is not None:
+            children.pass_on(signals.received, list(running.values()))
+            where = "islands that were training have saved; the same command resumes"
+            raise Interrupted(signals.received, where)
         for index, process in running.items():
             if process.poll() is not None:
                 return index, process
@@ -137,13 +146,28 @@ def job_files(folder: str | Path, engines: Sequence[str]) -> list[Path]:
     count = len(plan.islands)
     texts: dict[Path, str] = {}
     if "slurm" in engines:
-        texts[folder / "islands.slurm"] = SLURM.format(last=count - 1, plan=folder)
+        texts[folder / "islands.slurm"] = SLURM.format(
+            last=count - 1, plan=shlex.quote(str(folder)), log=_slurm_log(folder)
+        )
     if "skypilot" in engines:
         for index in range(count):
-            texts[folder / f"island-{index}.sky.yaml"] = SKYPILOT.format(index=index, plan=folder)
+            line = f"coterie island run {shlex.quote(str(folder))} --index {index} --quiet"
+            # A JSON string is a YAML string, whatever is in it.
+            texts[folder / f"island-{index}.sky.yaml"] = SKYPILOT.format(
+                index=index, run=json.dumps(line)
+            )
     for path, text in texts.items():
         write_text(path, text)
     return list(texts)
+
+
+def _slurm_log(folder: Path) -> str:
+    """A directive's value: no shell reads it, quotes hold it together, and % starts a pattern."""
+    text = str(folder)
+    if any(letter in text for letter in "\"'\\\n"):
+        allowed = "a path without quotes, backslashes and line ends, which Slurm does not read"
+        raise ConfigError(describe("plan", text, allowed, "choose another folder"))
+    return f'"{text.replace("%", "%%")}/island-%a.log"'
 
 
 SLURM = """\
@@ -153,7 +177,7 @@ SLURM = """\
 #SBATCH --nodes=1
 #SBATCH --gpus-per-node=1
 #SBATCH --requeue
-#SBATCH --output={plan}/island-%a.log
+#SBATCH --output={log}
 # An island shares nothing with the others; requeued, it resumes from its own checkpoint.
 srun coterie island run {plan} --index "$SLURM_ARRAY_TASK_ID" --quiet
 """
@@ -166,5 +190,5 @@ resources:
 workdir: .
 setup: pip install coterie
 # After a spot machine is lost the same command resumes from the island's own checkpoint.
-run: coterie island run {plan} --index {index} --quiet
+run: {run}
 """

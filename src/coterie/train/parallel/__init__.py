@@ -3,6 +3,15 @@
 from coterie.train.parallel.config import ParallelConfig
 from coterie.train.parallel.processes import Processes, joined, launched
 from coterie.train.parallel.spread import Spread
-from coterie.train.parallel.supervisor import Hung, launch
+from coterie.train.parallel.supervisor import Hung, launch, planned
 
-__all__ = ["Hung", "ParallelConfig", "Processes", "Spread", "joined", "launch", "launched"]
+__all__ = [
+    "Hung",
+    "ParallelConfig",
+    "Processes",
+    "Spread",
+    "joined",
+    "launch",
+    "launched",
+    "planned",
+]

@@ -85,10 +85,7 @@ class Spread(Placement):
         return sharing(self.processes.share)
 
     def own(self, indices: np.ndarray) -> np.ndarray:
-        if len(indices) % self.count:
-            allowed = f"a multiple of {self.count}, the number of processes"
-            hint = "each has an equal part of every micro-batch, train.batch / train.accumulate"
-            raise ConfigError(describe("train.batch", len(indices), allowed, hint))
+        check_divides(len(indices), self.count)
         return np.split(indices, self.count)[self.processes.rank]
 
     def before_backward(self, loss: Tensor, last: bool) -> Tensor:
@@ -165,3 +162,11 @@ class Spread(Placement):
 
     def part(self, state: Groups) -> Groups:
         return self.layout.part(state)
+
+
+def check_divides(samples: int, count: int) -> None:
+    """ConfigError unless the samples of a micro-batch can be dealt out to ``count`` processes."""
+    if samples % count:
+        allowed = f"a multiple of {count}, the number of processes"
+        hint = "each has an equal part of every micro-batch, train.batch / train.accumulate"
+        raise ConfigError(describe("train.batch", samples, allowed, hint))

@@ -9,25 +9,35 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
-import subprocess
+import stat
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from coterie.core.errors import TrainingError
+import torch
+
+from coterie.core.errors import ConfigError, TrainingError, describe
+from coterie.train import children
+from coterie.train.apart import routed_pools
 from coterie.train.parallel.config import ParallelConfig
+from coterie.train.parallel.exchange import check_enough
 from coterie.train.parallel.processes import BEATS, STORE, read_beats
+from coterie.train.parallel.spread import check_divides
 from coterie.train.parallel.worker import USER_ERROR
-from coterie.train.run import RunConfig
+from coterie.train.run import RunConfig, build_model
 from coterie.train.signals import Interrupted, StopSignals
 
 POLL = 0.1  # s between looks at the processes
 STARTUP = 300.0  # s to import, build a model and fetch its data, at least
-GRACE = 60.0  # s to write a checkpoint when asked to stop
+PER_CORE = 4
+"""Processes for each core of the machine: more of them mostly wait for each other."""
+PLACE, OWNER = "coterie-processes-", "owner"
 WORKER = "from coterie.train.parallel.worker import run; run()"
 HUNG = 124
 """Exit code where a process stopped answering, as of timeout(1)."""
@@ -47,6 +57,7 @@ def launch(
     progress: bool = True,
     restarts: int = 3,
     timeout: float = 600.0,
+    oversubscribe: bool = False,
     say: Callable[[str], None] = lambda _: None,
 ) -> Path:
     """Train ``config`` in processes of this machine; the same call again resumes, also with
@@ -55,14 +66,17 @@ def launch(
     ``restarts``: how often all are started again after one has died. ``timeout``, s: how long a
     process may keep the others waiting. ``say`` gets a line for each new attempt. TrainingError
     with what a process complained of; Hung names the one that did not answer; Interrupted after a
-    signal, when a checkpoint has been written.
+    signal, when a checkpoint has been written. ConfigError, before anything is started, where the
+    batch or the experts cannot be dealt out, or for more processes than the machine can serve
+    (``oversubscribe``: start them all the same).
     """
+    planned(config, parallel, oversubscribe)
     work = {
         "config": config.model_dump(mode="json"),
         "out": str(out),
         "parallel": parallel.model_dump(mode="json"),
         "progress": progress,
-        "timeout": timeout + GRACE,  # theirs is later: the supervisor knows who it was
+        "timeout": timeout + children.GRACE,  # theirs is later: the supervisor knows who it was
     }
     for attempt in range(restarts + 1):
         trouble = run_processes(WORKER, work, parallel.processes, timeout)
@@ -73,11 +87,63 @@ def launch(
     raise TrainingError(f"{trouble}; gave up after {restarts + 1} attempts")
 
 
+def planned(
+    config: RunConfig, parallel: ParallelConfig, oversubscribe: bool = False
+) -> dict[str, int]:
+    """What :func:`launch` would start; ConfigError where it would refuse to."""
+    count, cores = parallel.processes, os.cpu_count() or 1
+    degrees = ",".join(f"{axis}={getattr(parallel, axis)}" for axis in parallel.axes)
+    if count > PER_CORE * cores and not oversubscribe:
+        allowed = f"at most {PER_CORE * cores} processes on {cores} cores"
+        hint = f"this is {count}; --oversubscribe starts them all the same"
+        raise ConfigError(describe("parallel", degrees, allowed, hint))
+    part = config.train.batch // config.train.accumulate
+    check_divides(part, count)
+    if parallel.expert > 1 and config.train.steps:
+        with torch.device("meta"):  # how many there are is all that is asked
+            pools = routed_pools(build_model(config))
+        for path, pool in pools.items():
+            check_enough(path, pool.num_experts, parallel.expert)
+    return {
+        "processes": count,
+        "samples_per_process": part // count,
+        "threads_per_process": threads_of(count),
+    }
+
+
+def threads_of(count: int) -> int:
+    """Of each of ``count`` processes, where the environment does not say."""
+    return max(1, (os.cpu_count() or 1) // count)
+
+
 def run_processes(code: str, work: dict[str, Any], count: int, timeout: float) -> str | None:
     """Start ``count`` processes that run the Python ``code`` with the path of a file that holds
     ``work``, and wait for them. None when all have done it, else who died."""
-    with tempfile.TemporaryDirectory(prefix="coterie-") as folder:
-        return _Attempt(Path(folder), code, work, count, timeout).run()
+    with meeting_place() as folder:
+        return _Attempt(folder, code, work, count, timeout).run()
+
+
+@contextmanager
+def meeting_place() -> Iterator[Path]:
+    """A folder for what the processes tell each other, removed at the end, or by whoever comes here
+    next where its owner was killed."""
+    import fcntl
+
+    parent = Path(tempfile.gettempdir())
+    for left in parent.glob(f"{PLACE}*"):
+        with suppress(OSError):  # another user's, or somebody else removes it
+            found = left.lstat()
+            begun = time.time() - found.st_mtime > STARTUP  # its owner may not have got that far
+            if stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid() and begun:
+                with (left / OWNER).open("rb") as file:  # ours have one
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    shutil.rmtree(left, ignore_errors=True)
+    with (
+        tempfile.TemporaryDirectory(prefix=PLACE) as made,
+        (Path(made) / OWNER).open("wb") as file,
+    ):
+        fcntl.flock(file, fcntl.LOCK_EX)  # the system releases it, however we die
+        yield Path(made)
 
 
 class _Attempt:
@@ -92,7 +158,7 @@ class _Attempt:
         self.count = count
         self.work = folder / "work.json"
         self.work.write_text(json.dumps(work), encoding="utf-8")
-        self.processes: list[subprocess.Popen[bytes]] = []
+        self.processes: list[children.Child] = []
 
     def run(self) -> str | None:
         """None when all have done their work, else who died and may be started again."""
@@ -101,10 +167,10 @@ class _Attempt:
                 self._start()
                 return self._watch(signals)
             finally:
-                self._stop(signal.SIGKILL)
+                children.kill(self.processes)
 
     def _start(self) -> None:
-        threads = str(max(1, (os.cpu_count() or 1) // self.count))
+        threads = str(threads_of(self.count))
         for rank in range(self.count):
             own = {
                 "RANK": str(rank),
@@ -116,14 +182,8 @@ class _Attempt:
             defaults = {"OMP_NUM_THREADS": threads}
             if sys.platform == "linux":
                 defaults["GLOO_SOCKET_IFNAME"] = "lo"
-            self.processes.append(
-                subprocess.Popen(
-                    [sys.executable, "-c", self.code, str(self.work)],
-                    env={**defaults, **os.environ, **own},
-                    stdin=subprocess.PIPE,
-                    start_new_session=True,  # a terminal's Ctrl-C is ours to pass on, once
-                )
-            )
+            given = {name: os.environ.get(name, value) for name, value in defaults.items()}
+            self.processes.append(children.start(self.code, [str(self.work)], {**given, **own}))
 
     def _watch(self, signals: StopSignals) -> str | None:
         said, since = [0] * self.count, time.monotonic()
@@ -174,22 +234,8 @@ class _Attempt:
 
     def _interrupt(self, number: int) -> None:
         """Pass a signal on; the processes agree on a step, save and stop."""
-        for process in self.processes:
-            if process.poll() is None:
-                process.send_signal(number)
-        end = time.monotonic() + GRACE
-        while time.monotonic() < end and any(p.poll() is None for p in self.processes):
-            time.sleep(POLL)
+        children.pass_on(number, self.processes)
         complaint = self.folder / "error-0"
         text = complaint.read_text(encoding="utf-8") if complaint.is_file() else ""
         where = text.partition("; ")[2] or "no checkpoint was written; the last one stands"
         raise Interrupted(number, where)
-
-    def _stop(self, number: int) -> None:
-        for process in self.processes:
-            if process.poll() is None:
-                process.send_signal(number)
-        for process in self.processes:
-            process.wait()
-            if process.stdin is not None:
-                process.stdin.close()

@@ -7,8 +7,8 @@ exit code is that of the command line.
 from __future__ import annotations
 
 import os
+import re
 import sys
-import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,12 +16,17 @@ from typing import Any
 from coterie.core.errors import CoterieError
 from coterie.core.folder import write_text
 from coterie.core.json_reader import read_object
+from coterie.core.streams import error_stream
+from coterie.train.children import stop_with_parent
 from coterie.train.parallel.config import ParallelConfig
 from coterie.train.parallel.processes import joined
 from coterie.train.parallel.spread import Spread
 
 USER_ERROR = 2
 """Exit code of errors that another attempt would meet again."""
+LOST = 1
+_LOST = re.compile(r"gloo|nccl|Connection (closed|reset|refused)|Broken pipe", re.IGNORECASE)
+"""What the libraries that carry messages say when a process is gone."""
 
 
 def train(work: dict[str, Any]) -> None:
@@ -33,18 +38,6 @@ def train(work: dict[str, Any]) -> None:
         start(config, work["out"], work["progress"], Spread(processes))
 
 
-def stop_with_parent() -> None:
-    """Exit when the supervisor is gone: it holds the other end of the pipe that stdin is."""
-
-    def watch() -> None:
-        # Not sys.stdin, whose lock an interpreter that ends for another reason would wait for.
-        while os.read(0, 1):
-            pass
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
 def main(path: Path, do: Callable[[dict[str, Any]], None] = train) -> int:
     """``do`` with what the file says; the exit code."""
     stop_with_parent()
@@ -53,6 +46,13 @@ def main(path: Path, do: Callable[[dict[str, Any]], None] = train) -> int:
     except CoterieError as error:
         write_text(path.with_name(f"error-{os.environ['RANK']}"), str(error))
         return int(getattr(error, "exit_code", USER_ERROR))
+    except RuntimeError as error:
+        if not _LOST.search(str(error)):
+            raise
+        # Where it was met says nothing; who died and how, the supervisor does.
+        rank, text = os.environ.get("RANK", "?"), " ".join(str(error).split())
+        error_stream().write(f"process {rank}: lost another process ({text[:120]})\n")
+        return LOST
     return 0
 
 

@@ -17,8 +17,11 @@ import tempfile
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
-from coterie.core.errors import DataError
+from coterie.core.errors import CheckpointError, DataError
+from coterie.core.folder import canonical, file_digest, sync
+from coterie.core.json_reader import read_object
 from coterie.data.cache import cache_root, locked
 
 HERE = Path(__file__).parent
@@ -76,6 +79,12 @@ def library() -> Library:
     return Library(handle, f"compiled by {compiler}", _openmp())
 
 
+def in_use() -> str:
+    """What feed-forward experts compute with in this process: the line of ``coterie env`` if the
+    operator was ever asked for, else "" (on a GPU, or without experts)."""
+    return library().line() if library.cache_info().currsize else ""
+
+
 def find_compiler() -> str | None:
     """``$CC``, else the first of cc, gcc, clang."""
     chosen = os.environ.get("CC")
@@ -111,28 +120,45 @@ def instructions() -> str:
 
 def _load(compiler: str) -> ctypes.CDLL:
     target = cache_root() / "native" / f"experts-{key(compiler)}.so"
-    if target.exists():
-        try:
-            return ctypes.CDLL(str(target))
-        except OSError:
-            pass  # damaged: made again
-    with locked(target.with_suffix(".lock")):
-        try:  # another process may have made it meanwhile
-            return ctypes.CDLL(str(target))
-        except OSError:
-            compile_to(target, compiler)
+    if not is_whole(target):
+        with locked(record_of(target)):
+            if not is_whole(target):  # another process may have made it meanwhile
+                compile_to(target, compiler)
     return ctypes.CDLL(str(target))
 
 
+def is_whole(target: Path) -> bool:
+    """Whether a compiled file is as it was written. Loading another would end the process: the
+    system maps it, and what is not there is a bus error when it is called."""
+    try:
+        told = read_object(record_of(target))
+        return not target.is_symlink() and told == _record(target)
+    except (OSError, CheckpointError):
+        return False
+
+
+def record_of(target: Path) -> Path:
+    """The file beside a compiled one that is locked while that is made, and says what it is."""
+    return target.with_suffix(".lock")
+
+
+def _record(target: Path) -> dict[str, Any]:
+    return {"bytes": target.stat().st_size, "sha256": file_digest(target)}
+
+
 def compile_to(target: Path, compiler: str, flags: tuple[str, ...] = FLAGS) -> None:
-    """Appears whole or not at all."""
+    """Appears whole or not at all, and on the disk before it is said to be there."""
     files = [str(path) for path in sources() if path.suffix == ".c"]
     handle, work = tempfile.mkstemp(suffix=".so", dir=target.parent)
     os.close(handle)
     try:
         command = [compiler, *flags, *files, "-o", work]
         subprocess.run(command, check=True, capture_output=True, text=True, timeout=_SECONDS)
+        sync(Path(work))
         os.replace(work, target)
+        record_of(target).write_text(canonical(_record(target)))  # in place: others wait for it
+        sync(record_of(target))
+        sync(target.parent)
     finally:
         Path(work).unlink(missing_ok=True)
 
