@@ -115,7 +115,8 @@ OWNERS: dict[str, type[Config]] = {
     "expert": ExpertLayerConfig,
     "slot": SlotConfig,
 }
-NOT_TRIED = {"router.renorm_eps", "router.scale", "expert.router", "slot.expert", "slot.layers"}
+NOT_TRIED = {"router.renorm_eps", "router.scale", "expert.init_std"}
+NOT_TRIED |= {"expert.router", "slot.expert", "slot.layers"}
 """Plain factors and numbers, the layers a slot is in, and what holds other fields."""
 
 

@@ -207,7 +207,8 @@ def reads_input(call: Call, taught: Taught) -> bool:
     """Whether the loss depends on what the layer read, through this round of it."""
     layer, router = call.layer, call.layer.config.router
     learns = call.gates_learn() or call.place in taught
-    asks = learns and router.score_part.reads_rows and layer.config.router_reads == "input"
+    scored = router.score_part.reads_rows and layer.config.router_reads != "stream"
+    asks = learns and (scored or layer.self_gate is not None)
     if layer.config.answer == "output" and layer.config.inner_residual:
         return True
     if call.routing.round and layer.config.round_routing == "frozen":

@@ -132,3 +132,37 @@ def test_a_run_trains_and_resumes_bit_for_bit(tmp_path: Path) -> None:
     again = load_run(start(config, path, progress=False), "model").model
     before, after = whole.state_dict(), again.state_dict()
     assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def linear(inputs: int, outputs: int, bias: bool = True) -> int:
+    return inputs * outputs + outputs * bias
+
+
+def convolution(inputs: int, outputs: int) -> int:
+    return 9 * inputs * outputs + outputs
+
+
+def test_C11_the_paper_preset_is_the_published_network() -> None:
+    """Parameters of the released classes (what they never use left out), part by part."""
+    d, experts, inner, stem, tail = 384, 8, 8 * 64, 32, 128
+    head = convolution(3, stem) + 4 * convolution(stem, stem)
+    patches = linear(stem * 64, d) + 2 * d
+    attention = 2 * d + linear(d, 3 * inner, bias=False) + linear(inner, d)
+    shared = 2 * d + 2 * linear(d, d) + linear(d, 4 * d) + linear(4 * d, d)
+    block = attention + shared + linear(d, experts) + experts * 2 * linear(d, d)
+    out = linear(d, 64 * tail)
+    half = tail // 2
+    ends = 2 * convolution(tail, tail) + convolution(tail, half)
+    ends += 2 * convolution(half, half) + convolution(half, 3)
+    with torch.device("meta"):
+        model = mofme.paper().model.build()
+    assert sum(p.numel() for p in model.parameters()) == head + patches + 2 * block + out + ends
+    backbone = model.backbone
+    for place in backbone.trunk.blocks:
+        norms, attends, ffn = (place.norm1, place.norm2), place.attention, place.ffn
+        assert {norm.eps for norm in norms} == {backbone.patch_norm.eps} == {1e-5}
+        assert (attends.heads, attends.head_width, attends.dropout) == (8, 64, 0.1)
+        assert (ffn.adaptor.activation, ffn.adaptor.dropout) == ("gelu", 0.1)
+        assert ffn.router(0).score.inner.proj.bias is not None
+    convolutions = [m for m in model.modules() if isinstance(m, torch.nn.Conv2d)]
+    assert {m.padding_mode for m in convolutions} == {"zeros"} and len(convolutions) == 12

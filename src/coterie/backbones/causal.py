@@ -79,7 +79,7 @@ class CausalTransformer(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        std = self.config.trunk.init_std or 0.02
+        std = 0.02 if self.config.trunk.init_std is None else self.config.trunk.init_std
         nn.init.normal_(self.embedding.weight, std=std)
         nn.init.normal_(self.head.weight, std=std)
         self.trunk.reset_parameters()

@@ -25,6 +25,7 @@ from coterie.backbones.slots import ExpertHost, Site, SlotConfig
 from coterie.core.errors import ConfigError, DataError, describe
 from coterie.experts import ExpertLayer, ExpertPool
 from coterie.experts.kinds import Conv
+from coterie.experts.layer_limits import TRUNK_ONLY
 
 STAGES = ("conv_in", "down_blocks", "mid_block", "up_blocks", "conv_out")
 """Children of a U-Net in the order in which data pass them; others count as the middle."""
@@ -153,7 +154,10 @@ def check_slot(slot: SlotConfig) -> None:
     if not expert.kind.ends:
         hint = f"experts of kind {expert.kind.kind!r} cannot start at zero"
         raise ConfigError(describe("expert.experts", expert.kind.kind, "conv or a network", hint))
-    once = {"shared": None, "rounds": 1, "answer": "delta", "router_reads": "input"}
+    if expert.router_reads != "input":
+        allowed, reads = "input", expert.router_reads
+        raise ConfigError(describe("expert.router_reads", reads, allowed, TRUNK_ONLY))
+    once = {"shared": None, "rounds": 1, "answer": "delta"}
     for name, value in once.items():
         if getattr(expert, name) != value:
             hint = "the network's own module is always on, once, and answers beside the experts"

@@ -28,7 +28,8 @@ RESTORER_TRUNK = TrunkConfig(modulation="none", width=384, depth=2, heads=8, nor
 
 @BACKBONES.register
 class RestorerConfig(BackbonePart):
-    """``stem`` channels before the patches, ``tail`` after them, halved once (paper: 32, 128)."""
+    """``stem`` channels before the patches, ``tail`` after them, halved once (paper: 32, 128).
+    ``padding`` of the convolutions (paper: zeros)."""
 
     kind: Literal["restorer"] = "restorer"
     told: ClassVar[frozenset[str]] = frozenset({"step_index", "label", "task"})
@@ -37,6 +38,7 @@ class RestorerConfig(BackbonePart):
     patch: int = Field(8, ge=1)
     stem: int = Field(32, ge=1)
     tail: int = Field(128, ge=2)
+    padding: Literal["reflect", "zeros"] = "reflect"
     trunk: TrunkConfig = RESTORER_TRUNK
 
     @model_validator(mode="after")
@@ -77,16 +79,17 @@ class RestorerConfig(BackbonePart):
         return pixels * self.image_size**2 + tokens * self.tokens
 
 
-def convolution(inputs: int, outputs: int) -> nn.Conv2d:
-    return nn.Conv2d(inputs, outputs, 3, padding=1, padding_mode="reflect")
+def convolution(inputs: int, outputs: int, padding: str) -> nn.Conv2d:
+    return nn.Conv2d(inputs, outputs, 3, padding=1, padding_mode=padding)
 
 
 class ResidualConvolution(nn.Module):
     """``x + conv(ReLU(conv(x)))``, 3 x 3."""
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, padding: str) -> None:
         super().__init__()
-        self.first, self.second = convolution(channels, channels), convolution(channels, channels)
+        self.first = convolution(channels, channels, padding)
+        self.second = convolution(channels, channels, padding)
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.second(F.relu(self.first(x)))
@@ -106,20 +109,21 @@ class Restorer(nn.Module):
         super().__init__()
         self.config = config
         width, patch, half = config.trunk.width, config.patch, config.tail // 2
+        padding = config.padding
         self.head = nn.Sequential(
-            convolution(config.channels, config.stem),
-            ResidualConvolution(config.stem),
-            ResidualConvolution(config.stem),
+            convolution(config.channels, config.stem, padding),
+            ResidualConvolution(config.stem, padding),
+            ResidualConvolution(config.stem, padding),
         )
         self.patch_in = nn.Conv2d(config.stem, width, patch, stride=patch)
         self.patch_norm = nn.LayerNorm(width)
         self.trunk = Trunk(config.trunk, config.tokens, config.grid)
         self.patch_out = nn.Linear(width, patch * patch * config.tail)
         self.tail = nn.Sequential(
-            ResidualConvolution(config.tail),
-            convolution(config.tail, half),
-            ResidualConvolution(half),
-            convolution(half, config.channels),
+            ResidualConvolution(config.tail, padding),
+            convolution(config.tail, half, padding),
+            ResidualConvolution(half, padding),
+            convolution(half, config.channels, padding),
         )
         self.trunk.reset_parameters()
 

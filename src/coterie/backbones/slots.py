@@ -202,9 +202,9 @@ class ExpertHost(nn.Module):
         for system in self._systems:
             own = _of(system, routings)
             made = [aux for balance in system.balances for aux in balance.losses(own, rng)]
-            layers = (self.expert_layer(system.slot, layer) for layer in system.layers)
-            if self.training:
-                require_graph(made, routers_of(layers), system.slot)
+            if made and self.training:
+                layers = (self.expert_layer(system.slot, layer) for layer in system.layers)
+                require_graph(own, routers_of(layers), system.slot)
             out.extend(made)
         return tuple(out)
 
@@ -253,9 +253,11 @@ def claimed(owners: Sequence[ExpertHost], routings: Sequence[Routing]) -> list[l
     return [[routing for routing in routings if host.owns(routing)] for host in owners]
 
 
-def require_graph(made: Iterable[Aux], routers: Iterable[Router], slot: str) -> None:
-    """DataError where losses would teach routers that learn, and have no gradient to do it with."""
-    if not torch.is_grad_enabled() or all(aux.value.requires_grad for aux in made):
+def require_graph(routings: Sequence[Routing], routers: Iterable[Router], slot: str) -> None:
+    """DataError where routers learn and their routings have no gradient to do it with."""
+    if not torch.is_grad_enabled():
+        return
+    if any(r.gates.requires_grad or r.logits.requires_grad for r in routings):
         return
     if any(parameter.requires_grad for router in routers for parameter in router.parameters()):
         hint = "checkpoint with use_reentrant=False; read detached ones under torch.no_grad()"

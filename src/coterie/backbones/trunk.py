@@ -18,7 +18,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal
 
 import torch
-from pydantic import Field, NonNegativeFloat, PositiveInt, model_validator
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 from torch import Tensor, nn
 
 from coterie.backbones.adaptive import BLOCK, AdaptiveLinear, adaptive
@@ -36,42 +36,48 @@ from coterie.nn.windows import Windows
 
 
 class TrunkConfig(Config):
-    """Sizes and style of the trunk. ``mlp_hidden`` None: 4 * width.
+    """Sizes and style of the trunk. ``mlp_hidden`` None: 4 * width; ``head_width`` None: width /
+    heads. ``dropout`` falls on the answer of attention; ``norm_eps`` is of the blocks' norms.
 
     ``modulation`` ``add``: the condition's embedding is added to what attention reads (MoDE).
     ``residual`` ``normalised``: what the feed-forward network reads replaces the stream, before its
     answer is added (MoDE's released code).
     ``window`` w: in the blocks ``window_layers`` the tokens of each w x w (x w) window of the grid
     see each other only.
+    ``init_std`` null: Xavier's rule (DiT), and experts and routers by their own; a number: matrices
+    start N(0, init_std), those of experts and routers too where they state no ``init_std``.
     """
 
     width: int = Field(96, ge=1)
     depth: int = Field(4, ge=1, le=1024)
     heads: int = Field(4, ge=1)
     kv_heads: int | None = Field(None, ge=1)  # None: as many as heads
+    head_width: int | None = Field(None, ge=1)
+    dropout: float = Field(0.0, ge=0.0, lt=1.0)
     mlp: Literal["gelu", "swiglu"] = "gelu"
     mlp_hidden: int | None = Field(None, ge=1)
     modulation: Literal["adaln_zero", "add", "none"] = "adaln_zero"
     residual: Literal["stream", "normalised"] = "stream"
     norm: Literal["layer", "rms"] = "layer"
+    norm_eps: PositiveFloat = 1e-6
     causal: bool = False
     rotary: bool = False
     qkv_bias: bool = True
     qk_norm: bool = False
     window: PositiveInt | None = None
     window_layers: Layers = "all"
-    init_std: NonNegativeFloat | None = None  # None: Xavier (DiT); a number: N(0, std) everywhere
+    init_std: NonNegativeFloat | None = None
     slots: tuple[SlotConfig, ...] = ()
 
     @model_validator(mode="after")
     def _check(self) -> TrunkConfig:
-        if self.width % self.heads:
+        if self.head_width is None and self.width % self.heads:
             allowed = f"a divisor of width = {self.width}"
             raise ConfigError(describe("heads", self.heads, allowed))
         if self.heads % (self.kv_heads or self.heads):
             allowed = f"a divisor of heads = {self.heads}"
             raise ConfigError(describe("kv_heads", self.kv_heads, allowed))
-        if self.rotary and self.width // self.heads % 2:
+        if self.rotary and (self.head_width or self.width // self.heads) % 2:
             allowed = f"a number that leaves an even head width, width = {self.width}"
             raise ConfigError(describe("heads", self.heads, allowed, "rotary turns channel pairs"))
         if self.residual == "normalised" and self.modulation == "adaln_zero":
@@ -112,8 +118,8 @@ class TrunkConfig(Config):
 def _norm(config: TrunkConfig) -> nn.Module:
     affine = config.modulation != "adaln_zero"
     if config.norm == "rms":
-        return nn.RMSNorm(config.width, eps=1e-6, elementwise_affine=affine)
-    return nn.LayerNorm(config.width, eps=1e-6, elementwise_affine=affine)
+        return nn.RMSNorm(config.width, eps=config.norm_eps, elementwise_affine=affine)
+    return nn.LayerNorm(config.width, eps=config.norm_eps, elementwise_affine=affine)
 
 
 def modulate(x_BND: Tensor, shift_B1D: Tensor, factor_B1D: Tensor) -> Tensor:
@@ -153,8 +159,12 @@ class Block(nn.Module):
             length if config.rotary else 0,
             windows,
             config.kv_heads,
+            config.head_width,
+            config.dropout,
         )
         self.pre_block = experts.get("pre_block")
+        reads = {slot: layer.config.router_reads for slot, layer in experts.items()}
+        self.shown = {slot for slot, kind in reads.items() if kind == "normalised"}
         self.ffn: nn.Module = (
             experts["ffn"] if "ffn" in experts else FEED_FORWARD[config.mlp](width, config.hidden)
         )
@@ -174,9 +184,12 @@ class Block(nn.Module):
         stream_BND = self._add(u_BND, attended_BND, gate1)
         kept_BND = stream_BND if u_BND is z_BND else self._add(z_BND, attended_BND, gate1)
         del attended_BND  # not kept while the feed-forward network needs its memory
-        h_BND = self._modulate(self.norm2(stream_BND), shift2, factor2)
+        normal_BND = self.norm2(stream_BND)
+        h_BND = self._modulate(normal_BND, shift2, factor2)
         if isinstance(self.ffn, ExpertLayer):
             own = ctx.replace(slot="ffn", stream=stream_BND, state=states.get("ffn"))
+            if "ffn" in self.shown:
+                own = own.replace(normalised=normal_BND)
             answer: ExpertOutput = self.ffn(h_BND, own)
             routings.extend(answer.routings)
             y_BND = answer.y
@@ -205,6 +218,8 @@ class Block(nn.Module):
         u_BND = z_BND
         if self.pre_block is not None:
             own = ctx.replace(slot="pre_block", stream=z_BND, state=states.get("pre_block"))
+            if "pre_block" in self.shown:
+                own = own.replace(normalised=self.norm1(z_BND))
             answer: ExpertOutput = self.pre_block(z_BND, own)
             routings.extend(answer.routings)
             u_BND = (1 + answer.y) * z_BND
@@ -256,7 +271,7 @@ class Trunk(ExpertHost):
         by_block: list[dict[str, ExpertLayer]] = [{} for _ in range(config.depth)]
         for slot in config.slots:
             places = [
-                Site(layer, slot.expert, config.width, config.width)
+                Site(layer, slot.expert.starting(config.init_std), config.width, config.width)
                 for layer in slot.sites(config.depth)
             ]
             for layer, made in self.build_system(slot, places).items():

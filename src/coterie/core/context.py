@@ -50,6 +50,7 @@ class Context:
     seed: Callable[[], int] | None = None  # of what this pass draws; None: that of ``rng``
     owner: object = None  # of the slot: which host's routings these are
     stream: Tensor | None = None  # [B, N, D], the residual stream before its norm
+    normalised: Tensor | None = None  # [B, N, D], after it and before any modulation, if asked for
     state: Tensor | None = None  # router state carried from the layer before
     keys_values: Tensor | None = None  # [B, 2, layers, M, D], of tokens that all may attend to
     keys_mask: Tensor | None = None  # bool [B, M]

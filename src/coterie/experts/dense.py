@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any
 
 from torch import Tensor, nn
 
 from coterie.experts.dispatch.backends import OneExpert
 from coterie.experts.dispatch.one import run_one
-from coterie.experts.kinds import ExpertKind
 from coterie.experts.kinds import GeluMLP as GeluKind
 from coterie.experts.kinds import SwiGLU as SwiGLUKind
 from coterie.nn import mlp
@@ -25,7 +24,9 @@ def _plain(linear: nn.Module | None) -> dict[str, Any] | None:
 class GeluMLP(mlp.GeluMLP):
     """:class:`coterie.nn.mlp.GeluMLP`, by the native operator where that can serve."""
 
-    served: ClassVar[ExpertKind] = GeluKind()
+    def __init__(self, width: int, hidden: int, activation: str = "gelu_tanh") -> None:
+        super().__init__(width, hidden, activation)
+        self.served = GeluKind.from_dict({"activation": activation})
 
     def forward(self, x: Tensor) -> Tensor:
         # Not by attribute, which takes longer than a small product.

@@ -14,7 +14,14 @@ from dataclasses import dataclass
 from typing import Annotated, Literal, Self, cast
 
 import torch.nn.functional as F
-from pydantic import Field, NonNegativeInt, PositiveFloat, SerializeAsAny, model_validator
+from pydantic import (
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    SerializeAsAny,
+    model_validator,
+)
 from torch import Generator, Tensor, nn
 
 from coterie.core.config import Config
@@ -23,15 +30,19 @@ from coterie.core.errors import ConfigError, describe
 from coterie.core.numbers import Few
 from coterie.core.registry import Part
 from coterie.core.routing import Routing
+from coterie.experts.adaptor import AdaptorConfig, build_adaptor
 from coterie.experts.balance import BALANCES, BalancePart
 from coterie.experts.dispatch import dispatch, plan
 from coterie.experts.kinds import EXPERTS, ExpertKind, ExpertPool, SwiGLU
-from coterie.experts.kinds.base import xavier_uniform
+from coterie.experts.kinds.base import start_linears
+from coterie.experts.layer_limits import GRID_ONLY, SAME_WIDTH, TRUNK_ONLY
+from coterie.experts.router_input import Reads, noise_task, router_input
 from coterie.experts.routers import Router, RouterConfig, share_cells
+from coterie.experts.routers.base import starting
 from coterie.experts.routers.config import within
 from coterie.experts.self_gate import SelfGate, SelfGateConfig
 from coterie.experts.shared import SharedConfig, SharedExperts
-from coterie.nn.mlp import GeluMLP, Star
+from coterie.nn.mlp import Star
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,20 +54,6 @@ class ExpertOutput:
     state: Tensor | None = None
 
 
-GRID_ONLY: dict[str, object] = {
-    "rounds": 1,
-    "router_reads": "input",
-    "stem": "none",
-    "adaptor": None,
-    "answer": "delta",
-    "self_gate": None,
-}
-"""What a layer whose experts read grids must have: the rest is made for rows of one width."""
-
-SAME_WIDTH: dict[str, object] = {"rounds": 1, "adaptor": None, "answer": "delta"}
-"""What a layer must have whose experts answer more or fewer values than they read."""
-
-
 class ExpertLayerConfig(Config):
     """An expert layer of any kind.
 
@@ -65,7 +62,9 @@ class ExpertLayerConfig(Config):
     experts); None = one tensor each.
 
     ``router_reads`` ``stream``: the residual stream before its norm instead of what the experts
-    read. ``stem``: a block that all experts share, before them (``star``: GELU(A x) * (C x)).
+    read; ``normalised``: the block's normalised input, without modulation (Nucleus-Image,
+    arXiv:2604.12163). ``router_reads_time``: the time embedding as well, joined to either.
+    ``stem``: a block that all experts share, before them (``star``: GELU(A x) * (C x)).
     ``adaptor``: inner size, as a multiple of the width, of a GELU network they share behind them
     (MoFME). ``shared`` experts read and add beside both.
 
@@ -76,6 +75,9 @@ class ExpertLayerConfig(Config):
     instead of x_C - x_0. ``accumulate_float32``: sum expert answers in float32 under lower
     precision.
 
+    ``init_std``: matrices start N(0, init_std) where their own part states no start and has none by
+    its nature (a modulation by 1); null: by each part's own rule, or as the trunk around says.
+
     ``self_gate`` adds gates for each task's own experts to those of the router (HoME).
     ``noise_tasks`` T: the task of a sample is its noise level, in T equal parts of the original
     grid.
@@ -84,9 +86,10 @@ class ExpertLayerConfig(Config):
     num_experts: int | None = Field(8, ge=1, le=65536)
     experts: Annotated[SerializeAsAny[Part], EXPERTS.validator] = SwiGLU()
     router: RouterConfig = RouterConfig()
-    router_reads: Literal["input", "stream"] = "input"
+    router_reads: Reads = "input"
+    router_reads_time: bool = False
     stem: Literal["none", "star"] = "none"
-    adaptor: PositiveFloat | None = None
+    adaptor: AdaptorConfig | PositiveFloat | None = None
     shared: SharedConfig | None = None
     self_gate: SelfGateConfig | None = None
     noise_tasks: Few | None = None
@@ -99,6 +102,7 @@ class ExpertLayerConfig(Config):
     balance: tuple[Annotated[SerializeAsAny[Part], BALANCES.validator], ...] = ()
     dispatch: Literal["auto", "loop", "dense", "sorted", "grouped", "triton", "native"] = "auto"
     accumulate_float32: bool = False
+    init_std: NonNegativeFloat | None = None
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
@@ -106,9 +110,12 @@ class ExpertLayerConfig(Config):
             hint = "a tensor that nobody uses cannot learn"
             allowed = "every tensor 0..max used at least once"
             raise ConfigError(describe("slot_map", self.slot_map, allowed, hint))
-        if self.router_reads == "stream" and self.rounds > 1:
+        if self.router_reads != "input" and self.rounds > 1:
             hint = "later rounds read what the one before wrote"
             raise ConfigError(describe("router_reads", self.router_reads, "input", hint))
+        if self.router_reads_time and not self.router.score_part.reads_rows:
+            hint = "its score reads no rows"
+            raise ConfigError(describe("router_reads_time", True, "false", hint))
         self._check_kind()
         self._check_count(self.num_experts, None)
         return self
@@ -137,7 +144,8 @@ class ExpertLayerConfig(Config):
             if self.router.num_reserved:
                 partition = self.router.partition
                 raise ConfigError(describe("router.partition", partition, "none", hint))
-        self._check_count(self.candidates(width), width)
+        # A trunk's time embedding is as wide as its stream.
+        self._check_count(self.candidates(width), width * (1 + self.router_reads_time))
         out = (width,) if self.kind.grid else self.kind.output_shape((width,))
         if out != (width,):
             self._need(SAME_WIDTH, f"experts answer {out[0]} values to {width}")
@@ -161,6 +169,7 @@ class ExpertLayerConfig(Config):
         if kind.grid:
             hint = "the answer of a convolution need not have the shape of what it reads"
             self._need(GRID_ONLY, hint)
+            self._need({"router_reads": "input"}, TRUNK_ONLY)
         if self.self_gate is not None and self.router.num_reserved:
             hint = "a reserved expert is no task's own"
             raise ConfigError(describe("self_gate", "given", "null", hint))
@@ -171,6 +180,8 @@ class ExpertLayerConfig(Config):
         found = [(f"router.{field}", value, names) for field, value, names in self.router.reads]
         if self.self_gate is not None:
             found.append(("self_gate", "given", ("task",)))
+        if self.router_reads_time:
+            found.append(("router_reads_time", "true", ("time_embedding",)))
         if self.noise_tasks is None:
             return found
         told = {"task": "step_index"}
@@ -181,6 +192,14 @@ class ExpertLayerConfig(Config):
     @property
     def kind(self) -> ExpertKind:
         return cast(ExpertKind, self.experts)
+
+    def starting(self, std: float | None) -> Self:
+        """With its ``init_std``, or ``std`` where it has none, told to the parts that have none."""
+        std = std if self.init_std is None else self.init_std
+        if std is None:
+            return self
+        router = self.router.replace(score=starting(self.router.score_part, std))
+        return self.replace(init_std=std, experts=starting(self.kind, std), router=router)
 
     def candidates(self, width: int) -> int:
         """How many experts the router chooses among at this width."""
@@ -204,7 +223,7 @@ class ExpertLayerConfig(Config):
 
     def build_pool(self, width: int) -> ExpertPool:
         """A pool of the right size, to be owned outside and passed to several layers."""
-        return ExpertPool(self.kind, self.tensors(width), width)
+        return ExpertPool(self.starting(None).kind, self.tensors(width), width)
 
     def build(
         self,
@@ -245,12 +264,14 @@ class ExpertLayer(nn.Module):
         stream_width: int | None = None,
     ) -> None:
         super().__init__()
+        config = config.starting(None)
         self.config = config
         self.width = width
         config.check(width)
         candidates = config.candidates(width)
         num_routers = config.rounds if config.round_routing == "own" else 1
         scored = stream_width if config.router_reads == "stream" and stream_width else width
+        scored += (time_width or width) if config.router_reads_time else 0
         self.routers = nn.ModuleList(
             config.router.build(scored, candidates, time_width) for _ in range(num_routers)
         )
@@ -271,8 +292,7 @@ class ExpertLayer(nn.Module):
         if config.self_gate is not None:
             self.self_gate = config.self_gate.build(config.kind, width, candidates)
         self.stem = Star(width) if config.stem == "star" else None
-        inner = None if config.adaptor is None else round(config.adaptor * width)
-        self.adaptor = None if inner is None else GeluMLP(width, inner)
+        self.adaptor = build_adaptor(config.adaptor, width)
         self.pool_layers = pool_layers
         self.owner = object()  # whose routings these are; a host puts its own here
         self._slots = self._slot_table(candidates)
@@ -302,15 +322,13 @@ class ExpertLayer(nn.Module):
             cast(Router, router).reset_parameters(rng)
         if self.owns_pool:
             self.pool.reset_parameters(rng)
+        std = self.config.init_std
         if isinstance(self.shared, SharedExperts):
-            self.shared.reset_parameters(rng)
+            self.shared.reset_parameters(rng, std)
         if self.self_gate is not None:
-            self.self_gate.reset_parameters(rng)
+            self.self_gate.reset_parameters(rng, std)
         for part in (self.stem, self.adaptor):
-            for linear in [] if part is None else part.children():
-                if isinstance(linear, nn.Linear) and linear.weight.device.type != "meta":
-                    xavier_uniform(linear.weight, rng)
-                    nn.init.zeros_(linear.bias)
+            start_linears(part, std, rng)
 
     def router(self, round: int) -> Router:
         """The router of one round."""
@@ -343,12 +361,8 @@ class ExpertLayer(nn.Module):
     def _route(self, x: Tensor, ctx: Context, before: list[Routing]) -> Routing:
         if before and self.config.round_routing == "frozen":
             return before[0].replace(round=ctx.round)
-        read = ctx.stream if self.config.router_reads == "stream" else x
-        if read is None:
-            hint = "only slots of a trunk have a stream"
-            raise ConfigError(describe("router_reads", "stream", "input", hint))
+        read = router_input(x, ctx, self.config.router_reads, self.config.router_reads_time)
         if self.pool.kind.grid:
-            read = read.flatten(2).transpose(1, 2)
             ctx = ctx.replace(tokens=read.shape[1])
         routing: Routing = self.router(ctx.round)(read, ctx)
         return routing if self.self_gate is None else self.self_gate(x, routing, ctx)
@@ -378,13 +392,6 @@ class ExpertLayer(nn.Module):
         if self.shared is None or self.stem is not None or self.adaptor is not None:
             return None
         return self.pool.kind.weights_of(self.shared)
-
-
-def noise_task(ctx: Context, num_tasks: int) -> Tensor:
-    """i64 [B]: in which of ``num_tasks`` equal parts of the original grid a sample's step lies."""
-    if ctx.step_index is None:
-        raise ConfigError("noise_tasks: they need a step of the noise grid in the context")
-    return ctx.step_index * num_tasks // ctx.num_steps
 
 
 def routers_of(layers: Iterable[ExpertLayer]) -> list[Router]:

@@ -91,9 +91,9 @@ class SelfGate(nn.Module):
         self.proj = nn.Linear(kind.stream_width(width), len(filled) * most, bias=False)
         self.reset_parameters()
 
-    def reset_parameters(self, rng: Generator | None = None) -> None:
+    def reset_parameters(self, rng: Generator | None = None, std: float | None = None) -> None:
         if self.proj.weight.device.type != "meta":
-            init_linear(self.proj, None, rng)
+            init_linear(self.proj, std, rng)
 
     def forward(self, h: Tensor, routing: Routing, ctx: Context) -> Routing:
         if ctx.task is None:

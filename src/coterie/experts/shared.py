@@ -46,10 +46,10 @@ class SharedExperts(nn.Module):
         self.gate = None if merged else nn.Linear(width, config.count, bias=False)
         self.reset_parameters()
 
-    def reset_parameters(self, rng: Generator | None = None) -> None:
+    def reset_parameters(self, rng: Generator | None = None, std: float | None = None) -> None:
         self.pool.reset_parameters(rng)
         if self.gate is not None and self.gate.weight.device.type != "meta":
-            init_linear(self.gate, None, rng)
+            init_linear(self.gate, std, rng)
 
     def forward(self, x: Tensor) -> Tensor:
         answers = [run_one(self.pool.kind, x, weights) for weights in experts_of(self.pool)]

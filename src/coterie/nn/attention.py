@@ -43,15 +43,18 @@ class SelfAttention(nn.Module):
         rotary_length: int = 0,  # longest sequence; 0 = no rotary positions
         windows: Windows | None = None,
         kv_heads: int | None = None,  # None = heads
+        head_width: int | None = None,  # None = width / heads
+        dropout: float = 0.0,  # of the answer, in training
     ) -> None:
         super().__init__()
         self.heads = heads
         self.kv_heads = kv_heads or heads
         self.causal = causal
         self.windows = windows
-        head_width = width // heads
-        self.qkv = nn.Linear(width, width + 2 * self.kv_heads * head_width, bias=qkv_bias)
-        self.out = nn.Linear(width, width)
+        self.head_width = head_width = head_width or width // heads
+        self.dropout = dropout
+        self.qkv = nn.Linear(width, (heads + 2 * self.kv_heads) * head_width, bias=qkv_bias)
+        self.out = nn.Linear(heads * head_width, width)
         self.qk_norm = qk_norm
         self.query_norm = nn.RMSNorm(head_width, eps=1e-6) if qk_norm else nn.Identity()
         self.key_norm = nn.RMSNorm(head_width, eps=1e-6) if qk_norm else nn.Identity()
@@ -78,15 +81,16 @@ class SelfAttention(nn.Module):
 
     def keys_values(self, x_BND: Tensor) -> Tensor:
         """[B, 2, N, G*d]: what a :class:`Memory` of these tokens holds."""
-        D = x_BND.shape[-1]
-        k, v = self.qkv(x_BND)[..., D:].unflatten(2, (-1, D // self.heads)).chunk(2, dim=2)
+        queries = self.heads * self.head_width
+        kept = self.qkv(x_BND)[..., queries:].unflatten(2, (-1, self.head_width))
+        k, v = kept.chunk(2, dim=2)
         return torch.stack([self.key_norm(k).flatten(2), v.flatten(2)], dim=1)
 
     def _attend(
         self, x_BND: Tensor, token_mask_BN: Tensor | None, memory: Memory | None = None
     ) -> Tensor:
-        B, N, D = x_BND.shape
-        qkv = self.qkv(x_BND).unflatten(2, (-1, D // self.heads)).transpose(1, 2)
+        N = x_BND.shape[1]
+        qkv = self.qkv(x_BND).unflatten(2, (-1, self.head_width)).transpose(1, 2)
         q, k, v = qkv.split((self.heads, self.kv_heads, self.kv_heads), dim=1)
         if self.qk_norm:
             q, k = self.query_norm(q), self.key_norm(k)
@@ -103,7 +107,8 @@ class SelfAttention(nn.Module):
         y = F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=grouped
         )
-        return self.out(y.transpose(1, 2).reshape(B, N, D))
+        y = self.out(y.transpose(1, 2).flatten(2))
+        return F.dropout(y, self.dropout, self.training) if self.dropout else y
 
     @staticmethod
     def _with_memory(mask: Tensor | None, memory: Memory, N: int) -> Tensor | None:

@@ -23,15 +23,25 @@ GLU_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 class GeluMLP(nn.Module):
-    """down(GELU_tanh(up(x))), with biases. [..., D] -> [..., D]."""
+    """down(GELU(up(x))), with biases. [..., D] -> [..., D].
 
-    def __init__(self, width: int, hidden: int) -> None:
+    ``activation``: GELU exactly, or in its tanh approximation. ``dropout`` after both maps.
+    """
+
+    def __init__(
+        self, width: int, hidden: int, activation: str = "gelu_tanh", dropout: float = 0.0
+    ) -> None:
         super().__init__()
+        self.activation, self.dropout = activation, dropout
         self.up = nn.Linear(width, hidden)
         self.down = nn.Linear(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down(gelu_tanh(self.up(x)))
+        inner = GLU_ACTIVATIONS[self.activation](self.up(x))
+        if not self.dropout:
+            return self.down(inner)
+        inner = F.dropout(inner, self.dropout, self.training)
+        return F.dropout(self.down(inner), self.dropout, self.training)
 
 
 class SwiGLU(nn.Module):

@@ -141,7 +141,6 @@ DEPARTURES = (
     "a shared expert runs in every round and the budget counts routed experts only, as published: "
     "9 expert passes in one round, 10 in two",
     "text: numbers are 0..4, or no arm would learn to compute in these steps",
-    "experts start by Xavier's rule, in the released code N(0, 0.02)",
     "paper: ordinary attention instead of latent attention; the 544M without embeddings are "
     "units of 2^20 (571.0 million)",
     "paper: bytes of a dictionary stand where the paper has SlimPajama and MetaMathQA",

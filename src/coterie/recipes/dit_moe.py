@@ -26,13 +26,17 @@ def slot(
     ratio: float = 4.0,
     shared: int = 2,
     balance: float = 0.01,
+    reads: str = "input",
 ) -> SlotConfig:
     """Raw top-2 softmax gates, SwiGLU experts of hidden ``ratio * width``, ``shared`` experts of
-    hidden ``width`` merged into one, Switch balance loss per layer."""
+    hidden ``width`` merged into one, Switch balance loss per layer. ``reads`` "normalised": the
+    router reads normalised tokens without their modulation, and the time (Nucleus-Image)."""
     expert = ExpertLayerConfig(
         num_experts=num_experts,
         experts={"kind": "swiglu", "ratio": ratio},
         router=RouterConfig(score={"kind": "linear"}, select={"kind": "top_k", "k": 2}),
+        router_reads=reads,
+        router_reads_time=reads == "normalised",
         shared=SharedConfig(hidden=width, count=shared) if shared else None,
         balance=({"kind": "switch", "weight": balance},) if balance else (),
     )
@@ -74,6 +78,7 @@ def arms() -> dict[str, RunConfig]:
     return {
         "moe": tiny(),
         "no-balance": image_tiny("dit-moe", slot(64, ratio=1.0, shared=0, balance=0.0)),
+        "normalised-router": image_tiny("dit-moe", slot(64, ratio=1.0, reads="normalised")),
         "dense": image_tiny("dit-moe", trunk={"mlp": "swiglu", "mlp_hidden": 4 * 64}),
     }
 
@@ -102,6 +107,12 @@ CLAIMS = (
         "moe",
         target=0.0,
         better="higher",
+    ),
+    Claim(
+        "a router of unmodulated tokens and time beats one of what experts read (Nucleus-Image)",
+        "held_out_loss",
+        "normalised-router",
+        "moe",
     ),
 )
 DEPARTURES = (

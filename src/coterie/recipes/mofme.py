@@ -25,22 +25,24 @@ PAPER = Paper(
     url="https://github.com/RoyZry98/MoFME-Pytorch",
 )
 SCHEDULE: dict[str, Any] = {"schedule": {"kind": "cosine", "final": 0.005}, "clip": 1.0}
+DROPOUT = 0.1
 SUMMARY = "Feature-modulated experts and an uncertainty-aware router, for image restoration."
 
 
-def slot(
-    experts: str = "linear", sure: bool = True, num_experts: int = 8, k: int = 2
-) -> SlotConfig:
+def slot(experts: str = "linear", sure: bool = True, paper: bool = False) -> SlotConfig:
     """``experts``: modulations by affine maps (``linear``) or by vectors (``vector``), or ``whole``
     feed-forward networks, the conventional mixture. ``sure``: the router weighs its scores by their
-    steadiness under dropout."""
-    router: dict[str, Any] = {"select": {"kind": "top_k", "k": k}, "when": "after"}
+    steadiness under dropout. ``paper``: with its bias, exact GELU and dropout."""
+    score: dict[str, Any] = {"kind": "linear", "bias": paper}
     if sure:
-        router["score"] = {"kind": "uncertain", "passes": 5}
-    layer: dict[str, Any] = {"experts": {"kind": "gelu_mlp", "ratio": 4.0}}
+        score = {"kind": "uncertain", "passes": 5, "of": score}
+    router = {"score": score, "select": "top_k", "when": "after"}
+    gelu = "gelu" if paper else "gelu_tanh"
+    layer: dict[str, Any] = {"experts": {"kind": "gelu_mlp", "ratio": 4.0, "activation": gelu}}
     if experts != "whole":
-        layer = {"experts": {"kind": "modulation", "form": experts}, "stem": "star", "adaptor": 4.0}
-    layer |= {"num_experts": num_experts, "router_reads": "stream", "router": router}
+        layer = {"experts": {"kind": "modulation", "form": experts}, "stem": "star"}
+        layer["adaptor"] = {"ratio": 4.0, "activation": gelu, "dropout": DROPOUT * paper}
+    layer |= {"num_experts": 8, "router_reads": "stream", "router": router}
     return SlotConfig(expert=ExpertLayerConfig.from_dict(layer))
 
 
@@ -72,8 +74,10 @@ def gpu() -> RunConfig:
 
 
 def published(image_size: int) -> RestorerConfig:
-    """Width 384, two blocks, 8 experts."""
-    return RestorerConfig(image_size=image_size, trunk=RESTORER_TRUNK.replace(slots=(slot(),)))
+    """Width 384, two blocks, 8 heads of 64, 8 experts."""
+    attention = {"head_width": 64, "qkv_bias": False, "dropout": DROPOUT, "norm_eps": 1e-5}
+    trunk = RESTORER_TRUNK.replace(**attention, slots=(slot(paper=True),))
+    return RestorerConfig(image_size=image_size, padding="zeros", trunk=trunk)
 
 
 def paper() -> RunConfig:
@@ -137,7 +141,10 @@ DEPARTURES = (
     "slot i answers with expert i; the released lookup is one place off and leaves out the last",
     "no perceptual loss: the network it uses ships in no package",
     "rain, drops, snow and haze are synthetic, over real photographs; split by photograph",
-    "gamma starts at 1, so that features pass the experts at the start",
+    "gamma starts at 1: features pass at the start; other matrices by Xavier's rule, not torch's",
     "time: the mixture it is compared with runs chosen experts only, not all of them as published",
+    "tiny: heads of width / heads, biases of queries, keys and values and none of the router, eps "
+    "1e-6, reflected borders, GELU by tanh, no dropout but the router's",
+    "the answer is a tanh on [-1, 1], the released one a sigmoid on [0, 1]: its last map is halved",
     "paper preset: the published data sets are read from a folder (docs/restoration.md)",
 )

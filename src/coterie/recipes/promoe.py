@@ -27,10 +27,16 @@ def slot(
     num_experts: int = 12,
     choice: str = "token",
     contrastive: float = 1.0,
+    probability: str = "identity",
+    reads: str = "input",
 ) -> SlotConfig:
     """GELU experts of hidden 2 x width in every second block: routed + shared = dense hidden 4x.
 
     ``choice`` "token": top-1 by cosine; "expert": each expert takes its best tokens of a sample.
+    ``probability``: gates are the cosines themselves, as published; "softmax_tokens" is what the
+    released expert choice calls softmax, over the tokens of a sample. ``reads`` "normalised": the
+    prototypes live among normalised tokens without their modulation (as in Nucleus-Image, whose
+    router reads the time as well).
     """
     by_expert = choice == "expert"
     select = {"kind": "expert_choice"} if by_expert else {"kind": "top_k", "k": 1}
@@ -40,10 +46,11 @@ def slot(
         experts={"kind": "gelu_mlp", "hidden": 2 * width},
         router=RouterConfig(
             score={"kind": "cosine"},
-            probability="identity",
+            probability=probability,
             select=select,
             partition="null_label",
         ),
+        router_reads=reads,
         shared=SharedConfig(hidden=2 * width),
         balance=(
             ({"kind": "contrastive", "weight": contrastive, "statistics": statistics},)
@@ -86,6 +93,7 @@ def arms() -> dict[str, RunConfig]:
         "promoe": tiny(),
         "expert-choice": _tiny(slot(64, 6, choice="expert")),
         "no-contrastive": _tiny(slot(64, 6, contrastive=0.0)),
+        "normalised-router": _tiny(slot(64, 6, reads="normalised")),
         "token-choice": _tiny(plain_slot(64, 6)),
         "dense": _tiny(),
     }
@@ -114,6 +122,12 @@ CLAIMS = (
         "promoe",
         "no-contrastive",
         better="higher",
+    ),
+    Claim(
+        "prototypes among unmodulated tokens beat those among what experts read (Nucleus-Image)",
+        "held_out_loss",
+        "normalised-router",
+        "promoe",
     ),
 )
 DEPARTURES = (

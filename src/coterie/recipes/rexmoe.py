@@ -130,7 +130,7 @@ CLAIMS = (
 DEPARTURES = (
     "balance: the paper's form and weight were not at hand; Switch form per layer and over the "
     "pool, 0.01 each",
-    "experts start by Xavier's rule; how the paper's did is not known",
+    "experts and routers start N(0, 0.02) like all else; how the paper's did is not known",
     "groups are r consecutive layers, as the text says; the printed index set is no partition",
     "closed experts are drawn for each layer and forward pass; the paper leaves the scope open",
     "7B-SE: 22 experts a layer (66 in a pool of three); the printed 64 would make 18.6B parameters "

@@ -140,8 +140,7 @@ DEPARTURES = (
     "the authors' checkpoints; width and expert size are recalled or ours, and 0.36B parameters "
     "are active where 0.24B are recalled",
     "paper preset: rate, schedule and length of training are ours; bytes of a dictionary",
-    "the cell starts uniform in 1 / sqrt(state), as in PyTorch, the maps N(0, 0.02), experts "
-    "by Xavier's rule",
+    "the cell starts uniform in 1 / sqrt(state), as in PyTorch, maps and experts N(0, 0.02)",
     "the state passes blocks without experts unchanged; the released code leaves it undefined",
     "routers always run in float32; in the released code only the softmax does",
     "6 layers: in the authors' own figure of depths the gain is 0.001 bits there, 0.016 at 24",

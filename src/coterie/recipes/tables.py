@@ -7,6 +7,7 @@ from typing import Any
 
 from coterie.core.errors import DataError, describe
 from coterie.core.json_reader import read_object
+from coterie.recipes.base import Claim, get_recipe, list_recipes
 
 
 def sections(folder: str | Path) -> dict[str, str]:
@@ -24,13 +25,19 @@ def read_results(folder: str | Path) -> list[dict[str, Any]]:
 
 
 def claims_table(results: list[dict[str, Any]]) -> str:
-    """One row per claim; what is not shown is in the table like everything else."""
+    """One row per claim; what is not shown, or not yet measured, is in the table like everything
+    else."""
     lines = [
         "| recipe | claim | metric | ours | baseline | spread | seeds | shown |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for result in results:
         lines += [_row(result["recipe"], claim) for claim in result["claims"]]
+        lines += [
+            f"| {result['recipe']} | {claim.claim} | {claim.metric} ({claim.better} is better) "
+            "| | | | | not yet measured |"
+            for claim in unmeasured(result)
+        ]
     commits = sorted({str(result["commit"]) for result in results})
     machine = results[0]["hardware"]
     lines += [
@@ -40,6 +47,14 @@ def claims_table(results: list[dict[str, Any]]) -> str:
         f"torch {machine['torch']}; one thread per run.",
     ]
     return "\n".join(lines)
+
+
+def unmeasured(result: dict[str, Any]) -> list[Claim]:
+    """Claims that the recipe has made since it was measured."""
+    if result["recipe"] not in list_recipes():
+        return []
+    known = {claim["claim"] for claim in result["claims"]}
+    return [claim for claim in get_recipe(result["recipe"]).claims if claim.claim not in known]
 
 
 def recipes_table(results: list[dict[str, Any]]) -> str:

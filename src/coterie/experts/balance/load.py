@@ -112,8 +112,8 @@ class SwitchBalance(BalancePart):
         if num_experts is not None and num_experts % (self.groups or 1):
             hint = f"groups are equal parts of the {num_experts} experts"
             raise ConfigError(describe("groups", self.groups, f"a divisor of {num_experts}", hint))
-        if router.probability == "identity":
-            hint = "raw scores are no shares; use contrastive, or softmax"
+        if router.probability in ("identity", "softmax_tokens"):
+            hint = "raw scores and shares of tokens are no shares; use contrastive, or softmax"
             raise ConfigError(describe("kind", self.kind, "a softmax or sigmoid router", hint))
 
 

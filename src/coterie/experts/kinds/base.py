@@ -179,3 +179,14 @@ def xavier_uniform(weight: Tensor, rng: Generator | None) -> None:
 def normal(weight: Tensor, std: float, rng: Generator | None) -> None:
     with torch.no_grad():
         weight.normal_(0.0, std, generator=rng)
+
+
+def start_linears(module: nn.Module | None, std: float | None, rng: Generator | None) -> None:
+    """Matrices of a module's own linear maps N(0, std), or by Xavier's rule; biases 0."""
+    for linear in () if module is None else module.children():
+        if isinstance(linear, nn.Linear) and linear.weight.device.type != "meta":
+            if std is None:
+                xavier_uniform(linear.weight, rng)
+            else:
+                normal(linear.weight, std, rng)
+            nn.init.zeros_(linear.bias)

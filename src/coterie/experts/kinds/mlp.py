@@ -93,9 +93,11 @@ class SwiGLU(_HiddenKind):
 
 @EXPERTS.register
 class GeluMLP(_HiddenKind):
-    """``down(GELU_tanh(up(x) + b1)) + b2``: the feed-forward block of a DiT."""
+    """``down(GELU_tanh(up(x) + b1)) + b2``: the feed-forward block of a DiT. ``activation``: or
+    GELU exactly."""
 
     kind: Literal["gelu_mlp"] = "gelu_mlp"
+    activation: Literal["gelu_tanh", "gelu"] = "gelu_tanh"
     ends: ClassVar[tuple[str, ...]] = ("down", "down_bias")
 
     def shapes(self, width: int) -> dict[str, tuple[int, ...]]:
@@ -108,11 +110,11 @@ class GeluMLP(_HiddenKind):
         }
 
     def forward(self, x: Tensor, weights: Weights) -> Tensor:
-        inner = mlp.gelu_tanh(weights.linear(x, "up", "up_bias"))
+        inner = mlp.GLU_ACTIVATIONS[self.activation](weights.linear(x, "up", "up_bias"))
         return weights.linear(inner, "down", "down_bias")
 
     def feed_forward(self) -> FeedForward:
-        return FeedForward("up", "down", "gelu_tanh", up_bias="up_bias", down_bias="down_bias")
+        return FeedForward("up", "down", self.activation, up_bias="up_bias", down_bias="down_bias")
 
     def fuse(self, experts: Sequence[Mapping[str, Tensor]], gates: Tensor) -> dict[str, Tensor]:
         """Rows of ``up`` one expert after another; columns of ``down`` times its gate."""
@@ -125,7 +127,7 @@ class GeluMLP(_HiddenKind):
         }
 
     def module(self, width: int) -> nn.Module:
-        return mlp.GeluMLP(width, self.size(width))
+        return mlp.GeluMLP(width, self.size(width), self.activation)
 
     def plain_names(self) -> dict[str, str]:
         return {

@@ -6,7 +6,7 @@ Legend: R rows, E candidates, D width, S steps of the noise grid, B samples, N t
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal, Self
+from typing import ClassVar, Literal, Self, TypeVar
 
 import torch
 from pydantic import model_validator
@@ -141,6 +141,21 @@ class SelectPart(Part):
 
     def check(self, num_experts: int) -> None:
         """Raise ConfigError where the selection does not fit the number of candidates."""
+
+
+PartT = TypeVar("PartT", bound=Part)
+
+
+def starting(part: PartT, std: float) -> PartT:
+    """``part``, and parts inside it, with ``init_std`` where they could have one and have none."""
+    changes: dict[str, object] = {}
+    for name in type(part).model_fields:
+        value = getattr(part, name)
+        if isinstance(value, Part):
+            changes[name] = starting(value, std)
+        elif name == "init_std" and value is None:
+            changes[name] = std
+    return part.replace(**changes) if changes else part
 
 
 def own_candidates(ctx: Context, num_experts: int) -> slice:

@@ -30,7 +30,8 @@ def within(path: str, check: Callable[[], None]) -> None:
 class RouterConfig(Config):
     """What decides which experts a row uses and with what gate. All arithmetic is float32.
 
-    ``probability``: softmax or sigmoid of the logits, or the logits themselves (``identity``).
+    ``probability``: softmax or sigmoid of the logits, or the logits themselves (``identity``);
+    ``softmax_tokens``: for each expert, softmax over the tokens of a sample (expert choice only).
     ``when``: ``before`` = probabilities of all candidates, then select; ``after`` = select by
     logits, then the softmax over the selected ones only. ``weight``: gates are the selected
     probabilities (``raw``), these divided by their sum + ``renorm_eps`` (``renorm``), 1 (``one``),
@@ -44,7 +45,7 @@ class RouterConfig(Config):
 
     score: Annotated[SerializeAsAny[Part], SCORES.validator] = LinearScore()
     edits: tuple[Annotated[SerializeAsAny[Part], EDITS.validator], ...] = ()
-    probability: Literal["softmax", "sigmoid", "identity"] = "softmax"
+    probability: Literal["softmax", "sigmoid", "identity", "softmax_tokens"] = "softmax"
     when: Literal["before", "after"] = "before"
     select: Annotated[SerializeAsAny[Part], SELECTS.validator] = TopK()
     weight: Literal["raw", "renorm", "one", "straight_through"] = "raw"
@@ -64,6 +65,9 @@ class RouterConfig(Config):
         if select.needs_tokens and self.when == "after":
             hint = "an expert compares its tokens by probability"
             raise ConfigError(describe("when", self.when, "before", hint))
+        if self.probability == "softmax_tokens" and not select.needs_tokens:
+            hint = "no row knows the other tokens of its sample"
+            raise ConfigError(describe("probability", self.probability, "softmax", hint))
         if self.probability == "identity" and self.weight == "renorm":
             hint = "raw scores may be negative or sum to 0"
             raise ConfigError(describe("weight", self.weight, "raw or one", hint))

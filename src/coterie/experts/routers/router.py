@@ -74,6 +74,8 @@ class Router(nn.Module):
         scored = self.score(x, ctx)
         logits = self._edit(scored.logits, ctx, masks="logits")
         probs = self._probabilities(logits)
+        if self.config.probability == "softmax_tokens":
+            probs = softmax_tokens(logits, shape, scored_rows)
         if any(cast(EditPart, part).masks == "probs" for part in self.config.edits):
             # The other probabilities stay as they are: nothing is normalised again.
             logits = self._edit(logits, ctx, masks="probs")
@@ -203,6 +205,18 @@ class Router(nn.Module):
 
 def _any(mask: Tensor | None) -> Tensor | None:
     return None if mask is None else mask.any(dim=1)
+
+
+def softmax_tokens(logits: Tensor, shape: tuple[int, int], real: Tensor | None) -> Tensor:
+    """f32 [R, E]: for each expert, softmax over the ``real`` tokens of a sample; 0 elsewhere."""
+    logits_BNE = logits.unflatten(0, shape)
+    closed_BNE = logits_BNE == float("-inf")
+    if real is not None:
+        closed_BNE = closed_BNE | ~real.view(*shape, 1)
+    # A sample without a token would be a softmax over nothing.
+    empty_B1E = closed_BNE.all(dim=1, keepdim=True)
+    open_BNE = logits_BNE.masked_fill(closed_BNE, float("-inf")).masked_fill(empty_B1E, 0.0)
+    return open_BNE.softmax(dim=1).masked_fill(closed_BNE, 0.0).flatten(0, 1)
 
 
 def null_rows(ctx: Context, x: Tensor) -> Tensor:

@@ -161,7 +161,7 @@ def aux_losses(model: nn.Module, routings: Sequence[Routing]) -> tuple[Aux, ...]
     for network in networks:
         own = [routing for routing in routings if routing.layer == network.index]
         made = [a for part in network.layer.config.balance for a in part.build().losses(own)]
-        if network.training:
-            require_graph(made, routers_of([network.layer]), "ffn")
+        if made and network.training:
+            require_graph(own, routers_of([network.layer]), "ffn")
         out.extend(made)
     return tuple(out)

@@ -1,0 +1,27 @@
+"""The network that all experts of a layer share behind them (MoFME, AAAI 2024)."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, PositiveFloat
+
+from coterie.core.config import Config
+from coterie.nn.mlp import GeluMLP
+
+
+class AdaptorConfig(Config):
+    """``ratio``: inner size, as a multiple of the width. ``dropout`` after both maps."""
+
+    ratio: PositiveFloat
+    activation: Literal["gelu_tanh", "gelu"] = "gelu_tanh"
+    dropout: float = Field(0.0, ge=0.0, lt=1.0)
+
+
+def build_adaptor(config: AdaptorConfig | float | None, width: int) -> GeluMLP | None:
+    """A number is a ratio, with all else as it is by default."""
+    if config is None:
+        return None
+    if not isinstance(config, AdaptorConfig):
+        config = AdaptorConfig(ratio=config)
+    return GeluMLP(width, round(config.ratio * width), config.activation, config.dropout)
