@@ -23,6 +23,8 @@ from coterie.core.errors import ConfigError, DataError, describe
 from coterie.core.prediction import Condition
 from coterie.experts.routers.config import within
 
+Padding = Literal["reflect", "zeros"]
+
 RESTORER_TRUNK = TrunkConfig(modulation="none", width=384, depth=2, heads=8, norm="layer")
 
 
@@ -38,7 +40,7 @@ class RestorerConfig(BackbonePart):
     patch: int = Field(8, ge=1)
     stem: int = Field(32, ge=1)
     tail: int = Field(128, ge=2)
-    padding: Literal["reflect", "zeros"] = "reflect"
+    padding: Padding = "reflect"
     trunk: TrunkConfig = RESTORER_TRUNK
 
     @model_validator(mode="after")
@@ -79,14 +81,14 @@ class RestorerConfig(BackbonePart):
         return pixels * self.image_size**2 + tokens * self.tokens
 
 
-def convolution(inputs: int, outputs: int, padding: str) -> nn.Conv2d:
+def convolution(inputs: int, outputs: int, padding: Padding) -> nn.Conv2d:
     return nn.Conv2d(inputs, outputs, 3, padding=1, padding_mode=padding)
 
 
 class ResidualConvolution(nn.Module):
     """``x + conv(ReLU(conv(x)))``, 3 x 3."""
 
-    def __init__(self, channels: int, padding: str) -> None:
+    def __init__(self, channels: int, padding: Padding) -> None:
         super().__init__()
         self.first = convolution(channels, channels, padding)
         self.second = convolution(channels, channels, padding)
