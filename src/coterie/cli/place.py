@@ -7,7 +7,8 @@ from typing import Any
 
 import click
 
-from coterie.cli.output import OUT, say, say_json, table
+from coterie.cli.model_folder import given_of, is_model, load, prepare, reads_text
+from coterie.cli.output import OUT, progress_bar, say, say_json, table
 from coterie.core.json_reader import read_object
 
 SHOWN = ("devices", "strategy", "step_ms", "ideal_ms", "efficiency", "experts_per_device")
@@ -38,21 +39,42 @@ class Counts(click.ParamType[tuple[int, ...]]):
     show_default=True,
     help="Copies a device may hold.",
 )
+@reads_text("--read")
 @click.option("--out", type=OUT, help="Folder. [RUN/placement]")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@click.option("-q", "--quiet", is_flag=True, help="No progress bar.")
 def command(
-    run: Path, devices: tuple[int, ...], tokens: int, spare: int, out: Path | None, as_json: bool
+    run: Path,
+    devices: tuple[int, ...],
+    tokens: int,
+    spare: int,
+    out: Path | None,
+    as_json: bool,
+    quiet: bool,
+    **reading: Any,
 ) -> None:
     """Place the experts of RUN on many devices, by the loads of held-out data, and simulate a step.
+
+    RUN is a run directory, or the folder of a Hugging Face MoE model, which reads --text.
 
     The cost of a row is measured here, on one device; no communication is counted.
 
     \b
       coterie place runs/dit-moe --devices 8,64,1024
+      coterie place models/olmoe --text book.txt --read 20000
     """
-    from coterie.train.expert_placement import place_run
+    given = given_of(reading, run, {"tokens_read": "read"})
+    if is_model(run):
+        from coterie.interop.transformers.place import place_model
 
-    written = place_run(run, devices, tokens, spare, out)
+        asked = prepare(run, given)
+        load(asked, quiet)
+        with progress_bar(len(asked.windows), "windows", quiet) as advance:
+            written = place_model(asked, devices, tokens, spare, out, advance)
+    else:
+        from coterie.train.expert_placement import place_run
+
+        written = place_run(run, devices, tokens, spare, out)
     found = read_object(written)
     if as_json:
         say_json(found)

@@ -8,21 +8,16 @@ from typing import Any
 
 import click
 
+from coterie.cli.model_folder import given_of, is_model, load, prepare, reads_text
 from coterie.cli.output import OUT, facts, note, progress_bar, say, say_json
 from coterie.core.errors import CheckpointError, ConfigError
 from coterie.core.json_reader import read_object
-
-DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 @click.command("report")
 @click.argument("run", type=click.Path(path_type=Path))
 @click.option("--out", type=OUT, help="Folder. [RUN/report]")
-@click.option("--text", type=click.Path(path_type=Path), help="Text that a model is to read.")
-@click.option("--tokens", type=click.IntRange(1), help="Tokens of the text to read. [8192]")
-@click.option("--batch", type=click.IntRange(1), help="Windows at once. [4]")
-@click.option("--context", type=click.IntRange(1), help="Tokens per window. [512, or fewer]")
-@click.option("--dtype", type=click.Choice(DTYPES), help="Type of the weights. [as stored]")
+@reads_text()
 @click.option("-n", "--dry-run", is_flag=True, help="A model: sizes and projected minutes only.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report's numbers as JSON.")
 @click.option("-q", "--quiet", is_flag=True, help="No progress bar.")
@@ -37,15 +32,12 @@ def command(
       coterie report runs/dit-moe
       coterie report models/olmoe --text book.txt --tokens 20000
     """
-    given = {name: value for name, value in reading.items() if value is not None}
-    if given and not run.is_dir():
-        raise CheckpointError(f"{run}: no such folder")
-    if _is_model(run):
+    given = given_of(reading, run, {"tokens_read": "tokens"})
+    if is_model(run):
         _report_model(run, out or run / "report", given, dry_run, as_json, quiet)
         return
-    if given or dry_run:
-        name = "dry-run" if dry_run else next(iter(given))
-        raise ConfigError(f"--{name}: only for the folder of a Hugging Face model, not {run}")
+    if dry_run:
+        raise ConfigError(f"--dry-run: only for the folder of a Hugging Face model, not {run}")
     from coterie.train.report import report_run
 
     _say_report(report_run(run, out or run / "report", not quiet, citation_of(run)), as_json)
@@ -54,23 +46,15 @@ def command(
 def _report_model(
     folder: Path, out: Path, given: dict[str, Any], dry_run: bool, as_json: bool, quiet: bool
 ) -> None:
-    if "text" not in given:
-        raise ConfigError(f"--text: missing; {folder} is a model, say what it is to read")
     from coterie.inspect import report_outputs, write_report
-    from coterie.interop.transformers.report import Reading
 
-    reading = Reading.prepare(folder, given.pop("text"), **given)
+    reading = prepare(folder, given)
     if dry_run:
         planned = reading.measure()
         say_json(planned) if as_json else say(facts(planned))
         return
     report_outputs(out)
-    for text in reading.notes():
-        note(f"note: {text}")
-    if not quiet:
-        weights = reading.sizes()["weights_gib"]
-        note(f"loading and checking {folder} ({weights:g} GiB)")
-    _ = reading.model
+    load(reading, quiet)
     with progress_bar(len(reading.windows), "windows", quiet) as advance:
         data = reading.read(advance)
     if not quiet:
@@ -101,14 +85,6 @@ def _say_report(page: Path, as_json: bool) -> None:
             say(sentence)
     say(f"report   {page}")
     say(f"numbers  {numbers}")
-
-
-def _is_model(folder: Path) -> bool:
-    """Whether ``config.json`` there is one of transformers: a run's names no model_type."""
-    try:
-        return "model_type" in read_object(folder / "config.json")
-    except CheckpointError:
-        return False
 
 
 def citation_of(run: Path) -> str:

@@ -235,6 +235,14 @@ class Totals:
             "decoder, token on the noised canvas": _losses(torch.cat(self.canvas)),
         }
 
+    def bits(self) -> float:
+        """Bits per token: of the next one, or of the noised canvas; NaN before anything is read."""
+        windows = self.canvas or self.tokens
+        if not windows:
+            return math.nan
+        mean, count = torch.cat(windows).unbind(1)
+        return float((mean.nan_to_num() * count).sum() / count.sum()) / math.log(2)
+
     def bins(self) -> list[dict[str, Any]]:
         """Bits per token of the canvas by noise level; [] for a causal model."""
         if not self.canvas:
