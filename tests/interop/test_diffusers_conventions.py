@@ -37,7 +37,8 @@ from torch import Tensor
 from coterie.core.errors import CoterieError
 from coterie.core.prediction import Condition
 from coterie.interop.diffusers import DiffusersConfig, load_noise_ranges
-from coterie.interop.diffusers.conventions import CONVENTIONS
+from coterie.interop.diffusers.conventions import CONVENTIONS, ask
+from coterie.interop.diffusers.facts import embed_time, read_call, time_network
 
 PIXELS = SIDE * 8  # what a pipeline without a decoder takes for it
 
@@ -166,6 +167,29 @@ def test_A2_each_network_is_asked_as_its_own_pipeline_asks_it(name: str, tmp_pat
             found = made(latents, t.float().expand(2), cond).value
         torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
         assert float(expected.std()) > 1e-3
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if "500" not in name])
+def test_A2_experts_inside_a_network_see_the_noise_that_it_is_told_of(name: str) -> None:
+    """``attach`` reads off a call its level, its step and the embedding it makes itself."""
+    _, network, _, _, cond = CASES[name]
+    model, time = network(), torch.tensor([100.0, 600.0])
+    calls: list[Any] = []
+    model.register_forward_pre_hook(lambda *call: calls.append(call[1:]), with_kwargs=True)
+    found = time_network(model)
+    if found is not None:
+        found[1].register_forward_hook(lambda *call: calls.append(call[-1]))
+    with torch.no_grad():
+        ask(model, rand(2, 4, SIDE, SIDE), time, 1000, cond)
+        ctx = read_call(model, *calls[0], 1000, None)
+    assert ctx.noise is not None and ctx.step_index is not None
+    torch.testing.assert_close(ctx.noise, time / 1000)
+    assert ctx.step_index.tolist() == [100, 600]
+    if found is not None:
+        torch.testing.assert_close(ctx.time_embedding, calls[1], rtol=1e-4, atol=1e-5)
+        with torch.no_grad():  # and of a call of ours, which knows the time of the grid
+            again = embed_time(model, 1000)(time)
+        torch.testing.assert_close(again, calls[1], rtol=1e-4, atol=1e-5)
 
 
 OLDER = {"num_attention_heads": 2, "attention_head_dim": 4, "num_layers": 1, "patch_size": 2}

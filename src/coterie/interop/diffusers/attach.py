@@ -93,7 +93,7 @@ class DiffusersHost(NetworkHost):
 
     def forward(self, x: Tensor, ctx: Context, cond: Condition) -> BackboneOutput:
         """x [B, C, H, W]; ConfigError for a network of a class whose conventions are not known."""
-        ctx = embed_condition(ctx, cond, embed_time(self.network), None, 0)
+        ctx = embed_condition(ctx, cond, embed_time(self.network, self.num_steps), None, 0)
         assert ctx.time_input is not None
         if cond.label is not None and self.null_label is not None:
             label = torch.where(cond.label == NULL_LABEL, self.null_label, cond.label)

@@ -42,8 +42,9 @@ class Convention:
     """How one class of networks is asked. ``classes``: its ``class_labels`` are classes, whatever
     its configuration says. ``mask``: the argument that masks its tokens. ``time_unit``: what the
     time of its grid is multiplied by. ``clean_is_one``: it is told 1 - time / T and answers from
-    noise to data. ``vector``: who reads ``Condition.vector``, if the network wants one. ``only``:
-    fields of its configuration that must be among these."""
+    noise to data. ``embeds``: what it multiplies its time by before it embeds it. ``vector``: who
+    reads ``Condition.vector``, if the network wants one. ``only``: fields of its configuration that
+    must be among these."""
 
     tokens: bool = True
     classes: bool = False
@@ -51,6 +52,7 @@ class Convention:
     needs_mask: bool = False
     time_unit: float = 1.0
     clean_is_one: bool = False
+    embeds: float = 1.0
     vector: Callable[[Any], Extra | None] = lambda network: None
     packed: bool = False
     only: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
@@ -59,7 +61,15 @@ class Convention:
         """[B]: what a network is told at ``time`` [B] of a grid of so many steps."""
         if self.clean_is_one:
             return 1.0 - time / steps
-        return time * self.time_unit * float(getattr(network.config, "timestep_scale", 1.0))
+        return time * self._unit(network)
+
+    def grid(self, network: Any, told: Tensor, steps: int) -> Tensor:
+        """[B]: the time of its grid at which a network is told ``told`` [B]."""
+        return steps * (1.0 - told) if self.clean_is_one else told / self._unit(network)
+
+    def _unit(self, network: Any) -> float:
+        config = getattr(network, "config", None)  # networks of any make have experts put into them
+        return self.time_unit * float(getattr(config, "timestep_scale", 1.0))
 
 
 def _split(network: Any, vector: Tensor, pooled: int, count: int, what: str) -> list[Tensor]:
@@ -124,6 +134,7 @@ CONVENTIONS: dict[str, Convention] = {
     "DiTTransformer2DModel": Convention(tokens=False, classes=True),
     "FluxTransformer2DModel": Convention(
         time_unit=1e-3,
+        embeds=1e3,
         vector=lambda network: _pooled_and_guidance,
         packed=True,
         only={"patch_size": (1,)},
@@ -186,6 +197,13 @@ def convention_for(kind: type[Any], config: Mapping[str, Any]) -> Convention:
             hint = "no condition here holds what it would be told"
             raise ConfigError(describe(f"{kind.__name__}.{name}", value, allowed, hint))
     return found
+
+
+def convention_or_plain(network: nn.Module) -> Convention:
+    """:func:`convention_of`; for other classes, whose own calls are only read, that of a plain
+    network, which is told the time of its grid."""
+    config = getattr(network, "config", {})
+    return CONVENTIONS.get(known_as(type(network).__name__, config), Convention())
 
 
 def known_as(kind: str, config: Mapping[str, Any]) -> str:

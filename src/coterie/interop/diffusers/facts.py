@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from coterie.core.context import NULL_LABEL, Context
 from coterie.core.errors import DataError, describe
+from coterie.interop.diffusers.conventions import convention_or_plain
 
 TIME_MODULES = ("time_embedding", "timestep_embedder")
 """Names of the network behind ``time_proj``, in U-Nets and in transformers."""
@@ -31,21 +32,20 @@ def time_width(model: nn.Module) -> int | None:
     return None if found is None else int(found[1].linear_2.out_features)
 
 
-def embed_time(model: nn.Module) -> Callable[[Tensor], Tensor]:
-    """t [B] -> tau [B, D], timestep only, as the model itself makes it."""
+def embed_time(model: nn.Module, steps: int) -> Callable[[Tensor], Tensor]:
+    """Time [B] of the model's grid of so many steps -> tau [B, D], timestep only, as the model
+    itself makes it of what it is told then."""
     found = time_network(model)
     assert found is not None
     sinusoid, network = found
+    how = convention_or_plain(model)
 
     def embed(time: Tensor) -> Tensor:
-        tau: Tensor = network(sinusoid(time).to(network.linear_1.weight.dtype))
+        fed = how.time(model, time, steps) * how.embeds
+        tau: Tensor = network(sinusoid(fed).to(network.linear_1.weight.dtype))
         return tau
 
     return embed
-
-
-def takes(model: nn.Module, name: str) -> bool:
-    return name in inspect.signature(model.forward).parameters
 
 
 def read_call(
@@ -61,7 +61,7 @@ def read_call(
     time = torch.as_tensor(given.get("timestep", 0.0), device=x.device).float()
     if time.dim() > 1 or time.shape not in ((), (1,), x.shape[:1]):
         raise DataError(describe("timestep", tuple(time.shape), f"() or [{x.shape[0]}]"))
-    time = time.expand(x.shape[0])
+    time = convention_or_plain(model).grid(model, time.expand(x.shape[0]), num_steps)
     label = given.get("class_labels")
     if label is not None and label.is_floating_point():
         label = None  # a vector, not a class
@@ -75,7 +75,7 @@ def read_call(
         step_index=time.round().long().clamp(0, num_steps - 1),
         num_steps=num_steps,
         time_input=time,
-        time_embedding=embed_time(model)(time) if has_time else None,
+        time_embedding=embed_time(model, num_steps)(time) if has_time else None,
         label=label,
         training=model.training,
     )
