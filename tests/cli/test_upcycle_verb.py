@@ -45,7 +45,8 @@ def test_from_a_dense_run_to_the_report_of_its_experts(
     assert len(found["load_cv"]) == 1
     assert told(coterie("upcycle", dense, *flags)) == found, "the same command again"
     config = json.loads((run / "config.json").read_text(encoding="utf-8"))
-    assert config["init"]["path"] == str(dense) and config["init"]["origin"]["step"] == 3
+    assert (run / config["init"]["path"]).resolve() == dense.resolve()
+    assert config["init"]["origin"]["step"] == 3
     assert config["train"]["steps"] == 4 and config["init"]["upcycle"]["copies"] == 3
 
     samples = ("sample", run, "--num", "2", "-q", "--json")

@@ -12,6 +12,7 @@ from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 from coterie.adapters.basis import BasisConfig
 from coterie.core.config import Config
 from coterie.core.errors import ConfigError, describe
+from coterie.core.places import Place
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")]
 
@@ -104,7 +105,7 @@ class AdapterConfig(Config):
 
     name: Name
     lora: LoraConfig | None = None
-    path: str | None = Field(None, min_length=1)
+    path: Annotated[Place, Field(min_length=1)] | None = None
     weight: float = 1.0
 
     @model_validator(mode="after")

@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler, ValidationErro
 from coterie.core.errors import ConfigError, describe, shown, unknown
 from coterie.core.json_reader import literal, parse_json, read_object
 from coterie.core.numbers import bounded
+from coterie.core.places import beside
 
 if TYPE_CHECKING:
     from pydantic._internal._model_construction import ModelMetaclass
@@ -73,7 +74,8 @@ class Config(BaseModel, metaclass=_Made):
         path = Path(path)
         if not path.is_file():
             raise ConfigError(describe("config file", str(path), "an existing file"))
-        return cls.from_dict(read_object(path, error=ConfigError))
+        with beside(path.parent):
+            return cls.from_dict(read_object(path, error=ConfigError))
 
     def replace(self, **changes: Any) -> Self:
         """Validated copy with some fields changed (``model_copy`` would not validate)."""

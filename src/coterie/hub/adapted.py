@@ -10,6 +10,7 @@ from torch import nn
 from coterie.adapters import LoraConfig, attach, base_digest
 from coterie.core.errors import CheckpointError, ConfigError, describe
 from coterie.core.folder import MANIFEST
+from coterie.core.places import placed
 from coterie.hub.layout import Manifest
 
 
@@ -21,7 +22,8 @@ def base_folder(manifest: Manifest, base: str | Path | None) -> Path:
     """The model directory of the base: ``base``, or what the manifest names (the model of a run).
 
     CheckpointError if there is none."""
-    wanted = Path(base if base is not None else str(_base(manifest).get("path", "")))
+    told = placed(str(_base(manifest).get("path", "")), manifest.path)
+    wanted = Path(base if base is not None else told)
     for folder in (wanted / "model", wanted):
         if (folder / MANIFEST).is_file():
             return folder

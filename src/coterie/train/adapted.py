@@ -6,6 +6,7 @@ directory hold adapters alone.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from coterie.adapters.attach import Parts
 from coterie.adapters.files import CONFIG
 from coterie.core.errors import CheckpointError, ConfigError, describe
 from coterie.core.json_reader import read_object
+from coterie.core.places import beside, placed, relative
 from coterie.core.tensors import assign, module_tensors, require_finite
 from coterie.train import checkpoint
 from coterie.train.rundir import stored_hash
@@ -58,7 +60,8 @@ def _from_run(model: nn.Module, config: AdapterConfig, base: str) -> Parts:
     """The adapter that a run has trained (of several: that of the same name)."""
     path = Path(str(config.path))
     theirs = _init_of(path)
-    listed = [AdapterConfig.from_dict(entry) for entry in theirs.get("adapters", ())]
+    with beside(path):
+        listed = [AdapterConfig.from_dict(entry) for entry in theirs.get("adapters", ())]
     new = {adapter.name: adapter for adapter in listed if adapter.lora is not None}
     chosen = next(iter(new.values())) if len(new) == 1 else new.get(config.name)
     if chosen is None or chosen.lora is None:
@@ -86,14 +89,22 @@ def _from_run(model: nn.Module, config: AdapterConfig, base: str) -> Parts:
 def _init_of(path: Path) -> dict[str, Any]:
     """``init`` of a run's configuration; {} if it has none."""
     init = read_object(path / "config.json", error=ConfigError).get("init")
-    return init if isinstance(init, dict) else {}
+    if not isinstance(init, dict):
+        return {}
+    return {**init, "path": placed(str(init.get("path", "")), path)}
 
 
-def described(model: nn.Module, base: str) -> dict[str, Any]:
-    """What a model directory says of its adapters and of the base they need, at ``base``."""
+def described(model: nn.Module, base: str, folder: Path) -> dict[str, Any]:
+    """What a model directory, ``folder``, says of its adapters and of the base they need, at
+    ``base``."""
+    # A model directory is handed on alone: what was said absolutely stays.
+    path = base if os.path.isabs(base) else relative(base, folder)
     weights = weights_of(model)
     return {
-        "base": {"path": base, "digest": base_digest(model)},
+        "base": {
+            "path": base if os.path.isabs(base) else relative(base, folder),
+            "digest": base_digest(model),
+        },
         "adapters": [
             {"name": name, "lora": config.model_dump(mode="json"), "weight": weights[name]}
             for name, config in configs_of(model).items()

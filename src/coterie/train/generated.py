@@ -9,6 +9,7 @@ import numpy as np
 from pydantic import Field
 
 from coterie.core.errors import ConfigError, describe
+from coterie.core.places import Place
 from coterie.core.rng import derive
 from coterie.data.cache import cache_root, locked, open_array, problem, save_array, write_folder
 from coterie.data.source import SOURCES, ArraySource, SourceConfig, SourceInfo, Split
@@ -25,7 +26,7 @@ class GeneratedConfig(SourceConfig):
     than these."""
 
     kind: Literal["generated"] = "generated"
-    path: str = Field("runs/dit", min_length=1)
+    path: Place = Field("runs/dit", min_length=1)
     count: int = Field(1000, ge=8)
     steps: int | None = Field(None, ge=1)
     seed: int = Field(0, ge=0, lt=2**63)

@@ -18,6 +18,7 @@ from coterie.core.folder import MANIFEST, file_digest
 from coterie.core.json_reader import read_object
 from coterie.core.machine import commit
 from coterie.core.numbers import Total
+from coterie.core.places import Place, beside
 from coterie.core.registry import Part
 from coterie.core.rng import generator
 from coterie.core.tensors import assign, module_tensors
@@ -58,7 +59,7 @@ class InitConfig(Config):
     each time it is loaded.
     """
 
-    path: str = Field(min_length=1)
+    path: Place = Field(min_length=1)
     weights: str = "ema"
     upcycle: UpcycleConfig | None = None
     adapters: tuple[AdapterConfig, ...] = ()
@@ -91,7 +92,8 @@ def source_config(path: str | Path) -> Part:
         raise ConfigError(describe("init.path", str(path), KINDS))
     if found is None:
         raise ConfigError(describe("init.path", str(path), KINDS, "it describes no such model"))
-    return MODELS.parse(found)
+    with beside(path):
+        return MODELS.parse(found)
 
 
 def find_origin(init: InitConfig) -> Origin:
@@ -146,7 +148,8 @@ def put_on_base(model: nn.Module, init: InitConfig) -> None:
 def init_of(path: str | Path) -> InitConfig | None:
     """Where the first weights of the run at ``path`` come from."""
     found = _config_of(path).get("init")
-    return None if found is None else InitConfig.from_dict(found)
+    with beside(path):
+        return None if found is None else InitConfig.from_dict(found)
 
 
 def is_untrained(path: str | Path) -> bool:

@@ -14,6 +14,7 @@ from pydantic import Field, model_validator
 
 from coterie.core.errors import ConfigError, describe
 from coterie.core.folder import MANIFEST
+from coterie.core.places import Place
 from coterie.core.registry import Part
 from coterie.core.tensors import assign, module_tensors
 from coterie.denoiser import MODELS
@@ -35,7 +36,7 @@ class PretrainedConfig(Part):
     ``precision``: what it computes in (its answers keep the type of what it is asked)."""
 
     kind: Literal["pretrained"] = "pretrained"
-    path: str = Field("runs/dit", min_length=1)
+    path: Place = Field("runs/dit", min_length=1)
     weights: str = "ema"
     origin: Origin | None = None
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
@@ -78,7 +79,7 @@ class WeightAverageConfig(Part):
     static merge ("model soup"). ``shares``: of each, if not equal; ``weights`` as above."""
 
     kind: Literal["weight_average"] = "weight_average"
-    paths: tuple[str, ...] = Field(("runs/dit",), min_length=1)
+    paths: tuple[Place, ...] = Field(("runs/dit",), min_length=1)
     shares: tuple[float, ...] | None = None
     weights: str = "ema"
     is_trained: ClassVar[bool] = True

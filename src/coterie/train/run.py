@@ -26,6 +26,7 @@ from coterie.core.batch import Source
 from coterie.core.config import Config
 from coterie.core.cost import count_parameters
 from coterie.core.errors import ConfigError, describe
+from coterie.core.places import relative
 from coterie.core.registry import Part
 from coterie.core.rng import derive, generator
 from coterie.core.tensors import assign, module_tensors
@@ -224,7 +225,7 @@ def make_trainer(
     objective = config.objective.build(model)
     return Trainer(
         config.train, model, objective, source, config.seed, run_dir,
-        run_config=config.model_dump(mode="json"), placement=placement,
+        run_config=None if run_dir is None else run_dir.stored_form(config), placement=placement,
     )  # fmt: skip
 
 
@@ -255,7 +256,7 @@ def _as_it_is(config: RunConfig, out: str | Path) -> Path:
     run_dir = RunDir(out)
     config = pinned(config, run_dir)
     based_model(config)
-    run_dir.write_config(config.model_dump(mode="json"))
+    run_dir.write_config(run_dir.stored_form(config))
     return run_dir.path
 
 
@@ -293,7 +294,8 @@ def pinned(config: RunConfig, run_dir: RunDir) -> RunConfig:
     if init is None or init.origin is not None:
         return config
     stored = (run_dir.stored_config() or {}).get("init") or {}
-    origin = stored.get("origin") if stored.get("path") == init.path else None
+    same = stored.get("path") == relative(init.path, run_dir.path)
+    origin = stored.get("origin") if same else None
     return config.replace(init=init.replace(origin=origin or find_origin(init)))
 
 
@@ -314,7 +316,7 @@ def _export(model: Any, config: RunConfig, run_dir: RunDir, source: Source) -> N
         "data": config.data.kind,
     }
     if config.init is not None and config.init.adapters:
-        facts |= described(model, config.init.path)
+        facts |= described(model, config.init.path, run_dir.path / "model")
     whole = model_of(model) if isinstance(model, Ensemble) else config.model
     save_pretrained(
         model,

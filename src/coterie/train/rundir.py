@@ -15,6 +15,7 @@ from coterie.core.errors import ConfigError, TrainingError, describe
 from coterie.core.files import require_utf8
 from coterie.core.folder import clean, digest, open_own, refuse_link, write_text
 from coterie.core.json_reader import parse_json, read_object
+from coterie.core.places import beside
 from coterie.train import checkpoint
 from coterie.train.checkpoint import FOLDER
 from coterie.train.config import TrainConfig
@@ -74,6 +75,11 @@ class RunDir:
             )
         return config_hash(existing, free)
 
+    def stored_form(self, config: Config) -> dict[str, Any]:
+        """The JSON of a configuration as it lies here: paths in it are relative to this folder."""
+        with beside(self.path):
+            return config.model_dump(mode="json")
+
     def write_json(self, name: str, data: Any) -> Path:
         """Write a small JSON file into the directory, atomically."""
         self._create()
@@ -86,7 +92,7 @@ class RunDir:
     def opened(self, config: Config) -> Iterator[RunDir]:
         """Lock the directory and write (or check) its configuration."""
         with self.lock():
-            self.write_config(config.model_dump(mode="json"))
+            self.write_config(self.stored_form(config))
             yield self
 
     @contextmanager

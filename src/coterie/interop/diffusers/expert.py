@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from coterie.core.context import NULL_LABEL
 from coterie.core.errors import CheckpointError, ConfigError, DataError, describe
 from coterie.core.folder import file_digest
+from coterie.core.places import Place
 from coterie.core.prediction import Condition, View
 from coterie.core.registry import Part
 from coterie.core.tensors import read_tensors
@@ -99,7 +100,7 @@ class DiffusersConfig(Part):
     """
 
     kind: Literal["diffusers"] = "diffusers"
-    path: str = Field("pipeline", min_length=1)
+    path: Place = Field("pipeline", min_length=1)
     process: Annotated[SerializeAsAny[Part], PROCESSES.validator] | None = None
     view: Literal["x0", "eps", "flow", "v"] | None = None
     null_label: int | None = Field(None, ge=0)

@@ -13,10 +13,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from pydantic import Field
+
 from coterie.core.config import Config, override
 from coterie.core.errors import ConfigError, describe
 from coterie.core.folder import write_text
 from coterie.core.json_reader import parse_json, read_json
+from coterie.core.places import beside
 from coterie.data.shard import ShardConfig, write_shard
 from coterie.data.source import SPLITS
 from coterie.train.islands.partition import Islands, PartitionConfig, copy_partition, partition_of
@@ -32,7 +35,7 @@ class IslandEntry(Config):
     """One island of a plan; ``sha256`` is of the indices of its training samples."""
 
     index: int
-    folder: str
+    folder: str = Field(pattern=r"^island-\d+$")  # no other place than one in the plan
     samples: int
     sha256: str
 
@@ -98,7 +101,8 @@ def make_plan(
         config = share.replace(data=_exported(data, out, entry) if export else data)
         config = override(config, changes.get(entry.index, {}))
         build_source(config)  # an island whose model cannot read its data is refused here
-        RunDir(out / entry.folder).write_config(config.model_dump(mode="json"))
+        run = RunDir(out / entry.folder)
+        run.write_config(run.stored_form(config))
     _write_once(out / FILE, made)
     return made
 
@@ -160,6 +164,8 @@ def _entries(islands: Islands) -> Sequence[IslandEntry]:
 
 
 def _write_once(path: Path, made: IslandPlan) -> None:
-    if path.is_file() and read_json(path) != parse_json(made.to_json()):
+    with beside(path.parent):
+        text = made.to_json()
+    if path.is_file() and read_json(path) != parse_json(text):
         raise ConfigError(f"{path}: holds another plan; use another folder")
-    write_text(path, made.to_json() + "\n")
+    write_text(path, text + "\n")

@@ -14,6 +14,7 @@ from torch import Tensor
 from coterie.core.batch import Batch, Source
 from coterie.core.errors import CheckpointError, ConfigError, describe
 from coterie.core.json_reader import parse_json
+from coterie.core.places import Place
 from coterie.core.registry import Part
 from coterie.data import SOURCES, SourceConfig, SourceInfo, Split, Subset
 from coterie.data.source import as_rows
@@ -37,7 +38,7 @@ class IslandConfig(SourceConfig):
     data: Annotated[SerializeAsAny[Part], SOURCES.validator] = "digits"  # type: ignore[assignment]
     partition: PartitionConfig = PartitionConfig()
     index: NonNegativeInt | None = None
-    path: str | None = None
+    path: Place | None = None
     cut: str = ""
     info: ClassVar[SourceInfo] = SourceInfo(
         summary="one island of another source, or all with the island of each sample",

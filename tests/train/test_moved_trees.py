@@ -1,0 +1,101 @@
+"""Trees of runs and plans that are moved, or looked at from another folder."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from small_runs import finished, short
+
+from coterie.core.config import override
+from coterie.core.errors import CheckpointError, CoterieError
+from coterie.core.places import placed, relative
+from coterie.ensembles import EnsembleModelConfig, MemberConfig
+from coterie.train.islands.partition import PartitionConfig
+from coterie.train.islands.plan import FILE, make_plan, read_plan
+from coterie.train.islands.work import run_island, status
+from coterie.train.pretrained import PretrainedConfig
+from coterie.train.run import RunConfig, load_run, start
+from coterie.train.rundir import RunDir, stored_hash
+
+
+def test_G11_paths_in_files_and_in_memory(tmp_path: Path) -> None:
+    run = tmp_path / "runs" / "a"
+    for place in (tmp_path / "runs" / "b", tmp_path / "plan" / "island-0", run / "model"):
+        text = relative(str(place), run)
+        assert not Path(text).is_absolute() and placed(text, run) == str(place)
+    assert relative("~/x", run) == "~/x" == placed("~/x", run)
+    assert relative("/elsewhere/x", "/runs/a") == "/elsewhere/x" == placed("/elsewhere/x", run)
+
+
+def test_G11_a_plan_made_with_a_relative_path_runs_from_anywhere_and_moved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a").mkdir()
+    monkeypatch.chdir(tmp_path / "a")
+    by_class = PartitionConfig.from_dict({"islands": 2, "by": "labels"})
+    make_plan(short("dit-moe"), by_class, Path("plan"))
+    make_plan(short("dit-moe"), by_class, tmp_path / "a" / "plan")  # the same, said otherwise
+    make_plan(short("dit-moe"), by_class, Path("alone"), export=True)
+    monkeypatch.chdir(tmp_path)
+    run_island("a/plan", 0, progress=False)
+    shutil.move(tmp_path / "a", tmp_path / "b")
+    run_island("b/plan", 0, progress=False)  # resumes
+    run_island(tmp_path / "b" / "plan", 1, progress=False)
+    run_island("b/alone", 1, progress=False)
+    assert [row["state"] for row in status("b/plan")] == ["done", "done"]
+    config = json.loads((tmp_path / "b" / "plan" / "island-0" / "config.json").read_text())
+    assert config["data"]["path"] == "../partition"
+
+
+def ensemble(out: Path, members: list[Path]) -> Path:
+    named = tuple(
+        MemberConfig(name=path.name, model=PretrainedConfig(path=str(path)).pinned())
+        for path in members
+    )
+    parts: dict[str, Any] = {"ensemble": {"kind": "noise_ranges", "boundaries": [0.5]}}
+    model = EnsembleModelConfig.from_dict({**parts, "members": named})
+    base = short("dit-moe")
+    return start(base.replace(model=model, train=base.train.replace(steps=0)), out)
+
+
+def test_G11_runs_that_name_others_are_moved_with_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    there = tmp_path / "there"
+    there.mkdir()
+    monkeypatch.chdir(there)
+    finished("dit-moe", Path("runs/base"), train__steps=1)
+    finished("dit-moe", Path("runs/next"), train__steps=1, init__path="runs/base")
+    adapted = {"init.adapters": [{"name": "a", "lora": {"rank": 2, "targets": ["*.attention.*"]}}]}
+    base = override(short("dit-moe", train__steps=1, init__path="runs/base"), adapted)
+    start(base, Path("runs/adapted"), progress=False)
+    ensemble(Path("runs/pair"), [Path("runs/base"), Path("runs/next")])
+    before = stored_hash(Path("runs/adapted"))
+    monkeypatch.chdir(tmp_path)
+    shutil.move(there, tmp_path / "here")
+    moved = tmp_path / "here" / "runs"
+    for name in ("next", "adapted"):
+        config = RunDir(moved / name).read_config(RunConfig)
+        assert config.init is not None and config.init.path == str(moved / "base")
+        load_run(moved / name)
+        start(config, moved / name, progress=False)
+    load_run(moved / "pair")
+    assert stored_hash(moved / "adapted") == before
+    shutil.move(moved / "base", tmp_path / "gone")
+    with pytest.raises(CoterieError, match=str(moved / "base")):
+        load_run(moved / "adapted")
+
+
+def test_H_a_plan_names_folders_inside_itself_only(tmp_path: Path) -> None:
+    folder = tmp_path / "plan"
+    make_plan(short("dit-moe"), PartitionConfig.from_dict({"islands": 2, "by": "labels"}), folder)
+    plan = json.loads((folder / FILE).read_text())
+    for name in ("../outside", "/outside", "island-0/../..", "", "island-x", "island-0\n"):
+        plan["islands"][1]["folder"] = name
+        (folder / FILE).write_text(json.dumps(plan))
+        with pytest.raises((CheckpointError, CoterieError), match=r"islands\.1\.folder"):
+            read_plan(folder)
