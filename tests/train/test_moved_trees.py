@@ -99,3 +99,13 @@ def test_H_a_plan_names_folders_inside_itself_only(tmp_path: Path) -> None:
         (folder / FILE).write_text(json.dumps(plan))
         with pytest.raises((CheckpointError, CoterieError), match=r"islands\.1\.folder"):
             read_plan(folder)
+
+
+def test_H_a_plan_clears_away_what_a_killed_one_left(tmp_path: Path) -> None:
+    by_class = PartitionConfig.from_dict({"islands": 2, "by": "labels"})
+    for name in (".tmp-partition-99", ".tmp-partition-of-mine"):
+        (tmp_path / name).mkdir()
+    (tmp_path / ".tmp-islands.json-99").write_text("{")
+    make_plan(short("dit-moe"), by_class, tmp_path)
+    left = {path.name for path in tmp_path.glob(".tmp-*")}
+    assert left == {".tmp-partition-of-mine"}

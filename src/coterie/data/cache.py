@@ -8,7 +8,7 @@ its owner dies.
 from __future__ import annotations
 
 import os
-import shutil
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from coterie.core.errors import CheckpointError, DataError, describe
-from coterie.core.folder import TEMPORARY, atomic_folder, read_manifest, seal, verify_file
+from coterie.core.folder import atomic_folder, clean, read_manifest, seal, verify_file
 from coterie.data.arrays import open_npy
 
 FORMAT, VERSION = "coterie-data", 1
@@ -60,8 +60,7 @@ def write_folder(target: Path, write: Callable[[Path], None]) -> None:
 
     The caller holds the lock of ``target``, so leftovers of a killed process may be removed.
     """
-    for stale in target.parent.glob(f"{TEMPORARY}{target.name}-*"):
-        shutil.rmtree(stale, ignore_errors=True)
+    clean(target.parent, re.compile(re.escape(target.name)))
     try:
         with atomic_folder(target, overwrite=True) as work:
             write(work)

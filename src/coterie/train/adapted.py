@@ -101,10 +101,7 @@ def described(model: nn.Module, base: str, folder: Path) -> dict[str, Any]:
     path = base if os.path.isabs(base) else relative(base, folder)
     weights = weights_of(model)
     return {
-        "base": {
-            "path": base if os.path.isabs(base) else relative(base, folder),
-            "digest": base_digest(model),
-        },
+        "base": {"path": path, "digest": base_digest(model)},
         "adapters": [
             {"name": name, "lora": config.model_dump(mode="json"), "weight": weights[name]}
             for name, config in configs_of(model).items()

@@ -9,6 +9,7 @@ the others.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -17,7 +18,7 @@ from pydantic import Field
 
 from coterie.core.config import Config, override
 from coterie.core.errors import ConfigError, describe
-from coterie.core.folder import write_text
+from coterie.core.folder import clean, write_text
 from coterie.core.json_reader import parse_json, read_json
 from coterie.core.places import beside
 from coterie.data.shard import ShardConfig, write_shard
@@ -28,6 +29,7 @@ from coterie.train.run import RunConfig, build_source, plan
 from coterie.train.rundir import RunDir
 
 FILE = "islands.json"
+_WRITTEN = re.compile(r"islands\.json|partition")
 Budget = Literal["batch", "steps", "each"]
 
 
@@ -88,22 +90,24 @@ def make_plan(
     for index in changes:
         if not 0 <= index < partition.islands:
             raise ConfigError(describe("island", index, f"0..{partition.islands - 1}"))
-    islands = copy_partition(base.data, partition, out / "partition")
-    made = IslandPlan(
-        base=base,
-        partition=partition,
-        cut=islands.digest,
-        budget=budget,
-        islands=_entries(islands),
-    )
-    for entry in made.islands:
-        data = made.data(out, entry.index)
-        config = share.replace(data=_exported(data, out, entry) if export else data)
-        config = override(config, changes.get(entry.index, {}))
-        build_source(config)  # an island whose model cannot read its data is refused here
-        run = RunDir(out / entry.folder)
-        run.write_config(run.stored_form(config))
-    _write_once(out / FILE, made)
+    with RunDir(out).lock():  # nobody else writes here, so what a killed call left may go
+        clean(out, _WRITTEN)
+        islands = copy_partition(base.data, partition, out / "partition")
+        made = IslandPlan(
+            base=base,
+            partition=partition,
+            cut=islands.digest,
+            budget=budget,
+            islands=_entries(islands),
+        )
+        for entry in made.islands:
+            data = made.data(out, entry.index)
+            config = share.replace(data=_exported(data, out, entry) if export else data)
+            config = override(config, changes.get(entry.index, {}))
+            build_source(config)  # an island whose model cannot read its data is refused here
+            run = RunDir(out / entry.folder)
+            run.write_config(run.stored_form(config))
+        _write_once(out / FILE, made)
     return made
 
 
