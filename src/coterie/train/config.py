@@ -49,7 +49,7 @@ class TrainConfig(Config):
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     device: str = "auto"  # "auto" = cuda where there is one, else cpu
     compile: bool = False
-    threads: int | None = Field(default=None, ge=1, le=4096)  # None = torch's own choice
+    threads: int | None = Field(default=None, ge=1, le=4096)  # None = chosen by timing steps
     num_bins: Few = 8  # loss is reported per noise-level bin
     log_every: Period = 20
     checkpoint_every: Period = 500

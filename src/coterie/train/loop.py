@@ -1,7 +1,8 @@
 """The training loop. It knows an objective, and nothing of what is being learnt.
 
 Invariants: a run killed at any moment and started again leaves the losses and weights of one never
-interrupted, to the bit (same machine and thread count); weights are never non-finite.
+interrupted, to the bit (same machine, and the same numbers of threads, which ``step_threads``
+keeps); weights are never non-finite.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import torch
 from torch import nn
 
 from coterie.core.errors import TrainingError
+from coterie.core.threads import check_threads
 from coterie.train.config import TrainConfig
 from coterie.train.ema import Ema
 from coterie.train.log import RunLog
@@ -28,6 +30,7 @@ from coterie.train.rundir import RunDir
 from coterie.train.signals import Interrupted, StopSignals
 from coterie.train.state import Parts, capture, restore
 from coterie.train.step import GradientStep, StepResult
+from coterie.train.step_threads import StepThreads
 from coterie.train.store import RunStore
 
 Callback = Callable[["Trainer", dict[str, Any]], None]
@@ -110,8 +113,12 @@ class Trainer:
             stack.callback(bar.close)
             signals = stack.enter_context(StopSignals(patient=self.placement.count > 1))
             self.placement.watch(signals)
+            threads = self._threads(bar)
             while self.state.step < self.config.steps:
+                threads.before(self.state.step)
+                begin = time.perf_counter()
                 record = self.train_step()
+                threads.after(time.perf_counter() - begin)
                 bar.update(record)
                 for callback in callbacks:
                     callback(self, record)
@@ -128,6 +135,15 @@ class Trainer:
             if self.state.step == 0:
                 with self.log.open(self._log_dir, 0):
                     self.save()
+
+    def _threads(self, bar: Progress) -> StepThreads:
+        def trial(step: int) -> None:
+            self._begin_step()
+            with self.placement.sharing():
+                self._gradients.trial(step, self.state.samples_seen)
+
+        chooses = self.device.type == "cpu" and self.placement.count == 1
+        return StepThreads(self.config.threads, self.run_dir, trial, chooses, bar.say)
 
     @property
     def _log_dir(self) -> RunDir | None:
@@ -181,12 +197,7 @@ class Trainer:
 
     def _step(self) -> dict[str, Any]:
         start = time.perf_counter()
-        self.model.train()
-        for module in self.frozen:
-            module.training = False
-        if isinstance(self.objective, nn.Module):
-            self.objective.train()
-        self.optimizer.zero_grad(set_to_none=True)
+        self._begin_step()
         step = self.state.step
         lr = self.config.lr_at(step)
         hook = getattr(self.model, "after_step", None)
@@ -201,6 +212,14 @@ class Trainer:
             self.ema.update(self.model)
         self._advance(result, time.perf_counter() - start)
         return self.log.record(self.state.step, lr, result)
+
+    def _begin_step(self) -> None:
+        self.model.train()
+        for module in self.frozen:
+            module.training = False
+        if isinstance(self.objective, nn.Module):
+            self.objective.train()
+        self.optimizer.zero_grad(set_to_none=True)
 
     def _check_weights(self, step: int) -> None:
         """TrainingError where a step has made a weight that is not finite; nothing is saved."""
@@ -251,6 +270,7 @@ def own_threads_and_rng(threads: int | None, device: torch.device) -> Iterator[N
     before = torch.get_num_threads()
     try:
         if threads is not None:
+            check_threads(threads)
             torch.set_num_threads(threads)
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             yield

@@ -38,6 +38,11 @@ class Progress:
         if self._call is not None:
             self._call(record["step"], self.total, record)
 
+    def say(self, line: str) -> None:
+        """A line above the bar; nothing where there is none."""
+        if self._bar is not None:
+            self._bar.write(line, file=error_stream())
+
     def close(self) -> None:
         if self._bar is not None:
             self._bar.close()

@@ -21,6 +21,7 @@ from coterie.train.probes import expert_cosines
 from coterie.train.progress import stages
 from coterie.train.run import LoadedRun, load_run
 from coterie.train.rundir import RunDir, read_metrics
+from coterie.train.step_threads import run_threads
 
 SHOWN = 64  # samples on the page; the routing of images is followed step by step
 SCORED = 500  # samples behind the distances
@@ -35,7 +36,8 @@ def report_run(
     folder = Path(out) if out is not None else run.path / "report"
     report_outputs(folder)
     judge = judge_of(run)
-    with stages(4, "report", progress) as bar:
+    threads = run_threads(path, run.config.train.threads)
+    with threads, stages(4, "report", progress) as bar:
         with watched_answers(run.model) as answers:
             found = held_out(run)
         bar("held-out data at every noise level")

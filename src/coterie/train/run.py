@@ -30,6 +30,7 @@ from coterie.core.places import relative
 from coterie.core.registry import Part
 from coterie.core.rng import derive, generator
 from coterie.core.tensors import assign, module_tensors
+from coterie.core.threads import check_threads
 from coterie.data import SOURCES
 from coterie.denoiser import MODELS, DenoiserConfig
 from coterie.ensembles import Ensemble, model_of
@@ -149,6 +150,8 @@ def check_fits(config: RunConfig, training: bool = True, parts: int = 1) -> None
     if getattr(config.model, "is_trained", False) or getattr(config.model, "absent", ""):
         return  # what others trained says how large it is when it is read
     most = needs.memory_bytes() * parts
+    if training and config.train.threads is not None:
+        check_threads(config.train.threads)
     made = needs.on_meta(config.model, lambda: build_model(config), most)
     train = config.train if training else None
     batch = config.train.batch // config.train.accumulate if training else config.sample.batch

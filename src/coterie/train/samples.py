@@ -12,6 +12,7 @@ from coterie.core.outputs import Outputs
 from coterie.train.judges import Judge, judge_of
 from coterie.train.run import LoadedRun
 from coterie.train.sampling import Samples
+from coterie.train.step_threads import run_threads
 
 PARTICLES = "particles.json"
 """What happened to weighted particles, batch by batch: effective sizes, ancestry, normaliser."""
@@ -38,9 +39,10 @@ def sample_run(
     draw, and return what people open: a sheet of pictures, a file of texts."""
     outputs = outputs_at(out if out is not None else run.path / "samples")
     judge = judge_of(run)
-    made = judge.draw(
-        num, labels=labels, seed=seed, steps=steps, guidance=guidance, progress=progress
-    )
+    with run_threads(run.path, run.config.train.threads):
+        made = judge.draw(
+            num, labels=labels, seed=seed, steps=steps, guidance=guidance, progress=progress
+        )
     return write_samples(judge, made, outputs)
 
 

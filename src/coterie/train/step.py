@@ -114,6 +114,16 @@ class GradientStep:
             clip_grads_with_norm_(self.parameters.values(), self.config.clip, norm)
         return outcome
 
+    def trial(self, step: int, samples_seen: int) -> None:
+        """What a step costs but for the optimiser's part; nothing of it stays."""
+        buffers = self._buffers()
+        try:
+            self(step, samples_seen, keep_routings=False)
+        finally:
+            put_back(buffers)
+            for parameter in self.parameters.values():
+                parameter.grad = None
+
     def _buffers(self) -> Buffers:
         """Copies, by name, of all that a forward pass may change besides gradients."""
         owners = [m for m in (self.model, self.objective) if isinstance(m, nn.Module)]

@@ -1,0 +1,150 @@
+"""How many threads work is done with: chosen by timing it, for the machine may do something else.
+
+Two threads beside a busy core wait for each other; alone they are faster than one. So the work
+itself is timed with 1, 2, 4, ... threads in turn, and again when it has grown slow. Sums of torch
+may differ in their last bits between numbers of threads: whoever promises bits keeps the number.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from coterie.core.errors import ConfigError, describe
+
+ROUNDS = 5
+CHUNK = 0.03  # s, least time measured at once
+MOST_SECONDS = 10.0  # of one choice, once every candidate has been timed twice
+PER_CORE = 4
+BETTER = 0.95  # another number replaces the present one where it takes this share of its time
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def most_threads() -> int:
+    """More are not tried: torch's own number, which OMP_NUM_THREADS sets."""
+    return max(1, min(cores(), torch.get_num_threads()))
+
+
+def check_threads(count: int, field: str = "train.threads") -> None:
+    """ConfigError above a multiple of the cores, unless OMP_NUM_THREADS asks for as many."""
+    asked = os.environ.get("OMP_NUM_THREADS", "")
+    most = max(PER_CORE * cores(), int(asked) if asked.isascii() and asked.isdigit() else 0)
+    if not 1 <= count <= most:
+        hint = f"there are {cores()} cores; OMP_NUM_THREADS={count} in the environment forces it"
+        raise ConfigError(describe(field, count, f"1..{most}", hint))
+
+
+@contextmanager
+def threads(count: int | None) -> Iterator[None]:
+    """Torch with this many threads inside the block, as before after it; None: whatever is set."""
+    before = torch.get_num_threads()
+    try:
+        if count is not None:
+            torch.set_num_threads(count)
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """``seconds``: median time of a call, by number of threads."""
+
+    threads: int
+    seconds: Mapping[int, float]
+    cost: float  # s that choosing took
+
+    def line(self, what: str, flag: str) -> str:
+        """What was chosen and why, for people."""
+        others = ", ".join(f"{n}: {1e3 * s:.3g} ms" for n, s in sorted(self.seconds.items()))
+        word = "thread" if self.threads == 1 else "threads"
+        return f"{self.threads} {word} ({what} with {others}); {flag} N fixes the number"
+
+
+def candidates(most: int) -> list[int]:
+    """1, 2, 4, ... and the most."""
+    return sorted({min(2**power, most) for power in range(most.bit_length() + 1)})
+
+
+def choose(
+    call: Callable[[], Any],
+    most: int,
+    present: int | None = None,
+    clock: Callable[[], float] = time.perf_counter,
+) -> Choice:
+    """Time ``call`` with every number of threads in turn, back and forth, and compare medians.
+
+    ``present`` is kept unless another is clearly faster. The number of threads is left as it was.
+    """
+    begin, tried = clock(), candidates(most)
+    times: dict[int, list[float]] = {count: [] for count in tried}
+    if len(tried) > 1:
+        with threads(None):
+            for turn in range(ROUNDS):
+                for count in tried if turn % 2 == 0 else tried[::-1]:
+                    torch.set_num_threads(count)
+                    if not turn:
+                        call()  # caches, and the threads themselves
+                    times[count].append(_seconds(call, clock))
+                if turn and clock() - begin > MOST_SECONDS:
+                    break
+    medians = {count: statistics.median(each) for count, each in times.items() if each}
+    best = min(medians, key=lambda count: (medians[count], count), default=tried[0])
+    if present in medians and medians[best] > BETTER * medians[present]:
+        best = present
+    return Choice(best, medians, clock() - begin)
+
+
+def _seconds(call: Callable[[], Any], clock: Callable[[], float]) -> float:
+    """Of one call: the first alone where it is long, several where it is short."""
+    begin, done = clock(), 0
+    while True:
+        call()
+        done += 1
+        passed = clock() - begin
+        if passed >= CHUNK or done >= 50:
+            return passed / done
+
+
+class Watch:
+    """Says when work that is repeated has grown slow, or may have become faster with more threads.
+
+    Compared are medians over ``window`` calls. Choosing again takes a hundredth of the time in all.
+    """
+
+    SLOWER = 1.3
+    SHARE = 100.0
+
+    def __init__(self, choice: Choice, most: int, window: int = 8) -> None:
+        self._choice, self._most, self._window = choice, most, window
+        self._recent: list[float] = []
+        self._usual: float | None = None
+        self._passed = 0.0
+
+    def again(self, seconds: float) -> bool:
+        """Whether to choose again, after a call that took so long."""
+        self._passed += seconds
+        self._recent.append(seconds)
+        if len(self._recent) < self._window:
+            return False
+        median, self._recent = statistics.median(self._recent), []
+        if self._usual is None:
+            self._usual = median
+            return False
+        self._usual = min(self._usual, median)
+        slow = median > self.SLOWER * self._usual and self._passed > 10 * self._choice.cost
+        fewer = self._choice.threads < self._most
+        return slow or (fewer and self._passed > self.SHARE * self._choice.cost)
