@@ -18,6 +18,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from coterie.adapters import LoraConfig, attach, read_adapter, save_adapter
+from coterie.convert import UpcycleConfig
 from coterie.core.config import Config
 from coterie.core.errors import DataError
 from coterie.core.tensors import module_tensors, read_tensors, write_tensors
@@ -33,10 +34,13 @@ from coterie.hub import load_pretrained, save_pretrained
 from coterie.interop.diffusers import load_noise_ranges
 from coterie.interop.diffusers.expert import DiffusersConfig
 from coterie.interop.transformers.load import ModelFolder
+from coterie.interop.transformers.text import read_tokens
+from coterie.interop.upcycled import load_upcycled, save_upcycled, upcycle_transformers
 from coterie.train import checkpoint, read_metrics
 from coterie.train.islands.partition import PartitionConfig, copy_partition, read_partition
 from coterie.train.islands.plan import FILE, IslandEntry, IslandPlan, read_plan
 from coterie.train.run import RunConfig
+from coterie.train.samples import outputs_at
 from small_models import small, woken
 
 
@@ -210,6 +214,35 @@ def read_mixtral(folder: Path) -> Any:
     return ModelFolder.open(folder).load(device="cpu")
 
 
+def write_upcycled(folder: Path) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=8, intermediate_size=8, num_hidden_layers=1,
+        num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=16,
+    )  # fmt: skip
+    plan = UpcycleConfig(copies=2)
+    made = upcycle_transformers(LlamaForCausalLM(config), plan)
+    save_upcycled(made, folder / "model", upcycle=plan)
+
+
+def write_book(folder: Path) -> None:
+    write_mixtral(folder / "model")
+    (folder / "x.txt").write_text("One expert reads this sentence. " * 5, encoding="utf-8")
+
+
+def read_book(folder: Path) -> Any:
+    return read_tokens(ModelFolder.open(folder / "model"), folder / "x.txt", 40).ids
+
+
+SAMPLES = '[{"index": 0, "label": 1, "seed": 5, "file": "00000.png", "sheets": ["grid.png"]}]'
+
+
+def read_samples(folder: Path) -> Any:
+    return sorted(outputs_at(folder).earlier)
+
+
 UNET = {
     "sample_size": 8, "in_channels": 1, "out_channels": 1, "block_out_channels": (4, 4),
     "layers_per_block": 1, "norm_num_groups": 2, "attention_head_dim": 4,
@@ -315,6 +348,11 @@ KINDS: dict[str, Kind] = {
     ),
     "adapter": Kind(write_adapter, read_lora),
     "transformers": Kind(write_mixtral, read_mixtral, examples=20),
+    "upcycled": Kind(
+        write_upcycled, lambda folder: load_upcycled(folder / "model"), hashed=True, examples=20
+    ),
+    "text": Kind(write_book, read_book, examples=20),
+    "samples": Kind(text("samples.json", SAMPLES), read_samples),
     "diffusers": Kind(lambda folder: network(0).save_pretrained(folder), read_network, examples=20),
     "diffusers-pipeline": Kind(write_pipeline, read_pipeline, examples=20),
 }

@@ -212,6 +212,7 @@ def test_G9_cached_arrays_are_hashed(tmp_path: Path) -> None:
     assert "SHA-256" in str(problem(target, deep=True))
 
 
+@pytest.mark.filterwarnings("ignore::coterie.core.folder.FolderWarning")
 def test_H_litter_of_systems_damages_no_checkpoint(tmp_path: Path) -> None:
     path = checkpoint.save(tmp_path, {}, {}, step=1)
     for name in (".DS_Store", ".nfs000000000012", "._manifest.json", "Thumbs.db"):

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from coterie.core.errors import ConfigError, DataError, describe
+from coterie.core.files import regular_file
 
 if TYPE_CHECKING:
     from coterie.interop.transformers.load import ModelFolder
@@ -35,6 +36,7 @@ class Tokens:
 
 def read_tokens(folder: ModelFolder, path: Path, limit: int) -> Tokens:
     """The first ``limit`` tokens of a file; DataError if there is nothing to read."""
+    regular_file(path)
     try:
         data = path.read_bytes()
     except OSError as error:
