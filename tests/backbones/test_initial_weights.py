@@ -73,7 +73,7 @@ def test_what_states_a_start_of_its_own_keeps_it() -> None:
     assert inner == pytest.approx(STD, rel=0.2)
 
 
-def test_every_part_that_may_state_a_start_refuses_a_negative_one() -> None:
+def test_H_init_std_below_0_is_refused_by_every_part_that_has_one() -> None:
     parts = [EXPERTS.get(kind) for kind in EXPERTS.kinds()]
     parts += [SCORES.get(kind) for kind in SCORES.kinds()]
     able = [part for part in parts if "init_std" in part.model_fields]

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from coterie.core.errors import ConfigError
 from coterie.experts import ExpertLayerConfig, RouterConfig
+from coterie.recipes import promoe
 
 OVER_TOKENS: dict[str, Any] = {
     "score": "cosine",
@@ -67,6 +68,14 @@ def test_C12_padding_and_null_samples_have_no_share() -> None:
 def test_C12_it_needs_experts_that_choose(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         RouterConfig.from_dict({"probability": "softmax_tokens", **fields})
+
+
+def test_C12_the_recipe_names_its_default_and_offers_the_other() -> None:
+    def gates(**fields: Any) -> str:
+        return promoe.slot(64, choice="expert", **fields).expert.router.probability
+
+    assert gates() == "identity", "the cosines themselves, as published"
+    assert gates(probability="softmax_tokens") == "softmax_tokens"
 
 
 def test_C12_shares_of_tokens_are_no_shares_of_experts() -> None:
