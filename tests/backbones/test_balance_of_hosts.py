@@ -146,6 +146,18 @@ MOVING: dict[str, tuple[dict[str, Any], str]] = {
 }
 
 
+def test_B4_a_frozen_trunk_takes_its_routers_along() -> None:
+    """Also those without a parameter, in a host that is itself in eval mode."""
+    router = {"selection_bias": True, "score": {"kind": "fixed", "by": "position"}}
+    model = denoiser("selection_bias", **router)
+    settings = {"threads": 1, "device": "cpu", "freeze": ("backbone.trunk",)}
+    Trainer(TrainConfig(steps=2, batch=4, ema=(), **settings), model, Kept(model), Points()).fit(
+        False
+    )
+    for layer in model.backbone.trunk.expert_layers():
+        assert layer.router(0).selection_bias.abs().max() == 0
+
+
 @pytest.mark.parametrize("name", MOVING)
 def test_B4_a_frozen_router_does_not_move(name: str) -> None:
     router, tensor = MOVING[name]

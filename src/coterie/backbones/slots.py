@@ -19,7 +19,7 @@ from coterie.core.config import Config
 from coterie.core.errors import ConfigError, DataError, describe
 from coterie.core.numbers import Few
 from coterie.core.routing import Aux, Routing
-from coterie.core.tensors import is_borrowed
+from coterie.core.tensors import is_borrowed, stands_still
 from coterie.experts import (
     ExpertLayer,
     ExpertLayerConfig,
@@ -211,8 +211,8 @@ class ExpertHost(nn.Module):
     @torch.no_grad()
     def after_step(self, routings: Sequence[Routing]) -> None:
         """Balance by selection bias: reads all routings of one optimiser step, outside forward;
-        then what routers themselves change from step to step. What is borrowed or in eval mode is
-        frozen, and stays. DataError for routings of another host."""
+        then what routers themselves change from step to step. What is borrowed or frozen stands
+        still. DataError for routings of another host."""
         (routings,) = claimed([self], routings)
         if is_borrowed(self):
             return
@@ -226,14 +226,14 @@ class ExpertHost(nn.Module):
                 router.after_step()
 
     def _moving(self, system: System) -> dict[tuple[int, int], Router]:
-        """The routers that train, by (layer, round)."""
+        """The routers that are not frozen, by (layer, round)."""
         layers = {layer: self.expert_layer(system.slot, layer) for layer in system.layers}
         every = {
             (layer, round): experts.router(round)
             for layer, experts in layers.items()
             for round in range(experts.config.rounds)
         }
-        return {place: router for place, router in every.items() if router.training}
+        return {place: one for place, one in every.items() if not stands_still(one, self)}
 
 
 def _of(system: System, routings: Iterable[Routing]) -> list[Routing]:

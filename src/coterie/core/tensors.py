@@ -26,6 +26,12 @@ def is_borrowed(module: nn.Module) -> bool:
     return bool(getattr(module, "is_borrowed", False))
 
 
+def stands_still(part: nn.Module, whole: nn.Module) -> bool:
+    """Whether a part of ``whole`` is out of training: taken out (``is_frozen``), or in eval mode in
+    what trains. Nothing of it may move then, buffers included."""
+    return bool(getattr(part, "is_frozen", False)) or (whole.training and not part.training)
+
+
 def module_tensors(module: nn.Module, borrowed: bool = False) -> dict[str, Tensor]:
     """Parameters and persistent buffers, each tensor once (tied weights under the first name);
     those of borrowed modules left out, unless ``borrowed``.

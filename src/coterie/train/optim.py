@@ -50,6 +50,8 @@ def freeze(model: nn.Module, patterns: Iterable[str]) -> list[nn.Module]:
     for module in found:
         module.requires_grad_(False)
     inside = [module for outer in found for module in outer.modules()]
+    for module in inside:
+        module.is_frozen = True  # type: ignore[assignment]
     return inside + [module for module in model.modules() if is_borrowed(module)]
 
 

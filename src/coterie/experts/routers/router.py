@@ -10,6 +10,7 @@ from torch import Generator, Tensor, nn
 
 from coterie.core.context import NULL_LABEL, Context
 from coterie.core.routing import Routing
+from coterie.core.tensors import stands_still
 from coterie.experts.routers.base import EditPart, Scored, mean_tokens
 from coterie.experts.routers.config import RouterConfig
 
@@ -53,11 +54,10 @@ class Router(nn.Module):
                 self.expert_scale.fill_(1.0)
 
     def after_step(self) -> None:
-        """Once per optimiser step: what has a state that moves, moves on. A part in eval mode is
-        frozen."""
+        """Once per optimiser step: what has a state that moves, moves on, if it is not frozen."""
         for part in (self.score, *self.edits):
             move = getattr(part, "after_step", None)
-            if move is not None and part.training:
+            if move is not None and not stands_still(part, self):
                 move()
 
     def forward(self, h: Tensor, ctx: Context) -> Routing:
