@@ -115,7 +115,8 @@ def test_the_state_stays_with_its_token() -> None:
         changed[:, 7] = (changed[:, 7] + 91) % 256
         other = predict(model, changed)
     for old, new in zip(before.routings, other.routings, strict=True):
-        same = (old.logits == new.logits).all(1).unflatten(0, (2, -1))
+        # Experts with one row more or less may round a row's last bit otherwise.
+        same = ((old.logits - new.logits).abs() < 1e-6).all(1).unflatten(0, (2, -1))
         assert not same[:, 7].any() and same[:, :7].all() and same[:, 8:].all()
 
 

@@ -114,6 +114,7 @@ class Site:
     time_width: int | None = None
     always: nn.Module | None = None
     name: str = ""
+    init_std: float | None = None  # where the experts state none
 
 
 class System(NamedTuple):
@@ -161,16 +162,22 @@ class ExpertHost(nn.Module):
     def _build_group(self, slot: SlotConfig, group: Sequence[Site]) -> list[ExpertLayer]:
         """The expert layers of one pool: an ordinary layer, or several that refer to one pool."""
         if slot.reuse == 1:
-            return [s.expert.build(s.width, s.time_width, always=s.always) for s in group]
+            return [
+                s.expert.build(s.width, s.time_width, always=s.always, init_std=s.init_std)
+                for s in group
+            ]
         first, layers = group[0], tuple(site.layer for site in group)
         for site in group:
             if (site.expert.kind, site.width) != (first.expert.kind, first.width):
                 hint = f"{first.name} and {site.name} differ in shape"
                 raise ConfigError(describe("reuse", slot.reuse, "1", hint))
         wide = slot.pooled(first.expert, len(group))
-        pool = wide.build_pool(first.width)
+        pool = wide.starting(first.init_std).build_pool(first.width)
         self.pools.append(pool)
-        return [wide.build(s.width, s.time_width, pool, layers, s.always) for s in group]
+        return [
+            wide.build(s.width, s.time_width, pool, layers, s.always, init_std=s.init_std)
+            for s in group
+        ]
 
     def reset_experts(self) -> None:
         """Every pool, router and shared expert by the card of its own system.

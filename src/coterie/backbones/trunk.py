@@ -271,7 +271,7 @@ class Trunk(ExpertHost):
         by_block: list[dict[str, ExpertLayer]] = [{} for _ in range(config.depth)]
         for slot in config.slots:
             places = [
-                Site(layer, slot.expert.starting(config.init_std), config.width, config.width)
+                Site(layer, slot.expert, config.width, config.width, init_std=config.init_std)
                 for layer in slot.sites(config.depth)
             ]
             for layer, made in self.build_system(slot, places).items():

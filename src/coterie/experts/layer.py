@@ -14,14 +14,7 @@ from dataclasses import dataclass
 from typing import Annotated, Literal, Self, cast
 
 import torch.nn.functional as F
-from pydantic import (
-    Field,
-    NonNegativeFloat,
-    NonNegativeInt,
-    PositiveFloat,
-    SerializeAsAny,
-    model_validator,
-)
+from pydantic import Field, NonNegativeInt, PositiveFloat, SerializeAsAny, model_validator
 from torch import Generator, Tensor, nn
 
 from coterie.core.config import Config
@@ -102,7 +95,7 @@ class ExpertLayerConfig(Config):
     balance: tuple[Annotated[SerializeAsAny[Part], BALANCES.validator], ...] = ()
     dispatch: Literal["auto", "loop", "dense", "sorted", "grouped", "triton", "native"] = "auto"
     accumulate_float32: bool = False
-    init_std: NonNegativeFloat | None = None
+    init_std: float | None = Field(None, ge=0.0)
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
@@ -233,12 +226,14 @@ class ExpertLayerConfig(Config):
         pool_layers: tuple[int, ...] = (),
         always: nn.Module | None = None,
         stream_width: int | None = None,
+        init_std: float | None = None,
     ) -> ExpertLayer:
         """``time_width``, ``stream_width``: sizes of ctx.time_embedding and ctx.stream where they
         are not ``width``. ``pool_layers``: the layers that own equal parts of a shared ``pool``, in
         its order. ``always``: a module with the experts' input and output in the place of shared
-        experts."""
-        return ExpertLayer(self, width, time_width, pool, pool_layers, always, stream_width)
+        experts. ``init_std``: as the field, where that is null."""
+        own = self.starting(init_std)
+        return ExpertLayer(self, width, time_width, pool, pool_layers, always, stream_width, own)
 
 
 class ExpertLayer(nn.Module):
@@ -262,10 +257,11 @@ class ExpertLayer(nn.Module):
         pool_layers: tuple[int, ...] = (),
         always: nn.Module | None = None,
         stream_width: int | None = None,
+        started: ExpertLayerConfig | None = None,
     ) -> None:
         super().__init__()
-        config = config.starting(None)
         self.config = config
+        config = started or config.starting(None)
         self.width = width
         config.check(width)
         candidates = config.candidates(width)
@@ -281,7 +277,7 @@ class ExpertLayer(nn.Module):
             self.pool = config.build_pool(width)
         else:
             self.__dict__["pool"] = pool  # not a submodule here: its owner registers it once
-        self._check_pool(config.tensors(width))
+        self._check_pool(config)
         self.shared: nn.Module | None = always
         if config.shared is not None:
             if always is not None:
@@ -299,9 +295,9 @@ class ExpertLayer(nn.Module):
         used = config.router.select_part.expected(candidates) * config.rounds
         self.pool.register_use(used)
 
-    def _check_pool(self, tensors: int) -> None:
-        pool = self.pool
-        if pool.kind != self.config.kind or pool.width != self.width:
+    def _check_pool(self, config: ExpertLayerConfig) -> None:
+        pool, tensors, self.init_std = self.pool, config.tensors(self.width), config.init_std
+        if pool.kind not in (self.config.kind, config.kind) or pool.width != self.width:
             raise ConfigError(describe("pool", str(pool), f"{self.config.kind} of {self.width}"))
         if pool.num_experts != tensors:
             raise ConfigError(describe("pool.num_experts", pool.num_experts, str(tensors)))
@@ -322,7 +318,7 @@ class ExpertLayer(nn.Module):
             cast(Router, router).reset_parameters(rng)
         if self.owns_pool:
             self.pool.reset_parameters(rng)
-        std = self.config.init_std
+        std = self.init_std
         if isinstance(self.shared, SharedExperts):
             self.shared.reset_parameters(rng, std)
         if self.self_gate is not None:
