@@ -19,7 +19,7 @@ from coterie.backbones.slots import claimed, hosts
 from coterie.backbones.taps import Layers, Topology, as_layered
 from coterie.core.context import Context
 from coterie.core.errors import ConfigError, describe
-from coterie.core.prediction import Condition, Prediction, check_times
+from coterie.core.prediction import Condition, Prediction, as_condition, as_times
 from coterie.core.registry import Part, Registry
 from coterie.core.rng import PassSeed
 from coterie.core.routing import Aux, Routing
@@ -114,7 +114,8 @@ class DenoiserConfig(Part):
 
 
 class Denoiser(Model):
-    """``forward(x [B, ...], t f32 [B], cond) -> Prediction`` of x's shape, in ``config.view``.
+    """``forward(x [B, ...], t f32 [B], cond) -> Prediction`` of x's shape, in ``config.view``. A
+    number is the time of all samples.
 
     ``sample_ids``, ``rng`` and ``progress`` reach the routers through the Context; none is needed
     for sampling. ``ctx``: what is told of the times t, where a cache knows it beforehand.
@@ -136,13 +137,14 @@ class Denoiser(Model):
     def forward(
         self,
         x: Tensor,
-        t: Tensor,
-        cond: Condition,
+        t: Tensor | float,
+        cond: Condition | None = None,
         sample_ids: Tensor | None = None,
         rng: Generator | None = None,
         progress: float = 1.0,
         ctx: Context | None = None,
     ) -> Prediction:
+        t, cond = as_times(t, x), as_condition(cond)
         ctx, scaled = self._asked(x, t, sample_ids, rng, progress, ctx)
         return self._answer(x, t, self.backbone(scaled, ctx, cond))
 
@@ -153,13 +155,14 @@ class Denoiser(Model):
     def layers(
         self,
         x: Tensor,
-        t: Tensor,
-        cond: Condition,
+        t: Tensor | float,
+        cond: Condition | None = None,
         sample_ids: Tensor | None = None,
         rng: Generator | None = None,
         progress: float = 1.0,
     ) -> Layers[Prediction]:
         """:meth:`forward` layer by layer; see :mod:`coterie.backbones.taps`."""
+        t, cond = as_times(t, x), as_condition(cond)
         ctx, scaled = self._asked(x, t, sample_ids, rng, progress)
         out = yield from as_layered(self.backbone, "backbone").layers(scaled, ctx, cond)
         return self._answer(x, t, out)
@@ -174,7 +177,6 @@ class Denoiser(Model):
         ctx: Context | None = None,
     ) -> tuple[Context, Tensor]:
         """What the backbone is told, and x as it reads it."""
-        check_times(t, len(x))
         if ctx is None:
             ctx = context_at(self.process, t, self.get_buffer("time_inputs"))
         ctx = ctx.replace(
@@ -242,13 +244,13 @@ class TokenDenoiser(Model):
     def forward(
         self,
         ids_BN: Tensor,
-        t: Tensor,
-        cond: Condition,
+        t: Tensor | float,
+        cond: Condition | None = None,
         sample_ids: Tensor | None = None,
         rng: Generator | None = None,
         progress: float = 1.0,
     ) -> Prediction:
-        check_times(t, len(ids_BN))
+        t, cond = as_times(t, ids_BN), as_condition(cond)
         ctx = Context(
             batch=ids_BN.shape[0],
             tokens=0,

@@ -145,7 +145,24 @@ class DenoiserLike(Protocol):
         ...
 
 
-def check_times(t: Tensor, batch: int) -> None:
-    """DataError unless there is one time per sample: t [B]."""
-    if t.shape != (batch,):
-        raise DataError(describe("t", tuple(t.shape), f"[B] with B = {batch}"))
+def as_times(t: Tensor | float, x: Tensor) -> Tensor:
+    """One time per sample of x: t [B]; a number is the time of all. DataError for all else."""
+    if not isinstance(t, Tensor):
+        if isinstance(t, bool) or not isinstance(t, int | float):
+            raise DataError(describe("t", t, "a number, or a tensor [B]"))
+        return torch.full((x.shape[0],), float(t), device=x.device)
+    if t.dim() == 0:
+        return t.expand(x.shape[0])
+    if t.shape != x.shape[:1]:
+        raise DataError(describe("t", tuple(t.shape), f"[B] with B = {x.shape[0]}"))
+    return t
+
+
+def as_condition(cond: Condition | None) -> Condition:
+    """No condition is the empty one. DataError for what is none."""
+    if cond is None:
+        return Condition()
+    if not isinstance(cond, Condition):
+        hint = "a label is Condition(label=tensor)"
+        raise DataError(describe("cond", type(cond).__name__, "a Condition, or None", hint))
+    return cond

@@ -29,7 +29,7 @@ from coterie.backbones.taps import (
     lockstep,
 )
 from coterie.core.errors import ConfigError, DataError, describe
-from coterie.core.prediction import Condition, DenoiserLike, Prediction, check_times
+from coterie.core.prediction import Condition, DenoiserLike, Prediction, as_times
 from coterie.core.registry import Part
 from coterie.core.routing import ENSEMBLE, Routing
 from coterie.ensembles.aggregator import AggregatorConfig, Gate, make_aggregator
@@ -102,7 +102,7 @@ class Aggregate(Ensemble):
         rng: Generator | None = None,
         progress: float = 1.0,
     ) -> Prediction:
-        check_times(t, len(x))
+        t = as_times(t, x)
         made: list[Routing] = []
         facts = _Facts(t, self.process.step_index(t), cond, sample_ids)
         runs = []

@@ -24,7 +24,7 @@ from pydantic import SerializeAsAny
 from torch import Generator, Tensor, nn
 
 from coterie.core.errors import ConfigError, describe
-from coterie.core.prediction import Condition, DenoiserLike, Prediction, View, check_times
+from coterie.core.prediction import Condition, DenoiserLike, Prediction, View, as_times
 from coterie.core.registry import Part, Registry
 from coterie.core.routing import ENSEMBLE, Aux, Routing
 from coterie.ensembles.members import Members, check_alike
@@ -94,7 +94,7 @@ class Ensemble(nn.Module):
         progress: float = 1.0,
     ) -> Prediction:
         """``sample_ids`` go to the routing; ``rng`` and ``progress`` have no meaning here."""
-        check_times(t, len(x))
+        t = as_times(t, x)
         routing = self.choose(x, t, cond)
         return self.answer(x, t, cond, routing.replace(sample_ids=sample_ids))
 

@@ -32,7 +32,7 @@ from pydantic import Field, SerializeAsAny, model_validator
 from torch import Generator, Tensor, nn
 
 from coterie.core.errors import ConfigError, describe
-from coterie.core.prediction import Condition, DenoiserLike, Prediction, check_times
+from coterie.core.prediction import Condition, DenoiserLike, Prediction, as_times
 from coterie.core.registry import Part
 from coterie.core.rng import SampleNoise
 from coterie.core.tensors import module_tensors, require_finite
@@ -198,7 +198,7 @@ class Composition(Ensemble):
         rng: Generator | None = None,
         progress: float = 1.0,
     ) -> Prediction:
-        check_times(t, len(x))
+        t = as_times(t, x)
         parts = [self._part(index, x, t, cond) for index in range(len(self.members))]
         value, rate = self._summed(x, t, [part.value for part in parts])
         if self.changing and self._corrected:

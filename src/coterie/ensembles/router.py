@@ -18,7 +18,7 @@ from coterie.backbones import BACKBONES
 from coterie.backbones.dit import DiTConfig, PatchEncoder
 from coterie.core.context import Context
 from coterie.core.errors import ConfigError, describe
-from coterie.core.prediction import Condition, Prediction, check_times
+from coterie.core.prediction import Condition, Prediction, as_times
 from coterie.core.registry import Part
 from coterie.core.routing import Routing
 from coterie.denoiser import MODELS, Model, context_at, time_inputs
@@ -100,7 +100,7 @@ class ClusterRouter(Model):
         rng: Generator | None = None,
         progress: float = 1.0,
     ) -> Prediction:
-        check_times(t, len(x))
+        t = as_times(t, x)
         ctx = context_at(self.process, t, self.get_buffer("time_inputs")).replace(
             sample_ids=sample_ids, training=self.training, rng=rng, progress=progress
         )

@@ -26,6 +26,7 @@ from coterie.core.routing import Routing
 from coterie.experts.adaptor import AdaptorConfig, build_adaptor
 from coterie.experts.balance import BALANCES, BalancePart
 from coterie.experts.dispatch import dispatch, plan
+from coterie.experts.inputs import shaped
 from coterie.experts.kinds import EXPERTS, ExpertKind, ExpertPool, SwiGLU
 from coterie.experts.kinds.base import start_linears
 from coterie.experts.layer_limits import GRID_ONLY, SAME_WIDTH, TRUNK_ONLY
@@ -237,7 +238,8 @@ class ExpertLayerConfig(Config):
 
 
 class ExpertLayer(nn.Module):
-    """``layer(h [B, N, D], ctx) -> ExpertOutput``; [B, C, H, W] where the experts read grids.
+    """``layer(h [B, N, D], ctx) -> ExpertOutput``; [B, C, H, W] where the experts read grids, and
+    [N, D], also without a context, where each row is routed alone.
 
     Where the N rows of a sample are one and the same (h is expanded, not copied), experts answer
     it once, and each of the N routings weighs the answers: N tasks that are asked of one input.
@@ -330,7 +332,10 @@ class ExpertLayer(nn.Module):
         """The router of one round."""
         return cast(Router, self.routers[round if self.config.round_routing == "own" else 0])
 
-    def forward(self, h: Tensor, ctx: Context) -> ExpertOutput:
+    def forward(self, h: Tensor, ctx: Context | None = None) -> ExpertOutput:
+        rows = h.dim() == 2
+        router, grid = self.config.router, self.pool.kind.grid
+        h, ctx = shaped(h, ctx, self.width, grid, router, self.training)
         ctx = ctx.replace(pool_layers=self.pool_layers, owner=self.owner)
         if self.config.noise_tasks is not None:
             ctx = ctx.replace(task=noise_task(ctx, self.config.noise_tasks))
@@ -352,7 +357,7 @@ class ExpertLayer(nn.Module):
                 x = x + delta if self.config.inner_residual else delta
         if self.config.answer == "output" and self.config.inner_residual:
             total = h + total
-        return ExpertOutput(total, tuple(routings), state)
+        return ExpertOutput(total.flatten(0, 1) if rows else total, tuple(routings), state)
 
     def _route(self, x: Tensor, ctx: Context, before: list[Routing]) -> Routing:
         if before and self.config.round_routing == "frozen":

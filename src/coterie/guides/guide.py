@@ -19,7 +19,7 @@ from coterie.adapters import LoraConfig, attach, merge, unmerge, weigh
 from coterie.adapters.attach import own_modules
 from coterie.core.errors import ConfigError, describe
 from coterie.core.numbers import Few
-from coterie.core.prediction import Condition, Prediction, check_times
+from coterie.core.prediction import Condition, Prediction, as_times
 from coterie.core.registry import Part
 from coterie.core.routing import Aux, Routing
 from coterie.core.tensors import borrow, is_borrowed, module_tensors
@@ -196,7 +196,7 @@ class Guide(nn.Module):
         rng: Generator | None = None,
         progress: float = 1.0,
     ) -> Prediction:
-        check_times(t, len(x))
+        t = as_times(t, x)
         self._check(x)
         ids = self.ranges.range_at(self.process, t)
         self._choose(ids)

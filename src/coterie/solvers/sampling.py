@@ -14,8 +14,9 @@ from coterie.core.prediction import Condition, DenoiserLike, Prediction
 from coterie.core.registry import Part
 from coterie.core.rng import SampleNoise
 from coterie.process import Process
-from coterie.solvers.base import Query, Solver, SolverState, prepared
+from coterie.solvers.base import SOLVERS, Query, Solver, SolverState, prepared
 from coterie.solvers.checks import check_run
+from coterie.solvers.grids import GRIDS
 from coterie.solvers.stepper import Stepper
 
 Callback = Callable[[int, float, Tensor, Prediction], None]
@@ -33,22 +34,24 @@ def sample(
     x: Tensor,
     cond: Condition,
     *,
-    solver: Part | Solver,
-    grid: Part,
+    solver: Part | Solver | str,
+    grid: Part | str,
     steps: int | Sequence[int],
     noise: SampleNoise | None = None,
     callback: Callback | None = None,
 ) -> Tensor:
     """x0 [B, ...] from the initial state ``x`` [B, ...] at the process's ``t_max``.
 
-    ``solver`` is a part of SOLVERS, or built from one; ``grid`` is a part of GRIDS. ``noise`` is
+    ``solver`` is a part of SOLVERS, or built from one; ``grid`` is a part of GRIDS; or the name of
+    one. ``noise`` is
     for stochastic solvers: one seed per sample, so sample i does not depend on its batch mates.
     Costs ``solver.evaluations(steps)`` calls of the denoiser. ``steps`` may differ from sample to
     sample, one number each: then a sample leaves the batch when it is done, and ``callback`` has
     no step to be told of. Raises ConfigError for settings that do not fit each other and DataError
     for a non-finite ``x``.
     """
-    built = solver if isinstance(solver, Solver) else solver.build()
+    built = solver if isinstance(solver, Solver) else SOLVERS.parse(solver).build()
+    grid = GRIDS.parse(grid)
     if isinstance(steps, Sequence):
         return _sample_apart(denoiser, x, cond, built, grid, list(steps), noise, callback)
     times = _times(denoiser.process, grid, steps)

@@ -23,7 +23,7 @@ from coterie.backbones import unet_layers
 from coterie.backbones.taps import Layers, Topology
 from coterie.core.errors import CheckpointError, ConfigError, describe
 from coterie.core.json_reader import read_object
-from coterie.core.prediction import Condition, Prediction, View, check_times
+from coterie.core.prediction import Condition, Prediction, View, as_times
 from coterie.core.tensors import copy_tensors, require_finite
 from coterie.ensembles import LoadedMembers, Loader, MemberFacts, NoiseRanges, NoiseRangesConfig
 from coterie.ensembles.blueprint import Blueprint
@@ -70,7 +70,7 @@ class DiffusersDenoiser(nn.Module):
         progress: float = 1.0,
     ) -> Prediction:
         """x [B, C, ...] at t [B]; ``sample_ids``, ``rng`` and ``progress`` have no use here."""
-        check_times(t, len(x))
+        t = as_times(t, x)
         cond = self._told(x, cond)
         value = ask(self.network, x, grid_time(self.process, t), self.process.num_steps, cond)
         return self._answer(x, value)
@@ -83,7 +83,7 @@ class DiffusersDenoiser(nn.Module):
         self, x: Tensor, t: Tensor, cond: Condition, sample_ids: Tensor | None = None
     ) -> Layers[Prediction]:
         """:meth:`forward` of a U-Net layer by layer; see :mod:`coterie.backbones.taps`."""
-        check_times(t, len(x))
+        t = as_times(t, x)
         cond = self._told(x, cond)
         stacked = stack(self.network, x, cond)
         told = told_of(self.network, stacked, grid_time(self.process, t), cond)
