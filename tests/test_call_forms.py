@@ -16,7 +16,12 @@ from coterie.solvers import GRIDS, SOLVERS, sample
 
 TRUNK = {"width": 8, "depth": 1, "heads": 2, "mlp_hidden": 8}
 DIT = {"kind": "dit", "image_size": 4, "patch": 2, "num_classes": 3, "trunk": TRUNK}
-TEXT = {"kind": "causal", "vocabulary": 12, "context": 6, "trunk": {**TRUNK, "causal": True, "modulation": "none"}}
+TEXT = {
+    "kind": "causal",
+    "vocabulary": 12,
+    "context": 6,
+    "trunk": {**TRUNK, "causal": True, "modulation": "none"},
+}
 
 
 def layer(**config: object) -> Any:
@@ -70,8 +75,7 @@ def test_D8_numbers_for_times_and_no_condition() -> None:
     x, half = torch.randn(2, 1, 4, 4), torch.full((2,), 0.5)
     label = Condition(label=torch.tensor([0, 2]))
     wanted = model(x, half, label).value
-    for t in (0.5, torch.tensor(0.5)):
-        assert torch.equal(model(x, t, label).value, wanted)  # type: ignore[arg-type]
+    assert torch.equal(model(x, 0.5, label).value, wanted)
     assert torch.equal(model(x, 1, label).value, model(x, 2 * half, label).value)
     plain = DenoiserConfig.from_dict({"backbone": {**DIT, "num_classes": 0}}).build().eval()
     assert torch.equal(plain(x, 0.5).value, plain(x, half, Condition()).value)
@@ -80,16 +84,16 @@ def test_D8_numbers_for_times_and_no_condition() -> None:
     assert torch.equal(text(ids, 0).value, text(ids, torch.zeros(2), Condition()).value)
 
 
-@pytest.mark.parametrize("t", ["0.5", True, None, torch.zeros(3), torch.zeros(2, 1)])
+@pytest.mark.parametrize("t", ["0.5", True, None, torch.zeros(()), torch.zeros(3)])
 def test_D8_times_that_are_none_are_one_line(t: Any) -> None:
     model = DenoiserConfig.from_dict({"backbone": DIT}).build()
-    with pytest.raises(DataError, match="t: .* is not allowed"):
+    with pytest.raises(DataError, match=r"t: .* is not allowed"):
         model(torch.zeros(2, 1, 4, 4), t, Condition())
 
 
 def test_D8_a_condition_that_is_none_is_one_line() -> None:
     model = DenoiserConfig.from_dict({"backbone": DIT}).build()
-    with pytest.raises(DataError, match="cond: 'Tensor' is not allowed; .*label"):
+    with pytest.raises(DataError, match=r"cond: 'Tensor' is not allowed; .*label"):
         model(torch.zeros(2, 1, 4, 4), 0.5, torch.tensor([0, 1]))  # type: ignore[arg-type]
 
 
@@ -100,5 +104,5 @@ def test_D8_solvers_and_grids_by_name() -> None:
     parts = {"solver": SOLVERS.parse("heun"), "grid": GRIDS.parse("uniform")}
     wanted = sample(model, x, label, **parts, steps=3)  # type: ignore[arg-type]
     assert torch.equal(sample(model, x, label, solver="heun", grid="uniform", steps=3), wanted)
-    with pytest.raises(CoterieError, match="kind: 'huen' .*did you mean 'heun'"):
+    with pytest.raises(CoterieError, match=r"kind: 'huen' .*did you mean 'heun'"):
         sample(model, x, label, solver="huen", grid="uniform", steps=3)

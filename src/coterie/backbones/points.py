@@ -251,7 +251,7 @@ class PointTransformer(nn.Module):
         """bool [B, P]."""
         B, L = len(ids_BK), self.config.tokens
         seen = torch.zeros(B, L + 1, dtype=torch.bool, device=ids_BK.device)
-        seen_BL1 = seen.scatter(1, ids_BK, True)[:, :L, None]
+        seen_BL1 = seen.scatter(1, ids_BK, 1)[:, :L, None]
         cells = self.patches.join(
             seen_BL1.expand(-1, -1, self.config.patch**3).flatten(0, 1)[:, :, None]
         )

@@ -151,8 +151,6 @@ def as_times(t: Tensor | float, x: Tensor) -> Tensor:
         if isinstance(t, bool) or not isinstance(t, int | float):
             raise DataError(describe("t", t, "a number, or a tensor [B]"))
         return torch.full((x.shape[0],), float(t), device=x.device)
-    if t.dim() == 0:
-        return t.expand(x.shape[0])
     if t.shape != x.shape[:1]:
         raise DataError(describe("t", tuple(t.shape), f"[B] with B = {x.shape[0]}"))
     return t

@@ -334,7 +334,7 @@ class ExpertLayer(nn.Module):
 
     def forward(self, h: Tensor, ctx: Context | None = None) -> ExpertOutput:
         rows = h.dim() == 2
-        router, grid = self.config.router, self.pool.kind.grid
+        router, grid = self.config.router, self.config.kind.grid
         h, ctx = shaped(h, ctx, self.width, grid, router, self.training)
         ctx = ctx.replace(pool_layers=self.pool_layers, owner=self.owner)
         if self.config.noise_tasks is not None:

@@ -181,7 +181,10 @@ def per_row(value: Tensor, shape: tuple[int, int], rows: int) -> Tensor:
 
 def draw(shape: torch.Size, rng: Generator, like: Tensor) -> Tensor:
     """f32 uniform [0, 1) noise from ``rng``, moved to the device of ``like``."""
-    return torch.rand(shape, generator=rng, device=rng.device).to(like.device)
+    values = torch.rand(shape, generator=rng, device=rng.device)
+    if torch.jit.is_tracing():  # a constant of the graph, which would else draw in each run
+        values = torch.from_numpy(values.cpu().numpy())
+    return values.to(like.device)
 
 
 def draw_rows(shape: torch.Size, rng: Generator, like: Tensor) -> Tensor:

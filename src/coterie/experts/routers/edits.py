@@ -216,7 +216,7 @@ class Opening(nn.Module):
 def keep_only(logits: Tensor, candidates: Tensor) -> Tensor:
     """-inf everywhere but in the columns ``candidates`` i64 [K]."""
     closed = torch.ones(logits.shape[1], dtype=torch.bool, device=logits.device)
-    return logits.masked_fill(closed.index_fill(0, candidates, False), -math.inf)
+    return logits.masked_fill(closed.index_fill(0, candidates, 0), -math.inf)
 
 
 @EDITS.register

@@ -230,7 +230,7 @@ class GroupLimited(_K):
             best = grouped.topk(2, dim=2).values
             strength = best[..., 0] + best[..., 1].masked_fill(best[..., 1] == float("-inf"), 0.0)
         kept = torch.zeros(rows, self.groups + 1, dtype=torch.bool, device=scores.device)
-        kept.scatter_(1, top_ids(strength, self.top_groups), True)
+        kept.scatter_(1, top_ids(strength, self.top_groups), 1)
         open_ = kept[:, : self.groups, None].expand_as(grouped).reshape(rows, num_experts)
         return top_ids(scores.masked_fill(~open_, float("-inf")), self.k)
 
@@ -275,7 +275,7 @@ class ExpertChoice(SelectPart):
         by_expert = free.view(batch, tokens, num_experts).transpose(1, 2).flatten(0, 1)
         taken = top_ids(by_expert, self.capacity(tokens, num_experts))
         chosen = torch.zeros(batch * num_experts, tokens + 1, dtype=torch.bool, device=free.device)
-        chosen.scatter_(1, taken, True)
+        chosen.scatter_(1, taken, 1)
         chosen = chosen[:, :tokens].view(batch, num_experts, tokens).transpose(1, 2).flatten(0, 1)
         most = num_experts if recorded() else max(1, int(chosen.sum(dim=1).max()))
         return top_ids(free.masked_fill(~chosen, float("-inf")), min(most, num_experts))
