@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -25,6 +27,7 @@ from coterie.core.errors import CheckpointError, ConfigError
 from coterie.core.json_reader import read_object
 from coterie.experts import ExpertLayer, ExpertLayerConfig
 from coterie.experts.kinds import EXPERTS
+from coterie.train.parallel.exchange import split_experts
 
 BACKENDS = ("auto", "loop", "dense", "sorted", "grouped", "native")
 ALL = LoraConfig(targets=(), experts=("*",), rank=2, narrow="lower")
@@ -90,7 +93,7 @@ def test_B5_every_dispatch_answers_as_the_merged_experts(kind: str, dispatch: st
             continue
         (dw,) = torch.autograd.grad(z.square().sum(), [stack], retain_graph=True)
         up = part.config.scale * torch.einsum("eoi,eri->eor", dw.flatten(2), part.down[name])
-        scale = float(up.abs().max())
+        scale = float(up.detach().abs().max())
         assert torch.allclose(own[id(part.up[name])], up, atol=1e-4 * scale, rtol=1e-3), name
     merge(layer)
     assert torch.allclose(asked(layer, x), y, atol=1e-4, rtol=1e-4)
@@ -158,6 +161,14 @@ def test_B5_what_is_left_out_is_said_with_the_share_that_is_reached() -> None:
         attach(named, "b", LoraConfig(experts=("pool.up",)))
     with pytest.raises(ConfigError, match=r"rank: 9 .*pool\.gate_up maps 8"):
         attach(named, "b", LoraConfig(experts=("*",), targets=(), rank=9))
+
+
+def test_B5_experts_with_adapters_stay_in_one_process() -> None:
+    layer = layer_of()
+    attach(layer, "a", ALL)
+    processes: Any = SimpleNamespace(config=SimpleNamespace(expert=2), place={"expert": 0})
+    with pytest.raises(ConfigError, match=r"parallel\.expert: 2 .*pool has adapters"):
+        split_experts(layer, processes)
 
 
 def test_B5_files_hold_the_factors_of_experts(tmp_path: Path) -> None:

@@ -8,6 +8,8 @@ from typing import Any, Self
 
 from torch import Generator, Tensor
 
+from coterie.core.errors import ConfigError, describe
+from coterie.core.graphs import recorded
 from coterie.core.records import replaced
 from coterie.core.rng import generator
 
@@ -67,6 +69,10 @@ class Context:
         it is run. None: nothing is drawn."""
         if not self.training or self.rng is None:
             return None
+        if recorded():
+            hint = "the graph would keep what is drawn once"
+            allowed = "a network in eval mode"
+            raise ConfigError(describe("torch.export or trace", "draws", allowed, hint))
         return generator(self.pass_seed, self.slot, self.layer, self.round, *what)
 
     def replace(self, **changes: Any) -> Self:

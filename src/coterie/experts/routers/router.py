@@ -9,8 +9,6 @@ import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
 from coterie.core.context import NULL_LABEL, Context
-from coterie.core.errors import ConfigError, describe
-from coterie.core.graphs import recorded
 from coterie.core.routing import Routing
 from coterie.core.tensors import stands_still
 from coterie.experts.routers.base import EditPart, Scored, mean_tokens
@@ -101,10 +99,6 @@ class Router(nn.Module):
         own = ctx.drawing() if self.config.draws else None
         if own is None:
             return ctx
-        if recorded():
-            hint = "the graph would keep what was drawn once"
-            allowed = "a network in eval mode"
-            raise ConfigError(describe("torch.export or trace", "draws", allowed, hint))
         seed = ctx.pass_seed
         return ctx.replace(rng=own, seed=lambda: seed)
 

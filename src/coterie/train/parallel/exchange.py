@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from coterie.core.errors import ConfigError
+from coterie.core.errors import ConfigError, describe
 from coterie.core.routing import Unit
 from coterie.experts.dispatch import DispatchPlan, dispatch, plan_choices
 from coterie.experts.dispatch.backends import OneExpert
@@ -249,6 +249,9 @@ def split_experts(model: nn.Module, processes: Processes) -> dict[str, int]:
     cut: dict[str, int] = {}
     for path, pool in routed_pools(model).items():
         check_enough(path, pool.num_experts, degree)
+        if hasattr(pool, "adapters"):
+            hint = f"{path} has adapters on its experts, which lie in one process"
+            raise ConfigError(describe("parallel.expert", degree, "1", hint))
         sizes = parts_of(pool.num_experts, degree)
         here = slice(sum(sizes[:mine]), sum(sizes[: mine + 1]))
         for name in pool.names:
