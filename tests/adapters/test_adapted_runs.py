@@ -267,3 +267,24 @@ def test_the_verbs_check_merge_and_export(
     assert "a run that trains an adapter" in capsys.readouterr().err
     assert coterie(["adapter", "export", str(out), "--out", str(tmp_path / "x")]) == 2
     assert "six, seven-5" in capsys.readouterr().err
+
+
+def test_B5_a_run_trains_adapters_of_experts(tmp_path: Path) -> None:
+    """On a mixture of experts: saved alone, loaded, exported and put on the base again."""
+    base = short_run("dit-moe", tmp_path / "base")
+    experts = LoraConfig(targets=("*.routers.*",), experts=("*",), rank=2)
+    config = adapted(base, AdapterConfig(name="own", lora=experts))
+    run = start(config, tmp_path / "run", progress=False)
+    moved = load_run(run)
+    parts = adapters_of(moved.model)["own"]
+    names = {name for part in parts.values() for name, _ in part.named_parameters()}
+    assert {"down.gate_up", "up.down", "down", "up"} <= names
+    for path, part in parts.items():
+        assert all(bool(p.any()) for p in part.parameters()), path  # every factor has learnt
+    assert all(".adapters." in name for name in weights(run)["model"])
+    assert not torch.allclose(answer(moved.model), answer(load_run(base).model), atol=1e-3)
+    torch.testing.assert_close(answer(load_pretrained(run / "model")), answer(moved.model))
+    save_adapter(moved.model, "own", tmp_path / "folder")
+    read = adapted(base, AdapterConfig(name="own", path=str(tmp_path / "folder")), steps=0)
+    again = load_run(start(read, tmp_path / "again"))
+    torch.testing.assert_close(answer(again.model), answer(moved.model))
