@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from typing import Annotated, Literal, Self, cast
 
 import torch.nn.functional as F
@@ -30,6 +29,7 @@ from coterie.experts.inputs import shaped
 from coterie.experts.kinds import EXPERTS, ExpertKind, ExpertPool, SwiGLU
 from coterie.experts.kinds.base import start_linears
 from coterie.experts.layer_limits import GRID_ONLY, SAME_WIDTH, TRUNK_ONLY
+from coterie.experts.output import ExpertOutput
 from coterie.experts.router_input import Reads, noise_task, router_input
 from coterie.experts.routers import Router, RouterConfig, share_cells
 from coterie.experts.routers.base import starting
@@ -37,15 +37,6 @@ from coterie.experts.routers.config import within
 from coterie.experts.self_gate import SelfGate, SelfGateConfig
 from coterie.experts.shared import SharedConfig, SharedExperts
 from coterie.nn.mlp import Star
-
-
-@dataclass(frozen=True, eq=False)
-class ExpertOutput:
-    """``y`` [B, N, D] (float type of the input), one routing per round, the router state."""
-
-    y: Tensor
-    routings: tuple[Routing, ...]
-    state: Tensor | None = None
 
 
 class ExpertLayerConfig(Config):
