@@ -156,3 +156,15 @@ def test_the_arms_of_the_recipe_spend_equally_many_calls(runs: Path) -> None:
     run_dir = start(override(made, {"sample.batch": 8, "sample.steps": 3}), runs / "arm")
     loaded = load_run(run_dir)
     assert loaded.source.classes == BOTH and generate(loaded, 8).particles[0].systems == 2
+
+
+def test_D1_a_run_composed_with_itself_is_sampled(runs: Path) -> None:
+    low, out = str(runs / "low"), str(runs / "guided")
+    words = ["compose", low, low, "--labels", "null,given", "--betas", "-2,3"]
+    assert run([*words, "--particles", "2", "--out", out]) == 0
+    made = load_run(out)
+    assert made.model.members.names == ("low (1)", "low (2)")
+    assert run(["sample", out, "--num", "2", "--steps", "2", "-q"]) == 0
+    both = str(runs / "average")
+    words = ["compose", low, low, "--mode", "average", "--corrector", "none", "--out", both]
+    assert run(words) == 0 and run(["sample", both, "--num", "2", "--steps", "2", "-q"]) == 0

@@ -139,6 +139,8 @@ def test_sample_hands_everything_on(library, coterie: Run, labels: str, parsed) 
     assert given == {
         "num": 5,
         "labels": parsed,
+        "index": None,
+        "seeds": None,
         "seed": 9,
         "steps": 4,
         "guidance": 1.5,

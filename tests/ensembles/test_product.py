@@ -69,7 +69,7 @@ def test_one_expert_to_the_power_one_is_itself_to_the_bit(view: Any) -> None:
     options: dict[str, Any] = {"grid": GRIDS.parse("lambda"), "steps": 9}
     plain = sample(
         expert(view=view), VP.prior_std() * same.normal((2,)), NOTHING,
-        solver=SOLVERS.parse("ancestral"), noise=same, **options,
+        solver=SOLVERS.parse("feynman_kac").solver, noise=same, **options,
     )  # fmt: skip
     weighted = sample(
         made, made.initial((2,), noise), NOTHING,
@@ -214,7 +214,7 @@ def test_without_a_corrector_it_is_the_sum_of_scores_that_any_solver_takes() -> 
     assert got.weight_rate is not None and not got.weight_rate.any()
     options: dict[str, Any] = {"grid": GRIDS.parse("uniform"), "steps": 4}
     drawn = []
-    for solver in ("heun", "ancestral", "feynman_kac"):
+    for solver in ("heun", SOLVERS.parse("feynman_kac").solver, "feynman_kac"):
         noise = SampleNoise(range(3))
         x = made.initial((2,), noise)
         options |= {"solver": SOLVERS.parse(solver), "noise": noise}

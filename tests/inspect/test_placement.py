@@ -9,7 +9,15 @@ import numpy as np
 import pytest
 
 from coterie.core.errors import ConfigError
-from coterie.inspect.placement import Placement, RowCost, fit_cost, in_order, place, strategies
+from coterie.inspect.placement import (
+    STRATEGIES,
+    Placement,
+    RowCost,
+    fit_cost,
+    in_order,
+    place,
+    strategies,
+)
 
 
 def loads(count: int, seed: int) -> np.ndarray:
@@ -80,3 +88,21 @@ def test_what_cannot_be_placed() -> None:
     for bad in ([], [-1.0], [math.nan]):
         with pytest.raises(ConfigError, match="loads"):
             place(bad, 2)
+
+
+def test_D13_copies_are_never_slower_than_what_they_extend() -> None:
+    rng = np.random.default_rng(3)
+    cost = RowCost(1.0, 5.0)
+    worse_before = 0
+    for _ in range(300):
+        experts, devices = int(rng.integers(2, 12)), int(rng.integers(1, 9))
+        loads = rng.pareto(1.0, experts) * 10
+        spare = int(rng.integers(0, 3))
+        each = -(-experts // devices)
+        for by in (None, cost):
+            made = strategies(loads, devices, spare, by)
+            slowest = [float((by or RowCost(1.0)).seconds(made[name]).max()) for name in STRATEGIES]
+            assert slowest == sorted(slowest, reverse=True)
+        plain, copied = place(loads, devices, each), place(loads, devices, each + spare)
+        worse_before += float(cost.seconds(copied).max()) > float(cost.seconds(plain).max())
+    assert worse_before  # it did happen

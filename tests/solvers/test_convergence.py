@@ -78,6 +78,20 @@ def test_published_errors_on_vp():
     assert error(process, "vp_linear", "dpmpp_2m", 160) == pytest.approx(1.9e-4, rel=0.4)
 
 
+@pytest.mark.parametrize("steps", [1, 8])
+@pytest.mark.parametrize("kind", PROCESSES.kinds())
+def test_C7_rk45_meets_its_tolerance_in_the_last_interval_too(kind, steps):
+    process = build(kind)
+    times = GRIDS.parse("uniform").build(process, steps)  # down to sigma = 0
+    x, solver = starts(process), solver_of("rk45", rtol=1e-6, atol=1e-6)
+    made = integrate(ExactDenoiser(process, DATA), x, NOTHING, times, solver)
+    start = torch.full((4,), process.t_max, dtype=F64)
+    end = torch.full((4,), process.t_min, dtype=F64)
+    least = DATA.flow_map(process, x, start, end)
+    wanted = ExactDenoiser(process, DATA)(least, end, NOTHING).value
+    assert float((made - wanted).abs().max()) < 1e-4  # 0.7 and more in one jump
+
+
 @pytest.mark.parametrize("kind", PROCESSES.kinds())
 def test_rk45_meets_its_tolerance(kind):
     process = build(kind)

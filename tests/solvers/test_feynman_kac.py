@@ -158,7 +158,7 @@ def test_weights_draw_particles_to_where_they_are_large_and_are_reported() -> No
 def test_a_constant_rate_is_the_normaliser_and_nothing_else() -> None:
     made = solver(ess=1.0)
     x = run(made, range(6), Weighted(lambda x: torch.full((len(x),), 0.3, dtype=F64)))
-    assert torch.equal(x, run("ancestral", range(6)))
+    assert torch.equal(x, run(made.config.solver, range(6)))
     lam = VP.lam(GRIDS.parse("lambda").build(VP, 12)[:-1])
     assert made.record.normaliser().item() == pytest.approx(
         0.3 * (float(lam[-1] - lam[0]) + 0.5), rel=1e-5

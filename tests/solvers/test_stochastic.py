@@ -10,9 +10,10 @@ import math
 import pytest
 import torch
 
+from coterie.core.errors import ConfigError
 from coterie.core.prediction import Condition, Prediction
 from coterie.process import PROCESSES, ExactDenoiser, Mixture, transition
-from coterie.solvers import SOLVERS, Query, SolverState
+from coterie.solvers import GRIDS, SOLVERS, Query, SolverState
 
 F64 = torch.float64
 MEAN, STD = 1.3, 0.4
@@ -99,6 +100,37 @@ def test_terminal_variance_order(kind, solver, order, counts):
         assert mean == pytest.approx(target, abs=1e-10)
         gaps.append(abs(var - exact))
     assert math.log2(gaps[0] / gaps[1]) == pytest.approx(order, abs=0.2)
+
+
+def _variance_ratio(process, solver, times, std=STD):
+    """Of what a solver reaches, over the true one; without the noise that is left."""
+    t = times[-1:]
+    mean, var = terminal(process, solver, times)
+    assert mean == pytest.approx(float(process.alpha(t)) * MEAN, abs=1e-6)
+    return float((var - process.sigma(t).square()) / (process.alpha(t) * std).square())
+
+
+@pytest.mark.parametrize("grid", ["lambda", "uniform"])
+@pytest.mark.parametrize("kind", ["vp_linear", "cosine", "rectified_flow"])
+def test_C8_particles_keep_the_variance_at_40_steps(kind, grid):
+    process = build(kind)
+    times = GRIDS.parse(grid).build(process, 40)[:-1]
+    moves = SOLVERS.parse("feynman_kac").solver.build()
+    assert 0.9 < _variance_ratio(process, moves, times) < 1.12
+    assert _variance_ratio(process, solver_of("ancestral"), times) < 0.9  # the published step
+
+
+@pytest.mark.parametrize("steps", [3, 10, 40])
+def test_C8_the_step_is_exact_for_data_of_its_standard_deviation(steps):
+    process = build("rectified_flow")  # from alpha = 0
+    times = torch.linspace(1.0, 0.01, steps + 1, dtype=F64)
+    solver = solver_of("ancestral", data_std=STD)
+    assert _variance_ratio(process, solver, times) == pytest.approx(1.0, abs=1e-9)
+
+
+def test_C8_noise_for_a_spread_needs_noise():
+    with pytest.raises(ConfigError, match=r"data_std: 0\.5 is not allowed"):
+        SOLVERS.parse({"kind": "ancestral", "eta": 0.0, "data_std": 0.5})
 
 
 @pytest.mark.parametrize("kind", PROCESSES.kinds())

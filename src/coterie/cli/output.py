@@ -18,7 +18,16 @@ from coterie.core.streams import error_stream
 
 
 def say(text: str = "") -> None:
-    click.echo(text)
+    click.echo(printable(text))
+
+
+def printable(text: str) -> str:
+    """``text`` with control characters written out: names of others may hold what a terminal would
+    obey."""
+    return "".join(
+        sign if sign.isprintable() or sign in "\n\t" else sign.encode("unicode_escape").decode()
+        for sign in text
+    )
 
 
 class OutFolder(click.Path):
@@ -59,7 +68,7 @@ OUT, OUT_NAME, OUT_FILE = OutFolder(), OutName(), OutFile()
 
 def note(text: str) -> None:
     """A line on standard error, dropped where that takes none: nothing depends on it."""
-    click.echo(text, file=error_stream())
+    click.echo(printable(text), file=error_stream())
 
 
 def say_json(value: Any) -> None:

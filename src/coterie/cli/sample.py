@@ -10,11 +10,14 @@ import click
 
 from coterie.cli.output import OUT, human, progress_bar, say, say_json
 
+MOST_LABELS = 100_000
+
 
 class Labels(click.ParamType[list[int]]):
     """Class numbers such as ``3``, ``0,3,7`` or ``0-9``."""
 
     name = "labels"
+    what = "class number"
 
     def convert(self, value: Any, param: Any, ctx: click.Context | None) -> list[int]:
         if isinstance(value, list):
@@ -23,20 +26,53 @@ class Labels(click.ParamType[list[int]]):
         try:
             for piece in str(value).split(","):
                 first, dash, last = piece.partition("-")
-                labels += range(int(first), int(last if dash else first) + 1)
+                ends = int(first), int(last if dash else first)
+                if ends[1] - ends[0] >= MOST_LABELS:
+                    self.fail(f"{piece!r} is more than {MOST_LABELS:,} {self.what}s")
+                labels += range(ends[0], ends[1] + 1)
         except ValueError:
             labels = []
         if not labels:
-            self.fail(f"{value!r} is no list of class numbers; for example 0,3,7 or 0-9")
+            self.fail(f"{value!r} is no list of {self.what}s; for example 0,3,7 or 0-9")
         return labels
+
+
+class Seeds(Labels):
+    """Seeds of samples: whole numbers, as :class:`Labels`."""
+
+    name = "seeds"
+    what = "seed"
+
+
+class Places(Labels):
+    """Numbers of samples in a draw."""
+
+    name = "index"
+    what = "sample number"
 
 
 @click.command("sample")
 @click.argument("run", type=click.Path(path_type=Path))
-@click.option("--num", type=click.IntRange(1), default=64, show_default=True)
+@click.option("--num", type=click.IntRange(1, 1_000_000), default=64, show_default=True)
 @click.option("--labels", type=Labels(), help="Classes in turn: 3, or 0,3,7, or 0-9. [all]")
-@click.option("--seed", type=int, default=0, show_default=True, help="Seed of the first sample.")
-@click.option("--steps", type=click.IntRange(1), help="Solver steps. [the run's]")
+@click.option(
+    "--seed",
+    type=int,
+    default=0,
+    show_default=True,
+    help="Of the draw: the seed of sample i follows from this and i (samples.json records it).",
+)
+@click.option(
+    "--index",
+    type=Places(),
+    help="Only these of the --num samples, equal to the bit: 3, or 0,3,7, or 0-9.",
+)
+@click.option(
+    "--seeds",
+    type=Seeds(),
+    help="The samples' own seeds, as samples.json records them, one each: 3,17,42.",
+)
+@click.option("--steps", type=click.IntRange(1, 100_000), help="Solver steps. [the run's]")
 @click.option("--guidance", type=float, help="Guidance weight. [the run's]")
 @click.option(
     "--guide",
@@ -70,6 +106,8 @@ def command(
     num: int,
     labels: list[int] | None,
     seed: int,
+    index: list[int] | None,
+    seeds: list[int] | None,
     steps: int | None,
     guidance: float | None,
     guide: Path | None,
@@ -86,6 +124,8 @@ def command(
 
     \b
       coterie sample runs/dit-moe --num 100 --labels 0-9 --guidance 2
+      coterie sample runs/dit-moe --seed 5 --index 3
+      coterie sample runs/dit-moe --seeds 3,17,42 --labels 7
       coterie sample runs/switch-dit --cached
       coterie sample runs/denoiser --guide runs/guide --labels 3 --scale 4
     """
@@ -111,7 +151,8 @@ def command(
         from coterie.train.cached import compiled
 
         loaded = compiled(loaded)
-    with progress_bar(num, "sampling", quiet) as advance:
+    count = len(index or ()) or len(seeds or ()) or num
+    with progress_bar(count, "sampling", quiet) as advance:
         shown = sample_run(
             loaded,
             num=num,
@@ -121,6 +162,8 @@ def command(
             guidance=guidance,
             out=out or folder,
             progress=advance,
+            index=index,
+            seeds=seeds,
         )
     if as_json:
         say_json({"samples": shown.parent, "shown": shown, **({"cache": saved} if saved else {})})

@@ -16,6 +16,7 @@ Third parties add kinds through package entry points of the registry's group.
 from __future__ import annotations
 
 import importlib.metadata
+import warnings
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -49,6 +50,7 @@ class Registry:
         self.group = group
         self._parts: dict[str, type[Part]] = {}
         self._scanned = False
+        self._broken: list[str] = []
         self.validator = BeforeValidator(self.parse)
 
     def register(self, cls: type[PartT]) -> type[PartT]:
@@ -66,7 +68,9 @@ class Registry:
     def get(self, kind: str) -> type[Part]:
         self._scan()
         if kind not in self._parts:
-            raise ConfigError(unknown("kind", kind, self._parts))
+            why = unknown("kind", kind, self._parts)
+            left_out = "; ".join(self._broken)
+            raise ConfigError(f"{why}; left out: {left_out}" if left_out else why)
         return self._parts[kind]
 
     def parse(self, value: Any) -> Part:
@@ -84,4 +88,14 @@ class Registry:
             return
         self._scanned = True
         for entry in importlib.metadata.entry_points(group=self.group):
-            entry.load()
+            try:
+                entry.load()
+            except Exception as error:  # whatever a package of others does when it is imported
+                package = entry.dist.name if entry.dist is not None else "of an unknown package"
+                why = f"{type(error).__name__}: {error}".splitlines()[0]
+                self._broken.append(f"{package} ({entry.value}): {why}")
+                warnings.warn(
+                    f"plug-in {entry.name!r} of {package} is left out: {entry.value} cannot be "
+                    f"imported ({why})",
+                    stacklevel=3,
+                )

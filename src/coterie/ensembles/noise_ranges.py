@@ -20,6 +20,7 @@ from coterie.core.routing import Routing
 from coterie.ensembles.base import ENSEMBLES, Ensemble, EnsembleConfig, as_members
 from coterie.ensembles.members import Members
 from coterie.process import ContrastConfig, contrast, with_and_without
+from coterie.process.contrast import MOST
 from coterie.process.ranges import RangesConfig
 
 
@@ -39,6 +40,10 @@ class NoiseRangesConfig(RangesConfig, EnsembleConfig):
         if self.guidance is not None and len(self.guidance) != self.count:
             allowed = f"{self.count} weights, one per range"
             raise ConfigError(describe("guidance", self.guidance, allowed))
+        for weight in self.guidance or ():
+            if weight is not None and not abs(weight) <= MOST:
+                allowed = f"weights from {-MOST:g} to {MOST:g}"
+                raise ConfigError(describe("guidance", weight, allowed))
         return self
 
     def build(
@@ -63,6 +68,7 @@ class NoiseRanges(Ensemble):
             hint = f"{len(members)} members have {len(members) - 1} boundaries"
             raise ConfigError(describe("boundaries", config.boundaries, f"{ranges} ranges", hint))
         super().__init__(config, members)
+        config.times(self.process)
         self._stand_ins = _nearest(self.present)
 
     @property

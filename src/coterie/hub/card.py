@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 from coterie.hub.layout import Manifest, model_config
 
@@ -11,15 +12,15 @@ def model_card(manifest: Manifest, name: str, description: str, data_licence: st
     """Markdown with the front matter that model hubs read."""
     config = manifest.config
     facts = {**config, **manifest.extra}
-    recipe = facts.get("recipe") or "none (built from its configuration)"
-    preset = facts.get("preset")
+    recipe = _plain(facts.get("recipe")) or "none (built from its configuration)"
+    preset = _plain(facts.get("preset"))
     total, active = manifest.parameters["total"], manifest.parameters["active"]
     lines = [
         "---",
         "library_name: coterie",
         "tags: [diffusion, mixture-of-experts]",
         "---",
-        f"# {name}",
+        f"# {_plain(name)}",
         "",
         description or f"A `{manifest.model_class}` made with coterie.",
         "",
@@ -48,6 +49,12 @@ def model_card(manifest: Manifest, name: str, description: str, data_licence: st
         "```",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _plain(text: object) -> str:
+    """A name in one line of Markdown, nothing in it a link, HTML or a heading."""
+    line = " ".join(str(text or "").split())
+    return re.sub(r"([\\`*_{}\[\]<>()#|!])", r"\\\1", line)
 
 
 def _experts(manifest: Manifest) -> list[str]:

@@ -19,7 +19,13 @@ from torch import nn
 
 from coterie.core.errors import CheckpointError, ConfigError, describe, unknown
 from coterie.core.registry import Part
-from coterie.core.tensors import assign, copy_tensors, module_tensors, read_tensors
+from coterie.core.tensors import (
+    assign,
+    copy_tensors,
+    module_tensors,
+    read_tensors,
+    require_finite,
+)
 from coterie.ensembles import Ensemble, EnsembleModelConfig, MemberConfig, Members, model_of
 from coterie.ensembles.blueprint import Blueprint
 from coterie.ensembles.residency import LoadedMembers, Loader
@@ -198,7 +204,10 @@ class _MemberReader:
     def __call__(self) -> Any:
         hashes = not self.checked
         path = self.manifest.file(self.manifest.members[self.place], hashes=hashes)
-        model = self.blueprint.make(copy_tensors(path), str(path))
+        tensors = copy_tensors(path)
+        if hashes:
+            require_finite(tensors, str(path))
+        model = self.blueprint.make(tensors, str(path))
         pools: dict[str, Any] = {path: model.get_submodule(path) for path in self.pools}
         stored = _pools(self.manifest, self.place)
         counts = {pool: one.num_experts for pool, one in pools.items()}
@@ -208,6 +217,8 @@ class _MemberReader:
         for pool, files in stored.items():
             for index, file in enumerate(files):
                 tensors = read_tensors(self.manifest.file(file, hashes=hashes))
+                if hashes:
+                    require_finite(tensors, str(self.manifest.path / file))
                 pools[pool].load_expert_state(index, tensors)
         self.checked = True
         return model

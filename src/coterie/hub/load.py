@@ -47,13 +47,14 @@ def load_into(
     path: str | Path,
     *,
     degraded: bool = False,
-    check_finite: bool = False,
+    check_finite: bool = True,
 ) -> list[MissingExpert]:
     """Load all weights into a model of the same class and shape.
 
     Strict: any damaged, missing or foreign file is a CheckpointError, and the model is left as it
-    was. ``degraded``: experts that cannot be read become zero (they contribute nothing) and are
-    returned, for the caller to mask; everything else must be sound.
+    was; so is a NaN or infinity, unless ``check_finite`` is False. ``degraded``: experts that
+    cannot be read become zero (they contribute nothing) and are returned, for the caller to mask;
+    everything else must be sound.
     """
     manifest = load_manifest(path)
     if manifest.model_class != type(model).__name__:
@@ -65,9 +66,10 @@ def load_into(
         hint = "call model.to_empty(device='cpu') first"
         raise CheckpointError(describe("model", "meta", "a model with memory", hint))
     flat = {file: _read(manifest, file, own) for file, own in _flat(parts).items()}
-    experts, missing = _experts(manifest, parts, degraded)
     if check_finite:
-        _check_finite(flat, experts, manifest.path)
+        for file, tensors in flat.items():
+            require_finite(tensors, str(manifest.path / file))
+    experts, missing = _experts(manifest, parts, degraded, check_finite)
     for file, own in _flat(parts).items():
         assign(own, flat[file], str(manifest.path / file))
     for (pool, index), tensors in experts.items():
@@ -88,7 +90,7 @@ def load_pretrained(
     path: str | Path,
     *,
     degraded: bool = False,
-    check_finite: bool = False,
+    check_finite: bool = True,
     base: str | Path | None = None,
 ) -> nn.Module:
     """Build the model a directory describes and load it, in eval mode; see :func:`load_into`.
@@ -192,7 +194,7 @@ def _check_pools(manifest: Manifest, parts: Split) -> None:
 
 
 def _experts(
-    manifest: Manifest, parts: Split, degraded: bool
+    manifest: Manifest, parts: Split, degraded: bool, check_finite: bool
 ) -> tuple[dict[tuple[str, int], dict[str, Tensor]], list[MissingExpert]]:
     """Every expert's tensors, checked; and, where allowed, the experts that cannot be had."""
     found: dict[tuple[str, int], dict[str, Tensor]] = {}
@@ -204,6 +206,8 @@ def _experts(
                 own = module.expert_state(index)
                 cast = {n: v.to(own[n].dtype) if n in own else v for n, v in tensors.items()}
                 assign(own, cast, str(manifest.path / file))
+                if check_finite:
+                    require_finite(tensors, str(manifest.path / file))
             except CheckpointError as error:
                 if not degraded:
                     raise
@@ -211,14 +215,3 @@ def _experts(
             else:
                 found[pool, index] = tensors
     return found, missing
-
-
-def _check_finite(
-    flat: Mapping[str, Mapping[str, Tensor]],
-    experts: Mapping[tuple[str, int], Mapping[str, Tensor]],
-    path: Path,
-) -> None:
-    named = dict(flat)
-    named |= {f"{pool}[{index}]": tensors for (pool, index), tensors in experts.items()}
-    for where, tensors in named.items():
-        require_finite(tensors, f"{path}: {where}")

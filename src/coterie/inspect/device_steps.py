@@ -64,7 +64,9 @@ def simulate(
     held, ideal = dict.fromkeys(STRATEGIES, 0), 0.0
     for router in routers:
         total = tokens * devices * router.choices_per_row
-        for name, placed in strategies(np.asarray(router.load) * total, devices, spare).items():
+        for name, placed in strategies(
+            np.asarray(router.load) * total, devices, spare, cost
+        ).items():
             seconds[name] += float(cost.seconds(placed).max())
             held[name] = max(held[name], int(placed.held.max()))
         ideal += cost.per_row * total / devices

@@ -8,6 +8,7 @@ from typing import Literal
 
 import numpy as np
 
+from coterie.core.routing import ENSEMBLE
 from coterie.inspect import stats
 from coterie.inspect.relations import relation_sentences
 from coterie.inspect.routers import FACETS, RouterStats
@@ -50,6 +51,11 @@ def _by_unit(item: RouterStats) -> Level:
     return "alarm" if item.unit == "token" else "note"
 
 
+def _unused(item: RouterStats) -> Level:
+    """A member of an ensemble that nobody asks is as lost as an expert that no token chooses."""
+    return "alarm" if item.place.slot == ENSEMBLE else _by_unit(item)
+
+
 def _judged(item: RouterStats) -> bool:
     return item.enough and item.num_experts > 1
 
@@ -74,7 +80,7 @@ CHECKS = (
     ),
     Check(
         lambda item: _judged(item) and item.collapsed,
-        _by_unit,
+        _unused,
         lambda item: (
             f"Layer {item.name} has collapsed: expert {int(item.load.argmax())} receives "
             f"{item.load.max():.1%} of all choices."
@@ -86,7 +92,7 @@ CHECKS = (
     ),
     Check(
         lambda item: _judged(item) and bool(item.dead) and not item.collapsed,
-        _by_unit,
+        _unused,
         _dead_text,
         lambda items: (
             f"{len(items)} layers have {sum(len(i.dead) for i in items)} dead experts in all "

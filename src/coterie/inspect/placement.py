@@ -147,12 +147,20 @@ def _placed(rows: Array, where: Sequence[tuple[int, ...]], devices: int) -> Plac
     return Placement(tuple(where), busy, held)
 
 
-def strategies(loads: Array, devices: int, spare: int) -> dict[str, Placement]:
+def strategies(
+    loads: Array, devices: int, spare: int, cost: RowCost | None = None
+) -> dict[str, Placement]:
     """By name: in order, longest first, and longest first with ``spare`` places for copies on each
-    device beyond those that E experts need."""
+    device beyond those that E experts need.
+
+    A strategy that extends another is never slower (by ``cost``; None: rows alone count): where
+    longest first or copies would be, it is what it extends.
+    """
     each = math.ceil(len(loads) / devices)
-    return {
-        "in order": in_order(loads, devices),
-        "greedy": place(loads, devices, each),
-        "greedy with copies": place(loads, devices, each + spare),
-    }
+    slowest = cost or RowCost(1.0)
+    tried = (place(loads, devices, each), place(loads, devices, each + spare))
+    best = [in_order(loads, devices)]
+    for more in tried:
+        faster = slowest.seconds(more).max() < slowest.seconds(best[-1]).max()
+        best.append(more if faster else best[-1])
+    return dict(zip(STRATEGIES, best, strict=True))

@@ -24,7 +24,7 @@ from coterie.inspect.plots.style import Picture
 from coterie.inspect.routers import FACETS, RouterStats
 from coterie.inspect.stats import UNEVEN_ENTROPY
 from coterie.inspect.trace import Trace
-from coterie.inspect.words import listing
+from coterie.inspect.words import fixed, listing
 
 if TYPE_CHECKING:
     from coterie.inspect.content import ReportData
@@ -160,7 +160,7 @@ def _information_table(items: Sequence[RouterStats]) -> str:
                 row += [Cell("–", "faint")] * 3
                 continue
             style = "" if info.measurable else "faint"
-            row += [Cell(f"{info.corrected:.3f}", style), Cell(f"{info.floor:.3f}", "faint")]
+            row += [Cell(fixed(info.corrected), style), Cell(fixed(info.floor), "faint")]
             row.append(Cell(f"{info.normalised:.0%}", style))
         rows.append(row)
     caption = (
@@ -264,7 +264,7 @@ def _pair_table(pairs: Sequence[PairStats]) -> str:
     for pair in pairs:
         info = pair.information
         style = "" if info is not None and info.measurable else "faint"
-        told = ["–"] * 2 if info is None else [f"{info.corrected:.3f}", f"{info.floor:.3f}"]
+        told = ["–"] * 2 if info is None else [fixed(info.corrected), fixed(info.floor)]
         shared = [_finite(pair.overlap), _finite(pair.chance)]
         rows.append(
             [pair.name, *(Cell(text, style) for text in told), *shared, f"{pair.rows:,.0f}"]
@@ -370,7 +370,7 @@ def _short(value: Any) -> str:
 
 
 def _finite(value: float) -> str:
-    return f"{value:.3f}" if math.isfinite(value) else "–"
+    return fixed(value) if math.isfinite(value) else "–"
 
 
 def _integer(value: int | None) -> str:

@@ -6,8 +6,16 @@ from collections.abc import Sequence
 
 
 def bits(value: float) -> str:
-    """Two decimals, and more only where they would all be zero."""
-    return f"{value:.2f}" if value >= 0.1 or value == 0 else f"{value:.2g}"
+    """Two decimals, and more only where they would all be zero; 0 where only rounding is left."""
+    if abs(value) < 5e-4:
+        return "0.00"
+    return f"{value:.2f}" if abs(value) >= 0.1 else f"{value:.2g}"
+
+
+def fixed(value: float) -> str:
+    """Three decimals, and no sign of a zero."""
+    text = f"{value:.3f}"
+    return "0.000" if text == "-0.000" else text
 
 
 def listing(parts: Sequence[str], last: str = "and") -> str:

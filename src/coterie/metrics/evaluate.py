@@ -19,6 +19,8 @@ from coterie.metrics.frechet import frechet_distance
 from coterie.metrics.kernel import kid_unbiased
 from coterie.metrics.manifold import precision_recall
 
+FEWEST = 4  # pictures in a set
+
 
 def evaluate_images(
     features: Features,
@@ -34,8 +36,8 @@ def evaluate_images(
     ``value`` and ``floor`` (and standard errors for the kernel distance).
     """
     count = min(len(generated), len(real_train), len(real_held_out))
-    if count < 4:
-        raise DataError(describe("number of pictures", count, "at least 4 in each set"))
+    if count < FEWEST:
+        raise DataError(describe("number of pictures", count, f"at least {FEWEST} in each set"))
     sets = {"generated": generated, "real": real_train, "held_out": real_held_out}
     rows = {name: features(_thin(name, images, count, seed)) for name, images in sets.items()}
     made, floor = (_measure(rows[name], rows["real"]) for name in ("generated", "held_out"))

@@ -23,11 +23,14 @@ from coterie.core.prediction import Condition, DenoiserLike, Prediction
 from coterie.process.base import Process, expand
 from coterie.process.views import as_view, convert
 
+MOST = 1e4
+"""No answer of float32 is left in a difference that counts more often than this."""
+
 
 class ContrastConfig(Config):
     """How far to move, where, and what is kept as it was."""
 
-    weight: float = 1.0
+    weight: float = Field(1.0, ge=-MOST, le=MOST)
     interval: tuple[float, float] | None = None
     """Only where lo <= noise level <= hi; None: everywhere."""
     interval_in: Literal["t", "sigma"] = "t"

@@ -73,7 +73,7 @@ def equal_ranges(process: Process, count: int) -> RangesConfig:
     steps = process.num_steps
     if not 1 <= count <= steps:
         raise ConfigError(describe("ranges", count, f"1..{steps}, the steps of the process"))
-    first = [n * steps // count for n in range(count - 1, 0, -1)]
+    first = [-(-n * steps // count) for n in range(count - 1, 0, -1)]  # n T / count or the next
     with torch.device("cpu"):
         times = process.time_of_index(torch.tensor(first, dtype=torch.long), torch.float64)
     return RangesConfig(boundaries=tuple(float(t) for t in times.tolist()))

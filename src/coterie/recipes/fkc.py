@@ -107,7 +107,8 @@ DEPARTURES = (
     "ImageNet models; the exact table is `python benchmarks/compose.py`",
     "weights per unit of log signal-to-noise ratio, for every process; the published code has them "
     "per unit of sigma",
-    "ancestral steps in place of Euler-Maruyama, whose limit they share",
+    "ancestral steps, with noise for what x0 varies by given x (`data_std`), in place of "
+    "Euler-Maruyama, whose limit they share",
     "no clamping by default: it biases the target, and is counted where it is asked for",
     "an early interval without weights is a setting, off by default",
     "tiny: the product is worse with particles than without. Its rate sums |S|^2 over 64 pixels, "

@@ -9,6 +9,7 @@ from coterie.solvers.base import (
     SolverConfig,
     SolverState,
 )
+from coterie.solvers.checks import NonFiniteSamples
 from coterie.solvers.feynman_kac import FeynmanKac, FeynmanKacConfig, ParticleRecord
 from coterie.solvers.grids import GRIDS, GridConfig
 from coterie.solvers.guidance import ClassifierGuided, GuidanceConfig, Guided, guide
@@ -30,6 +31,7 @@ __all__ = [
     "GridConfig",
     "GuidanceConfig",
     "Guided",
+    "NonFiniteSamples",
     "ParticleRecord",
     "Query",
     "Solver",

@@ -47,3 +47,18 @@ def check_run(
             raise ConfigError(describe(f"cond.{name}", value.shape[0], allowed))
     if not bool(torch.isfinite(x).all()):
         raise DataError("x: the initial state has NaN or infinite values")
+
+
+class NonFiniteSamples(DataError):
+    """``rows``: which of a batch."""
+
+    def __init__(self, rows: list[int]) -> None:
+        super().__init__(f"samples {rows[:8]}: NaN or infinity; look at the denoiser's answers")
+        self.rows = rows
+
+
+def check_samples(x: Tensor) -> None:
+    """NonFiniteSamples names the rows of samples ``x`` [B, ...] that hold NaN or infinity."""
+    good = torch.isfinite(x).flatten(1).all(1)
+    if not bool(good.all()):
+        raise NonFiniteSamples((~good).nonzero()[:, 0].tolist())

@@ -28,6 +28,10 @@ from coterie.process import Process
 from coterie.solvers.base import SOLVERS, Estimate, Query, Solver, SolverConfig, SolverState
 from coterie.solvers.feynman_kac_record import ParticleRecord
 from coterie.solvers.resampling import Scheme, effective_size, log_mean, resample
+from coterie.solvers.stochastic import AncestralConfig
+
+DATA_STD = 0.5
+"""Of pictures in [-1, 1], about: particles moved by plain ancestral steps are too narrow."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -206,16 +210,17 @@ def check_systems(batch: int, count: int, cond: Condition) -> None:
 class FeynmanKacConfig(SolverConfig):
     """Weighted particles of a composition.
 
-    ``solver`` moves them. ``particles``: K of a system (None: all rows are one system). They are
-    resampled by ``scheme`` at every ``every``-th step at which a system's effective size is below
-    ``ess`` K (1: whenever weights differ), and once more at the end (``final`` "weights": left
-    weighted, see the record). ``clamp``: increments further than this from their system's mean are
-    cut off, which biases the target and is counted. ``interval``: unit times at which weights
-    count; outside they do not change.
+    ``solver`` moves them, by default so that few steps keep the variance (its ``data_std``; 0 is
+    the plain ancestral step). ``particles``: K of a system (None: all rows are one system). They
+    are resampled by ``scheme`` at every ``every``-th step at which a system's effective size is
+    below ``ess`` K (1: whenever weights differ), and once more at the end (``final`` "weights":
+    left weighted, see the record). ``clamp``: increments further than this from their system's
+    mean are cut off, which biases the target and is counted. ``interval``: unit times at which
+    weights count; outside they do not change.
     """
 
     kind: Literal["feynman_kac"] = "feynman_kac"
-    solver: Annotated[SerializeAsAny[Part], SOLVERS.validator] = "ancestral"  # type: ignore[assignment]
+    solver: Annotated[SerializeAsAny[Part], SOLVERS.validator] = AncestralConfig(data_std=DATA_STD)
     particles: PositiveInt | None = None
     scheme: Scheme = "systematic"
     ess: float = Field(0.5, gt=0, le=1)

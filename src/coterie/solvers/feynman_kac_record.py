@@ -59,8 +59,9 @@ class ParticleRecord:
         self.steps.append(step)
 
     def normaliser(self) -> Tensor:
-        """f64 [G]: log of the normaliser reached over that at the start. An unbiased estimate of
-        the ratio itself (not its log) where nothing was clamped and every time counted."""
+        """f64 [G]: log of the normaliser reached over that at the start. In the limit of
+        small steps an unbiased estimate of the ratio itself (not its log) where nothing was clamped
+        and every time counted."""
         return self.log_ratio + log_mean(self.log_weights)
 
     def summary(self) -> dict[str, float]:

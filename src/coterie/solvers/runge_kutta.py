@@ -195,6 +195,18 @@ class AdaptiveRungeKutta(Solver):
             describe("solver.max_substeps", self.max_substeps, "enough for rtol and atol", hint)
         )
 
+    def land(
+        self, query: Query, estimate: Estimate, state: SolverState, noise: SampleNoise | None
+    ) -> Tensor:
+        """The last interval like the others, down to the least noise level of the process; there
+        the denoised sample."""
+        t, least = estimate.t, query.process.t_min
+        if not bool((t > least).any()):
+            return estimate.x0
+        u = t.clamp_max(least)
+        x, _ = self.step(query, estimate, u, state, noise)
+        return query(x, u).x0
+
     def _error(self, h: Tensor, slopes: list[Tensor], x: Tensor, moved: Tensor) -> Tensor:
         """f64 [B]: root mean square of error / tolerance."""
         scale = self.atol + self.rtol * torch.maximum(x.abs(), moved.abs())

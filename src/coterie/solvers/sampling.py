@@ -15,7 +15,7 @@ from coterie.core.registry import Part
 from coterie.core.rng import SampleNoise
 from coterie.process import Process
 from coterie.solvers.base import SOLVERS, Query, Solver, SolverState, prepared
-from coterie.solvers.checks import check_run
+from coterie.solvers.checks import check_run, check_samples
 from coterie.solvers.grids import GRIDS
 from coterie.solvers.stepper import Stepper
 
@@ -48,14 +48,17 @@ def sample(
     Costs ``solver.evaluations(steps)`` calls of the denoiser. ``steps`` may differ from sample to
     sample, one number each: then a sample leaves the batch when it is done, and ``callback`` has
     no step to be told of. Raises ConfigError for settings that do not fit each other and DataError
-    for a non-finite ``x``.
+    for a non-finite ``x``, or samples that are not finite.
     """
     built = solver if isinstance(solver, Solver) else SOLVERS.parse(solver).build()
     grid = GRIDS.parse(grid)
     if isinstance(steps, Sequence):
-        return _sample_apart(denoiser, x, cond, built, grid, list(steps), noise, callback)
-    times = _times(denoiser.process, grid, steps)
-    return integrate(denoiser, x, cond, times, built, noise, callback)
+        made = _sample_apart(denoiser, x, cond, built, grid, list(steps), noise, callback)
+    else:
+        times = _times(denoiser.process, grid, steps)
+        made = integrate(denoiser, x, cond, times, built, noise, callback)
+    check_samples(made)
+    return made
 
 
 @lru_cache(maxsize=64, typed=True)

@@ -140,17 +140,27 @@ class Stepper:
 
     def _part(self, query: Query, estimate: Estimate, u: Tensor, landing: Tensor) -> Tensor:
         """Some samples land, the others go on; the state is that of the others then."""
-        rows = (~landing).nonzero()[:, 0]
+        staying, going = ((rows.nonzero()[:, 0]) for rows in (~landing, landing))
+        inner, own, state, noise = self._some(query, estimate, going)
+        landed = self.solver.land(inner, own, state, noise)
+        query.evaluations += inner.evaluations
+        inner, own, state, noise = self._some(query, estimate, staying)
+        moved, self._state = self.solver.step(inner, own, u[staying], state, noise)
+        query.evaluations += inner.evaluations
+        x = torch.empty_like(estimate.x)
+        for rows, made in ((going, landed), (staying, moved)):
+            x.index_copy_(0, rows.to(x.device), made.to(x.dtype))
+        return x
+
+    def _some(
+        self, query: Query, estimate: Estimate, rows: Tensor
+    ) -> tuple[Query, Estimate, SolverState, SampleNoise | None]:
+        """What a solver needs to move the samples ``rows``."""
         on = rows.to(estimate.x.device)
         t = estimate.t if estimate.t.dim() == 0 else estimate.t[rows]
         own = Estimate(query.process, estimate.x[on], t, _rows(estimate.prediction, on))
         noise = None if self._noise is None else self._noise.index(rows)
-        inner = Query(query.denoiser, query.cond.index(on))
-        state = self._state.index(rows)
-        gone, self._state = self.solver.step(inner, own, u[rows], state, noise)
-        query.evaluations += inner.evaluations
-        landed = self.solver.land(query, estimate, self._state, self._noise)
-        return landed.index_copy(0, on, gone)
+        return Query(query.denoiser, query.cond.index(on)), own, self._state.index(rows), noise
 
     def _retire(self, kept_state: bool) -> list[Finished]:
         """``kept_state``: the state is already that of the samples that stay."""

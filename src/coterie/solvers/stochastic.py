@@ -1,7 +1,10 @@
 """Solvers that add noise: ancestral (DDPM at eta = 1) and EDM's churn.
 
 Ancestral: Ho et al. 2020 (arXiv:2006.11239) and Song et al. 2021 (arXiv:2010.02502, eq. 12-16),
-for any (alpha, sigma). Churn: Karras et al. 2022 (arXiv:2206.00364, algorithm 2).
+for any (alpha, sigma). What is known of x0 given x is D, and an uncertainty, which the step leaves
+away (then few steps make samples too narrow) or adds as that of data of one standard deviation
+(Bao et al. 2022, arXiv:2201.06503, theorem 1). Churn: Karras et al. 2022 (arXiv:2206.00364,
+algorithm 2).
 """
 
 from __future__ import annotations
@@ -36,10 +39,12 @@ from coterie.solvers.runge_kutta import TABLEAUS, RungeKutta
 class Ancestral(Solver):
     """x = alpha_u D + sqrt(sigma_u^2 - s^2) E + s z with s^2 = eta^2 times the posterior variance.
 
-    At eta = 1 on a discrete process a learned variance, if predicted, replaces s^2 in the noise.
+    The noise also has what x0 varies by given x, were the data Gaussian of ``data_std``. At eta = 1
+    on a discrete process a learned variance, if predicted, is that of the noise.
     """
 
     eta: float
+    data_std: float = 0.0
 
     @property
     def stochastic(self) -> bool:  # type: ignore[override]
@@ -58,7 +63,7 @@ class Ancestral(Solver):
         noise: SampleNoise | None,
     ) -> tuple[Tensor, SolverState]:
         process, x, t = query.process, estimate.x, estimate.t
-        told = (estimate.prediction.view, self.eta)
+        told = (estimate.prediction.view, self.eta, self.data_std)
         of_x, of_value, spread = weights(process, _ancestral, t, u, told=told)
         mean = estimate.mixed(of_x, of_value)
         if not self.stochastic:
@@ -73,23 +78,40 @@ class Ancestral(Solver):
 
 
 def _ancestral(
-    process: Process, t: Tensor, u: Tensor, view: str, eta: float
+    process: Process, t: Tensor, u: Tensor, view: str, eta: float, data_std: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Weights of x, of what was predicted, and of the noise."""
     var = eta**2 * transition(process, t, u).var_posterior
     rest = (process.sigma(u).square() - var).clamp_min(0.0).sqrt()
-    return *mixture(process, t, process.alpha(u), rest, view), var.sqrt()
+    made = mixture(process, t, process.alpha(u), rest, view)
+    if data_std:
+        alpha, sigma = process.alpha(t), process.sigma(t)
+        of_x0 = process.alpha(u) - rest * alpha / sigma
+        spread = (data_std * sigma).square() / ((data_std * alpha).square() + sigma.square())
+        var = var + of_x0.square() * spread
+    return *made, var.sqrt()
 
 
 @SOLVERS.register
 class AncestralConfig(SolverConfig):
-    """DDPM sampling at ``eta`` 1 (with learned variances where predicted), DDIM at 0."""
+    """DDPM sampling at ``eta`` 1 (with learned variances where predicted), DDIM at 0.
+
+    ``data_std``: noise for what x0 varies by given x, as in data of this standard deviation. 0, as
+    published, makes samples too narrow in few steps.
+    """
 
     kind: Literal["ancestral"] = "ancestral"
     eta: float = Field(1.0, ge=0, le=1)
+    data_std: float = Field(0.0, ge=0, le=1e3)
+
+    @model_validator(mode="after")
+    def _check_noise(self) -> Self:
+        if self.data_std and not self.eta:
+            raise ConfigError(describe("data_std", self.data_std, "0 without noise (eta 0)"))
+        return self
 
     def build(self) -> Solver:
-        return Ancestral(self.eta)
+        return Ancestral(self.eta, self.data_std)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from coterie.ensembles import EnsembleModelConfig, MemberConfig, Members
 from coterie.ensembles.aggregate import AggregateConfig
 from coterie.ensembles.headroom import Headroom, headroom
 from coterie.process import PROCESSES
-from coterie.train.composed import check_data_named, first_run, member_of
+from coterie.train.composed import check_data_named, first_run, members_at
 from coterie.train.config import TrainConfig
 from coterie.train.judges.base import batches
 from coterie.train.run import RunConfig, build_source
@@ -37,7 +37,7 @@ def aggregated_run(
     """
     changes = changes or {}
     part = None if process is None else PROCESSES.parse(process)
-    members = tuple(member_of(Path(path), runs, part, view) for path in runs)
+    members = members_at(runs, part, view)
     model = EnsembleModelConfig(ensemble=aggregate, members=members)
     train = TrainConfig(steps=0 if aggregate.is_trained else STEPS)
     first = first_run(runs)

@@ -44,7 +44,7 @@ def composed_run(
     if corrected != (particles is not None):
         allowed = "settings of the particles" if corrected else "none without a corrector"
         raise ConfigError(describe("particles", particles, allowed))
-    members = tuple(member_of(Path(path), paths, composition.process, view) for path in paths)
+    members = members_at(paths, composition.process, view)
     composition = _pinned(composition)
     model = EnsembleModelConfig(ensemble=composition, members=members)
     if base is None:
@@ -88,15 +88,17 @@ def _pinned(composition: CompositionConfig) -> CompositionConfig:
     return composition.replace(reward=reward.replace(network=network.pinned()))
 
 
-def member_of(
-    path: Path,
-    all_paths: Sequence[str | Path],
-    process: Part | None = None,
-    view: str | None = None,
-) -> MemberConfig:
-    """The run, model directory, pipeline or network of diffusers at ``path``, with the hash of its
-    weights. A network of diffusers without a scheduler answers ``view`` (default: eps) in
-    ``process``. ConfigError where nothing lies there."""
+def members_at(
+    paths: Sequence[str | Path], process: Part | None = None, view: str | None = None
+) -> tuple[MemberConfig, ...]:
+    """The runs, model directories, pipelines or networks of diffusers at ``paths``, with the hashes
+    of their weights. A network of diffusers without a scheduler answers ``view`` (default: eps) in
+    ``process``. The same path may stand there several times. ConfigError where nothing lies."""
+    named = zip(paths, member_names(paths), strict=True)
+    return tuple(_member(Path(path), name, process, view) for path, name in named)
+
+
+def _member(path: Path, name: str, process: Part | None, view: str | None) -> MemberConfig:
     model: PretrainedConfig | DiffusersConfig = PretrainedConfig(path=str(path))
     if is_diffusers(path):
         alone = not (path / INDEX).is_file()
@@ -104,9 +106,18 @@ def member_of(
         model = DiffusersConfig.from_dict({"path": str(path), **told})
     elif model.absent:
         raise ConfigError(describe("RUN", str(path), KINDS, model.absent))
-    names = [Path(other).name for other in all_paths]
-    name = path.name if names.count(path.name) == 1 else str(path)
     return MemberConfig(name=name, model=model.pinned(), space=_space(path))
+
+
+def member_names(paths: Sequence[str | Path]) -> list[str]:
+    """What members are called: by folder; by path where folders are called alike; and where one is
+    given several times, by its place too."""
+    folders, whole = [Path(path).name for path in paths], [str(path) for path in paths]
+    names = []
+    for place, (folder, path) in enumerate(zip(folders, whole, strict=True), 1):
+        name = folder if folders.count(folder) == whole.count(path) else path
+        names.append(name if whole.count(path) == 1 else f"{name} ({place})")
+    return names
 
 
 def _space(path: Path) -> str:

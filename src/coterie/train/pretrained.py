@@ -18,6 +18,7 @@ from coterie.core.places import Place
 from coterie.core.registry import Part
 from coterie.core.tensors import assign, module_tensors
 from coterie.denoiser import MODELS
+from coterie.ensembles.base import check_share
 from coterie.train import checkpoint
 from coterie.train.initial import (
     InitConfig,
@@ -86,9 +87,8 @@ class WeightAverageConfig(Part):
 
     @model_validator(mode="after")
     def _check(self) -> WeightAverageConfig:
-        if self.shares is not None and len(self.shares) != len(self.paths):
-            allowed = f"{len(self.paths)}, one for each path"
-            raise ConfigError(describe("shares", self.shares, allowed))
+        if self.shares is not None:
+            check_share("shares", self.shares, len(self.paths))
         return self
 
     @property

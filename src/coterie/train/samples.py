@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from coterie.core.errors import ConfigError, describe
 from coterie.core.outputs import Outputs
 from coterie.train.judges import Judge, judge_of
 from coterie.train.run import LoadedRun
@@ -34,14 +35,25 @@ def sample_run(
     guidance: float | None = None,
     out: str | Path | None = None,
     progress: Callable[[int], None] | None = None,
+    index: Sequence[int] | None = None,
+    seeds: Sequence[int] | None = None,
 ) -> Path:
     """Write samples to ``out`` (default: the run's ``samples/``), in place of those of an earlier
     draw, and return what people open: a sheet of pictures, a file of texts."""
     outputs = outputs_at(out if out is not None else run.path / "samples")
     judge = judge_of(run)
+    chosen = {"index": index, "seeds": seeds}
+    if type(judge).draw is not Judge.draw:
+        for name, given in chosen.items():
+            if given is not None:
+                hint = "this run draws no samples one by one"
+                raise ConfigError(describe(name, list(given)[:8], "none", hint))
+        chosen = {}
     with run_threads(run.path, run.config.train.threads):
         made = judge.draw(
-            num, labels=labels, seed=seed, steps=steps, guidance=guidance, progress=progress
+            num,
+            **{"labels": labels, "seed": seed, "steps": steps, "guidance": guidance},
+            **{"progress": progress, **chosen},
         )
     return write_samples(judge, made, outputs)
 
@@ -58,8 +70,10 @@ def write_samples(
     """The files of samples that a judge has drawn; what people open. ``more``: JSON files with
     them."""
     entries: list[dict[str, Any]] = [
-        {"index": index, "label": int(label), "seed": made.seeds[index]}
-        for index, label in enumerate(made.labels)
+        {"index": place, "label": int(label), "seed": seed, "draw": dict(made.drawn)}
+        for place, label, seed in zip(
+            made.places or range(len(made.seeds)), made.labels, made.seeds
+        )
     ]
     files: dict[str, Any] = dict(more or {})
     if made.particles:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from coterie.core.context import NULL_LABEL
-from coterie.core.errors import ConfigError, describe
+from coterie.core.errors import ConfigError, DataError, describe
 from coterie.core.prediction import Condition
 from coterie.core.rng import SampleNoise, derive
 from coterie.solvers import (
@@ -25,18 +27,25 @@ from coterie.solvers import (
 )
 from coterie.solvers.text import generate_text
 from coterie.train import guided
+from coterie.train.nonfinite_samples import explained
 from coterie.train.run import LoadedRun
+
+MOST = 1_000_000  # samples of one draw
 
 
 @dataclass(frozen=True)
 class Samples:
     """``x``: f32 [n, ...] images in [-1, 1], or i64 [n, N] token ids; one label and seed each.
-    ``particles``: of each batch, what happened to weighted particles, if these were some."""
+    ``particles``: of each batch, what happened to weighted particles, if these were some.
+    ``places``: their numbers in the whole draw; ``drawn``: what the draw was, for
+    another one like it."""
 
     x: Tensor
     labels: Tensor
     seeds: list[int]
     particles: tuple[ParticleRecord, ...] = field(default=(), kw_only=True)
+    places: tuple[int, ...] = field(default=(), kw_only=True)
+    drawn: Mapping[str, Any] = field(default_factory=dict, kw_only=True)
 
 
 def balanced_labels(run: LoadedRun, num: int) -> Tensor:
@@ -62,29 +71,56 @@ def generate(
     guidance: float | None = None,
     callback: Callable[..., None] | None = None,
     progress: Callable[[int], None] | None = None,
+    *,
+    index: Sequence[int] | None = None,
+    seeds: Sequence[int] | None = None,
 ) -> Samples:
-    """Draw ``num`` samples. Sample i depends on (seed, i), its label and the model only."""
-    if num < 1:
-        raise ConfigError(describe("num", num, "1 or more"))
+    """Draw ``num`` samples. Sample i depends on (seed, i), its label and the model only.
+
+    ``index``: only these of the ``num``, equal to the bit: what shares a batch with none of them is
+    not drawn. ``seeds``: the samples' own seeds (those that are recorded), in the place of those
+    that follow from ``seed`` and i; there are as many as samples, particles of a system together.
+    """
     together = systems_of(run)
+    if seeds is not None:
+        num = len(seeds)
+        if not num or num % together or not all(0 <= own < 2**63 for own in seeds):
+            each = f"a multiple of {together}, the particles of a system" if together > 1 else "any"
+            allowed = f"whole numbers from 0 below 2^63; how many: {each}"
+            raise ConfigError(describe("seeds", list(seeds)[:8], allowed))
+    if not 1 <= num <= MOST:
+        raise ConfigError(describe("num", num, f"1..{MOST}"))
+    kept = list(range(num)) if index is None else list(dict.fromkeys(index))
+    if not kept or not all(0 <= place < num for place in kept):
+        raise ConfigError(describe("index", kept[:8], f"0..{num - 1}, of a draw of {num}"))
     drawn = -(-num // together) * together  # whole systems: what is over is left away
     wanted = balanced_labels(run, drawn) if labels is None else chosen_labels(run, labels, drawn)
     maps = guided.wanted(run, drawn)
-    seeds = [derive(seed, "sample", index) for index in range(drawn)]
-    parts, records = [], []
-    for first in range(0, drawn, run.config.sample.batch):
-        rows = slice(first, first + run.config.sample.batch)
+    if seeds is None:
+        seeds = [derive(seed, "sample", place) for place in range(drawn)]
+    seeds, size = [int(own) for own in seeds], run.config.sample.batch
+    parts: dict[int, Tensor] = {}
+    records = []
+    for first in sorted({place // size * size for place in kept}):
+        rows = slice(first, first + size)
         solver = run.config.sample.solver.build()
         likeness = None if maps is None else maps[rows]
-        parts.append(
-            _batch(run, wanted[rows], seeds[rows], steps, guidance, solver, callback, likeness)
-        )
+        draw = partial(_batch, run, wanted[rows], seeds[rows], steps, guidance, maps=likeness)
+        try:
+            parts[first] = draw(solver, callback)
+        except DataError as error:
+            again = partial(draw, run.config.sample.solver.build())
+            raise explained(error, again, run.model, first) from None
         if isinstance(solver, FeynmanKac):
             records.append(solver.record)
         if progress is not None:
-            progress(min(len(parts[-1]), num - first))
-    made = torch.cat(parts)[:num]
-    return Samples(made, wanted[:num], seeds[:num], particles=tuple(records))
+            progress(sum(place // size * size == first for place in kept))
+    made = torch.stack([parts[place // size * size][place % size] for place in kept])
+    own = [seeds[place] for place in kept]
+    told = {"seed": seed, "num": num, "batch": size, "steps": steps, "guidance": guidance}
+    return Samples(
+        made, wanted[kept], own, particles=tuple(records), places=tuple(kept), drawn=told
+    )
 
 
 def chosen_labels(run: LoadedRun, labels: Sequence[int], num: int) -> Tensor:

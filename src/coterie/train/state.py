@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from coterie.core.errors import CheckpointError, describe
-from coterie.core.tensors import assign, local, module_tensors
+from coterie.core.tensors import assign, local, module_tensors, require_finite
 from coterie.train import checkpoint
 from coterie.train.checkpoint import Checkpoint
 from coterie.train.ema import Ema
@@ -103,6 +103,8 @@ def load_weights(run_dir: str | Path, model: nn.Module, weights: str = "ema") ->
     if weights not in allowed:
         raise CheckpointError(describe("weights", weights, ", ".join(sorted(allowed))))
     own = module_tensors(model)
+    for part in {"model", weights}:
+        require_finite(found.state[part], f"{path}: {part}")
     assign(own, found.state["model"], f"{path}: model")
     # Shadows are float32 and cover what was trained: cast them, and leave the rest as loaded.
     chosen = {

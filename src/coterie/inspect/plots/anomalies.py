@@ -23,6 +23,7 @@ from coterie.inspect.plots.style import (
     pick,
     sparse_ticks,
 )
+from coterie.inspect.stats import Array
 
 MAX_COLUMNS = 40
 MAX_NUMBERS = 12  # experts up to which the shares of few columns are written into the cells
@@ -150,16 +151,14 @@ def plot_left_out(item: Underfitting | None) -> Plot | None:
         ax = fig.subplots()
         colors = [PALETTE[5] if rare else PALETTE[0] for rare in item.rare]
         ax.scatter(item.frequency * 100, values, s=26, c=colors)
-        if len(item.columns) <= 20:
-            for x, y, name in zip(item.frequency * 100, values, item.columns):
-                if np.isfinite(y):
-                    ax.annotate(name, (x, y), (4, 3), textcoords="offset points", fontsize=8)
         if losses:
             ax.set_ylim(0, 1.15 * float(np.nanmax(values)))
         else:
             ax.axhline(1.0, color=LIGHT.muted, lw=1, ls="--")
             ax.set_ylim(0, 1.15 * max(1.0, float(np.nanmax(values))))
         ax.set_xlim(0, 1.15 * float(item.frequency.max()) * 100)
+        if len(item.columns) <= 20:
+            _name_dots(ax, item.frequency * 100, values, item.columns)
         ax.set_xlabel("share of the rows (%)")
         ax.set_ylabel(what)
         ax.grid(axis="y")
@@ -174,6 +173,24 @@ def plot_left_out(item: Underfitting | None) -> Plot | None:
         f"Scatter plot of {len(item.columns)} dots; {int(item.rare.sum())} of them rare.",
         draw,
     )
+
+
+def _name_dots(ax: Any, x: Array, y: Array, names: Sequence[str]) -> None:
+    """Names beside dots; those of dots that lie close together one below the other, with a line to
+    their dot. The axes have their limits."""
+    across, up = (abs(high - low) for low, high in (ax.get_xlim(), ax.get_ylim()))
+    seen = np.flatnonzero(np.isfinite(y))
+    taken: list[tuple[float, float]] = []
+    for index in seen[np.argsort(-y[seen], kind="stable")]:
+        at, place = float(x[index]), float(y[index])
+        while any(abs(at - a) < 0.12 * across and abs(place - b) < 0.085 * up for a, b in taken):
+            place -= 0.01 * up
+        taken.append((at, place))
+        line = {"arrowstyle": "-", "color": LIGHT.muted, "lw": 0.5}
+        ax.annotate(
+            names[index], (at, float(y[index])), (at + 0.008 * across, place), fontsize=8,
+            va="center", arrowprops=line if place < float(y[index]) else None,
+        )  # fmt: skip
 
 
 def _plot_private(item: Underfitting) -> Plot:

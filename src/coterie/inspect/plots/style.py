@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import io
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -60,7 +62,9 @@ class Picture:
 def render(plot: Plot) -> Picture:
     import matplotlib
 
-    with matplotlib.rc_context(_settings(LIGHT)):
+    with matplotlib.rc_context(_settings(LIGHT)), warnings.catch_warnings():
+        # A name in signs that no font here has is drawn as boxes; the tables have it in full.
+        warnings.filterwarnings("ignore", message="Glyph .* missing from")
         figure = plot.draw()
         light = _png(figure)
         # The layout is found once and then frozen, as finding it is most of the work.
@@ -145,9 +149,21 @@ def _settings(theme: Theme) -> Any:
         "legend.fontsize": 8.5,
         "legend.frameon": False,
         "lines.linewidth": 1.8,
-        "font.family": "DejaVu Sans",
+        "font.family": _fonts(),
         "text.parse_math": False,  # names of classes may hold dollar signs
     }
+
+
+CJK = ("Noto Sans CJK SC", "Noto Sans CJK JP", "WenQuanYi Zen Hei", "PingFang SC", "SimHei")
+
+
+@cache
+def _fonts() -> list[str]:
+    """The font of all pictures, and behind it what is there for signs that it has not."""
+    from matplotlib.font_manager import get_font_names
+
+    there = set(get_font_names())
+    return ["DejaVu Sans", *(name for name in CJK if name in there)]
 
 
 def figure(width: float, height: float) -> Any:

@@ -17,6 +17,7 @@ from coterie.data import Subset
 from coterie.ensembles import coverage
 from coterie.guides import Guide
 from coterie.metrics import NoiseBins, evaluate_images
+from coterie.metrics.evaluate import FEWEST
 from coterie.train.features import feature_network, read_labels, reference_rows
 from coterie.train.guide_measures import measured
 from coterie.train.guided import followed
@@ -146,7 +147,12 @@ class ImageJudge(NoiseJudge):
             for source in (reference, build_source(run.config, "held_out"))
         )
         made = self.draw(num)
-        scores = evaluate_images(feature_network(run.config.data.whole), made.x, real, fresh)
+        scores: dict[str, Any] = {}
+        if min(len(real), len(fresh), len(made.x)) >= FEWEST:
+            scores = evaluate_images(feature_network(run.config.data.whole), made.x, real, fresh)
+        else:
+            few = min(len(real), len(fresh), len(made.x))
+            scores["distances"] = f"not measured: {few} pictures, {FEWEST} or more are needed"
         scores |= covered(run.source, made.x) | class_shares(run, made.x) | followed(run, made.x)
         return scores | self._as_asked(made)
 
