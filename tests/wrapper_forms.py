@@ -57,6 +57,7 @@ class LayerCall(nn.Module):
             modality=numbers % 2,
             sample_ids=numbers,
             stream=h.detach(),
+            normalised=h.detach(),
             training=self.training,
             rng=generator(3, "pass") if self.training else None,
             progress=0.5,
