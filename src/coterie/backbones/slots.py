@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import model_validator
 from torch import Generator, nn
 
 from coterie.core.config import Config
@@ -31,9 +31,7 @@ from coterie.experts import (
 from coterie.experts.balance.base import BalancePart
 
 SlotName = Literal["pre_block", "ffn", "conv"]
-Layers = (
-    Literal["all", "odd", "even", "except_first"] | Annotated[tuple[int, ...], Field(min_length=1)]
-)
+Layers = Literal["all", "odd", "even", "except_first"] | tuple[int, ...]
 
 
 def sites(layers: Layers, depth: int) -> list[int]:
@@ -67,6 +65,9 @@ class SlotConfig(Config):
 
     @model_validator(mode="after")
     def _check(self) -> SlotConfig:
+        if self.layers == ():
+            allowed = "all, odd, even, except_first, or one or more numbers of places"
+            raise ConfigError(describe("layers", self.layers, allowed))
         if not self.residual and self.slot != "ffn":
             raise ConfigError(describe("residual", False, "true", "only ffn adds to the stream"))
         if not self.residual and self.expert.kind.input_free:
