@@ -45,6 +45,8 @@ def _check_slot(slot: SlotConfig, width: int, depth: int, causal: bool, modulati
         value = slot.expert.router.select.kind
         raise ConfigError(describe("expert.router.select", value, "a row-wise selection", hint))
     own = slot.sites(depth)
+    if not own:
+        raise ConfigError(describe("layers", slot.layers, f"one or more of {list(range(depth))}"))
     for layer in own:
         if not 0 <= layer < depth:
             hint = f"the trunk has depth {depth}"

@@ -135,6 +135,9 @@ def select(network: nn.Module, slot: SlotConfig) -> list[Place]:
         for place in there
         if any(fnmatchcase(path, pattern) for path in place.paths for pattern in slot.names)
     ]
+    if matched and not slot.sites(len(matched)):
+        allowed = f"one or more of {list(range(len(matched)))}"
+        raise ConfigError(describe("layers", slot.layers, allowed))
     for number in slot.sites(len(matched)):
         if not 0 <= number < len(matched):
             raise ConfigError(describe("layers", number, f"0..{len(matched) - 1}, what is named"))

@@ -65,9 +65,6 @@ class SlotConfig(Config):
 
     @model_validator(mode="after")
     def _check(self) -> SlotConfig:
-        if self.layers == ():
-            allowed = "all, odd, even, except_first, or one or more numbers of places"
-            raise ConfigError(describe("layers", self.layers, allowed))
         if not self.residual and self.slot != "ffn":
             raise ConfigError(describe("residual", False, "true", "only ffn adds to the stream"))
         if not self.residual and self.expert.kind.input_free:

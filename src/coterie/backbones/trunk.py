@@ -91,10 +91,11 @@ class TrunkConfig(Config):
         if self.window is not None and (self.causal or self.rotary):
             hint = "causal and rotary attention follow one line of tokens"
             raise ConfigError(describe("window", self.window, "null", hint))
-        if self.window_layers == ():
-            allowed = "all, odd, even, except_first, or one or more numbers of blocks"
+        windowed = sites(self.window_layers, self.depth)
+        if not windowed:
+            allowed = f"one or more of {list(range(self.depth))}"
             raise ConfigError(describe("window_layers", self.window_layers, allowed))
-        for layer in sites(self.window_layers, self.depth):
+        for layer in windowed:
             if not 0 <= layer < self.depth:
                 allowed = f"blocks 0..{self.depth - 1}"
                 raise ConfigError(describe("window_layers", layer, allowed))

@@ -13,6 +13,8 @@ from typing import Annotated, Any
 from pydantic import Field
 from pydantic_core import PydanticCustomError, core_schema
 
+from coterie.core.errors import ConfigError, describe
+
 SIZE = 2**24
 """Largest integer where a field says nothing: a dimension of a tensor, a number of samples."""
 
@@ -28,6 +30,16 @@ Period = Annotated[int, Field(ge=1, lt=2**63)]
 
 Few = Annotated[int, Field(ge=1, le=4096)]
 """Parts that are made one by one: layers, rounds, passes."""
+
+
+def inner_size(ratio: float, width: int) -> int:
+    """A field ``ratio`` times the width, as a whole number; ConfigError where a tensor cannot have
+    that size."""
+    size = round(ratio * width)
+    if not 1 <= size <= SIZE:
+        allowed = f"a ratio that makes an inner size of 1..{SIZE} of the width {width}"
+        raise ConfigError(describe("ratio", ratio, allowed))
+    return size
 
 
 def bounded(schema: Any) -> Any:

@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import Field, PositiveFloat
 
 from coterie.core.config import Config
+from coterie.core.numbers import inner_size
 from coterie.nn.mlp import GeluMLP
 
 
@@ -24,4 +25,4 @@ def build_adaptor(config: AdaptorConfig | float | None, width: int) -> GeluMLP |
         return None
     if not isinstance(config, AdaptorConfig):
         config = AdaptorConfig(ratio=config)
-    return GeluMLP(width, round(config.ratio * width), config.activation, config.dropout)
+    return GeluMLP(width, inner_size(config.ratio, width), config.activation, config.dropout)

@@ -13,8 +13,7 @@ import torch
 from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import Generator, Tensor, nn
 
-from coterie.core.errors import ConfigError, describe
-from coterie.core.numbers import SIZE
+from coterie.core.numbers import inner_size
 from coterie.experts.kinds.base import (
     EXPERTS,
     ExpertKind,
@@ -37,11 +36,7 @@ class _HiddenKind(ExpertKind):
 
     def size(self, width: int) -> int:
         """Inner size F."""
-        size = self.hidden if self.hidden is not None else round(self.ratio * width)
-        if not 1 <= size <= SIZE:
-            allowed = f"a ratio that makes an inner size of 1..{SIZE} of the width {width}"
-            raise ConfigError(describe("ratio", self.ratio, allowed))
-        return size
+        return inner_size(self.ratio, width) if self.hidden is None else self.hidden
 
     def with_hidden(self, hidden: int) -> Self:
         return self.replace(hidden=hidden)
