@@ -110,7 +110,6 @@ def test_rows_of_other_layers_experts_are_their_owners() -> None:
 def test_experts_of_others_open_from_begin_to_end() -> None:
     model = woken(text(plain(), depth=2), std=0.3)
     _, pooled = extend_reuse(model, 2, begin=3, end=13)
-    pooled.train()  # what is in eval mode stays as it is
     shares = []
     for _ in range(15):
         after, routings = answer(pooled)
