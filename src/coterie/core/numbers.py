@@ -32,13 +32,12 @@ Few = Annotated[int, Field(ge=1, le=4096)]
 """Parts that are made one by one: layers, rounds, passes."""
 
 
-def inner_size(ratio: float, width: int) -> int:
-    """A field ``ratio`` times the width, as a whole number; ConfigError where a tensor cannot have
-    that size."""
+def inner_size(ratio: float, width: int, field: str = "ratio") -> int:
+    """``field`` (a ratio) times the width, as a whole number; ConfigError where no tensor has it."""
     size = round(ratio * width)
     if not 1 <= size <= SIZE:
         allowed = f"a ratio that makes an inner size of 1..{SIZE} of the width {width}"
-        raise ConfigError(describe("ratio", ratio, allowed))
+        raise ConfigError(describe(field, ratio, allowed))
     return size
 
 

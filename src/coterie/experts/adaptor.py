@@ -23,6 +23,7 @@ def build_adaptor(config: AdaptorConfig | float | None, width: int) -> GeluMLP |
     """A number is a ratio, with all else as it is by default."""
     if config is None:
         return None
-    if not isinstance(config, AdaptorConfig):
-        config = AdaptorConfig(ratio=config)
-    return GeluMLP(width, inner_size(config.ratio, width), config.activation, config.dropout)
+    if isinstance(config, AdaptorConfig):
+        inner = inner_size(config.ratio, width, "adaptor.ratio")
+        return GeluMLP(width, inner, config.activation, config.dropout)
+    return GeluMLP(width, inner_size(config, width, "adaptor"))
