@@ -33,7 +33,7 @@ Few = Annotated[int, Field(ge=1, le=4096)]
 
 
 def inner_size(ratio: float, width: int, field: str = "ratio") -> int:
-    """``field`` (a ratio) times the width, as a whole number; ConfigError where no tensor has it."""
+    """``field`` (a ratio) times the width, rounded; ConfigError where no tensor has such a size."""
     size = round(ratio * width)
     if not 1 <= size <= SIZE:
         allowed = f"a ratio that makes an inner size of 1..{SIZE} of the width {width}"
