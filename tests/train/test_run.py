@@ -253,6 +253,7 @@ def test_text_samples_are_lines_that_follow_the_seed(text_run: Path, tmp_path: P
     assert text == "\n\n".join(entry["text"] for entry in entries)
     again = sample_run(load_run(text_run), num=2, out=tmp_path / "b").parent
     found = json.loads((again / "samples.json").read_text(encoding="utf-8"))
+    assert [entry.pop("draw")["num"] for entry in (*entries, *found)] == [3, 3, 3, 2, 2]
     assert found == entries[:2]
     with pytest.raises(ConfigError, match=r"labels: \[0\] .*no classes"):
         sample_run(run, num=2, labels=[0], out=tmp_path / "c")

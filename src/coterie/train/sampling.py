@@ -89,7 +89,7 @@ def generate(
             allowed = f"whole numbers from 0 below 2^63; how many: {each}"
             raise ConfigError(describe("seeds", list(seeds)[:8], allowed))
     if not 1 <= num <= MOST:
-        raise ConfigError(describe("num", num, f"1..{MOST}"))
+        raise ConfigError(describe("num", num, f"1 or more, up to {MOST:,}"))
     kept = list(range(num)) if index is None else list(dict.fromkeys(index))
     if not kept or not all(0 <= place < num for place in kept):
         raise ConfigError(describe("index", kept[:8], f"0..{num - 1}, of a draw of {num}"))
