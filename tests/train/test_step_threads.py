@@ -65,7 +65,26 @@ def test_one_possible_number_is_not_timed_and_long_work_not_often():
     assert chosen(machine, most=1).threads == 1 and not machine.calls
     machine = Machine(t1=60.0, t2=60.0)
     chosen(machine)
-    assert machine.calls == 6  # once for the caches, twice to know
+    assert machine.calls == 3  # for the caches, and to know
+
+
+def test_threads_that_are_far_slower_are_out_after_one_timing():
+    machine = Machine(t1=0.1, t2=1.5)  # beside a busy core
+    assert chosen(machine).threads == 1
+    assert machine.calls == 3 and machine.now == pytest.approx(1.7)
+    close = Machine(t1=0.1, t2=0.12)
+    assert chosen(close).threads == 1
+    assert close.calls == 1 + 2 * core.ROUNDS
+
+
+@pytest.mark.parametrize(("ahead", "calls"), [(11, 0), (12, 3), (400, 7), (10**6, 11)])
+def test_threads_are_chosen_within_a_share_of_the_calls_to_come(ahead, calls):
+    machine = Machine(t1=0.1, t2=0.1)
+    choice = choose(machine.work, 2, None, machine.clock, ahead)
+    assert machine.calls == calls
+    assert calls <= max(core.SHARE * ahead, 3)
+    told = choice.line("a step", "--train.threads")
+    assert ("too short a run" in told) == (not calls)
 
 
 def test_slow_work_is_timed_again_and_what_may_be_faster_now_and_then():
@@ -95,7 +114,7 @@ class Scripted:
     def __init__(self, *numbers: int) -> None:
         self.numbers = list(numbers)
 
-    def __call__(self, call: Any, most: int, present: int | None = None) -> Choice:
+    def __call__(self, call: Any, most: int, present: int | None = None, **_: Any) -> Choice:
         with core.threads(2):
             call()  # what is timed must leave no trace
         return Choice(self.numbers.pop(0), {1: 1.0, 2: 1.0}, 1e9)
@@ -203,7 +222,7 @@ def test_a_damaged_list_of_threads_is_refused_by_name(two, tmp_path, text):
 
 def test_real_timing_is_repeated_to_the_bit_by_its_list(two, tmp_path):
     """Real timing of a real model, whatever it chooses: again with that list it is the same run."""
-    config = short("deepseekmoe", train__threads=None, train__steps=6)
+    config = short("deepseekmoe", train__threads=None, train__steps=12)
     start(config, tmp_path / "one", progress=False)
     known = json.loads((tmp_path / "one" / "threads.json").read_text())["threads"]
     assert known and known[0][0] == 0

@@ -21,7 +21,10 @@ from coterie.core.errors import ConfigError, describe
 
 ROUNDS = 5
 CHUNK = 0.03  # s, least time measured at once
-MOST_SECONDS = 10.0  # of one choice, once every candidate has been timed twice
+MOST_SECONDS = 10.0  # of one choice, once every candidate has been timed
+SHARE = 0.02  # of the calls to come that choosing may cost, likewise
+LEAST_CALLS = 4  # to come, for every call that choosing takes at the least
+SLOW = 1.5  # a candidate is out when it has taken so many times the best one's time
 PER_CORE = 4
 BETTER = 0.95  # another number replaces the present one where it takes this share of its time
 
@@ -71,7 +74,8 @@ class Choice:
         """What was chosen and why, for people."""
         others = ", ".join(f"{n}: {1e3 * s:.3g} ms" for n, s in sorted(self.seconds.items()))
         word = "thread" if self.threads == 1 else "threads"
-        return f"{self.threads} {word} ({what} with {others}); {flag} N fixes the number"
+        why = f"{what} with {others}" if others else "too short a run to time"
+        return f"{self.threads} {word} ({why}); {flag} N fixes the number"
 
 
 def candidates(most: int) -> list[int]:
@@ -84,38 +88,63 @@ def choose(
     most: int,
     present: int | None = None,
     clock: Callable[[], float] = time.perf_counter,
+    ahead: int | None = None,
 ) -> Choice:
     """Time ``call`` with every number of threads in turn, back and forth, and compare medians.
 
     ``present`` is kept unless another is clearly faster. The number of threads is left as it was.
+    ``ahead``: how many such calls are to come. Choosing takes no more than ``SHARE`` of their time
+    once every candidate has been timed, and is left out where they are too few to win it back.
     """
     begin, tried = clock(), candidates(most)
     times: dict[int, list[float]] = {count: [] for count in tried}
-    if len(tried) > 1:
+    if len(tried) > 1 and pays(most, ahead):
         with threads(None):
-            for turn in range(ROUNDS):
-                for count in tried if turn % 2 == 0 else tried[::-1]:
-                    torch.set_num_threads(count)
-                    if not turn:
-                        call()  # caches, and the threads themselves
-                    times[count].append(_seconds(call, clock))
-                if turn and clock() - begin > MOST_SECONDS:
-                    break
+            _take_turns(call, times, clock, ahead)
     medians = {count: statistics.median(each) for count, each in times.items() if each}
-    best = min(medians, key=lambda count: (medians[count], count), default=tried[0])
+    best = min(medians, key=lambda count: (medians[count], count), default=present or most)
     if present in medians and medians[best] > BETTER * medians[present]:
         best = present
     return Choice(best, medians, clock() - begin)
 
 
-def _seconds(call: Callable[[], Any], clock: Callable[[], float]) -> float:
-    """Of one call: the first alone where it is long, several where it is short."""
+def pays(most: int, ahead: int | None) -> bool:
+    """Whether choosing can be won back in ``ahead`` calls."""
+    return ahead is None or ahead >= LEAST_CALLS * (len(candidates(most)) + 1)
+
+
+def _take_turns(
+    call: Callable[[], Any],
+    times: dict[int, list[float]],
+    clock: Callable[[], float],
+    ahead: int | None,
+) -> None:
+    begin, left = clock(), list(times)
+    torch.set_num_threads(left[0])
+    call()  # caches
+    for turn in range(ROUNDS):
+        for count in left if turn % 2 == 0 else left[::-1]:
+            torch.set_num_threads(count)
+            best = min((min(each) for each in times.values() if each), default=None)
+            times[count].append(_seconds(call, clock, best))
+        usual = {count: statistics.median(times[count]) for count in left}
+        best = min(usual.values())
+        left = [count for count in left if usual[count] <= SLOW * best]
+        allowed = MOST_SECONDS if ahead is None else min(MOST_SECONDS, SHARE * ahead * best)
+        if len(left) == 1 or clock() - begin + sum(usual[count] for count in left) > allowed:
+            return
+
+
+def _seconds(call: Callable[[], Any], clock: Callable[[], float], best: float | None) -> float:
+    """Of one call: alone where it is long or far from the ``best``, else the mean of several."""
     begin, done = clock(), 0
     while True:
+        before = clock()
         call()
         done += 1
         passed = clock() - begin
-        if passed >= CHUNK or done >= 50:
+        slow = best is not None and clock() - before > 3 * SLOW * best
+        if passed >= CHUNK or done >= 50 or slow:
             return passed / done
 
 

@@ -143,7 +143,8 @@ class Trainer:
                 self._gradients.trial(step, self.state.samples_seen)
 
         chooses = self.device.type == "cpu" and self.placement.count == 1
-        return StepThreads(self.config.threads, self.run_dir, trial, chooses, bar.say)
+        steps = self.config.steps
+        return StepThreads(self.config.threads, self.run_dir, trial, chooses, bar.say, steps)
 
     @property
     def _log_dir(self) -> RunDir | None:

@@ -25,7 +25,7 @@ Say = Callable[[str], None]
 
 
 class StepThreads:
-    """Sets the number of threads before each step; ``fixed``: always this one."""
+    """Sets the number of threads before each step, of ``steps`` in all; ``fixed``: always this."""
 
     def __init__(
         self,
@@ -34,11 +34,12 @@ class StepThreads:
         probe: Callable[[int], Any],
         chooses: bool = True,
         say: Say = lambda line: None,
+        steps: int | None = None,
     ) -> None:
         if fixed is not None:
             check_threads(fixed)
         self._fixed, self._run_dir, self._probe, self._say = fixed, run_dir, probe, say
-        self._most = most_threads()
+        self._most, self._steps = most_threads(), steps
         self._chooses = chooses and fixed is None and self._most > 1
         self._known = read_threads(run_dir) if self._chooses else []
         self._watch: Watch | None = None
@@ -69,7 +70,8 @@ class StepThreads:
             self._ask = self._watch is not None and self._watch.again(seconds)
 
     def _choose(self, step: int) -> None:
-        choice = choose(lambda: self._probe(step), self._most, self._now)
+        ahead = None if self._steps is None else self._steps - step
+        choice = choose(lambda: self._probe(step), self._most, self._now, ahead=ahead)
         self._watch, self._ask = Watch(choice, self._most), False
         if choice.threads != self._now:
             self._known = [*(one for one in self._known if one[0] < step), (step, choice.threads)]
