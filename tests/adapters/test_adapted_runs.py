@@ -250,10 +250,13 @@ def test_the_verbs_check_merge_and_export(
     assert [row["adapter"] for row in found["adapters"]] == ["six", "seven-5"]
     assert [row["slot"] for row in found["adapters"]] == [0, 1]
     assert {row["slots"] for row in found["adapters"]} == {32}
+    for row in found["adapters"]:
+        assert 0 < row["share_of_parameters"] < 1
     assert found["pairs"][0]["update_overlap"] < 1e-5
     assert found["measures"]["crosstalk"] > 0 and found["measures"]["adapter_drift"] > 0
     assert coterie(["adapter", "check", *names]) == 0
-    assert "update_overlap" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "update_overlap" in told and "share_of_parameters" in told
     out = tmp_path / "both"
     assert coterie(["adapter", "merge", *names, "--out", str(out), "-n"]) == 0
     assert not out.exists()

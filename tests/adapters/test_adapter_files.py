@@ -23,6 +23,7 @@ from coterie.adapters import (
     save_adapter,
 )
 from coterie.core.errors import CheckpointError, ConfigError
+from coterie.core.tensors import tensors_digest
 
 PLAIN = LoraConfig(targets=("*",), rank=2, alpha=6, embeddings=("table",), rows=(1, 3))
 PLACED = LoraConfig(targets=("*",), rank=2, basis=BasisConfig(seed=7, index=1))
@@ -204,3 +205,49 @@ def test_a_folder_is_read_without_a_model(tmp_path: Path) -> None:
     save_adapter(trained(PLACED), "mine", tmp_path / "a")
     found = read_adapter(tmp_path / "a")
     assert found.config.basis == PLACED.basis and set(found.factors) == {"conv", "inner.up"}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        of_config(lora_alpha=9),
+        of_config(use_rslora=True),
+        of_config(alpha_pattern={"up": 3}),
+        of_config(target_modules=["other"]),
+        of_config(base_model_name_or_path="moved", peft_version="1"),
+    ],
+)
+def test_H_settings_of_an_adapter_are_hashed_with_its_weights(
+    change: Callable[[Path], None], tmp_path: Path
+) -> None:
+    net = Net()
+    attach(net, "mine", PLAIN)
+    save_adapter(net, "mine", tmp_path / "a")
+    config = tmp_path / "a" / "adapter_config.json"
+    before = json.loads(config.read_text())
+    change(tmp_path / "a")
+    told = json.loads(config.read_text())
+    if told["base_model_name_or_path"] == "moved":  # where the base lies changes no answer
+        read_adapter(tmp_path / "a")
+        return
+    with pytest.raises(CheckpointError, match=r"damaged, its SHA-256 .*adapter_config\.json"):
+        read_adapter(tmp_path / "a")
+    config.write_text(json.dumps(before))  # said otherwise, it is the same
+    read_adapter(tmp_path / "a")
+    change(tmp_path / "a")
+    of_weights(lambda tensors: None)(tmp_path / "a")
+    read_adapter(tmp_path / "a")  # a file of others has no hash
+
+
+def test_H_an_adapter_whose_weights_alone_were_hashed_is_read(tmp_path: Path) -> None:
+    net = Net()
+    attach(net, "mine", PLAIN)
+    save_adapter(net, "mine", tmp_path / "a")
+    path = tmp_path / "a" / "adapter_model.safetensors"
+    tensors = load_file(path)
+    hashed = tensors_digest({name: tensors[name] for name in sorted(tensors)})
+    save_file(tensors, path, {"coterie": json.dumps({"sha256": hashed})})
+    assert read_adapter(tmp_path / "a").config.rank == 2
+    of_weights(lambda tensors: None, {"coterie": json.dumps({"sha256": "0" * 64})})(tmp_path / "a")
+    with pytest.raises(CheckpointError, match="damaged"):
+        read_adapter(tmp_path / "a")

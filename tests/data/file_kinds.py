@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from coterie.adapters import LoraConfig, attach, read_adapter, save_adapter
 from coterie.convert import UpcycleConfig
 from coterie.core.config import Config
-from coterie.core.errors import DataError
+from coterie.core.errors import CheckpointError, DataError
 from coterie.core.tensors import module_tensors, read_tensors, write_tensors
 from coterie.data import Subset, build_source
 from coterie.data.cache import open_array, problem, save_array, write_folder
@@ -30,7 +30,9 @@ from coterie.data.pictures import read_picture
 from coterie.data.points_meshes import read_obj, sample_surface
 from coterie.data.shard import write_shard
 from coterie.data.source import SPLITS
-from coterie.hub import load_pretrained, save_pretrained
+from coterie.ensembles import NoiseRangesConfig
+from coterie.hub import load_ensemble, load_pretrained, save_ensemble, save_pretrained
+from coterie.inspect.device_steps import placement_outputs
 from coterie.interop.diffusers import load_noise_ranges
 from coterie.interop.diffusers.expert import DiffusersConfig
 from coterie.interop.transformers.load import ModelFolder
@@ -39,6 +41,7 @@ from coterie.interop.upcycled import load_upcycled, save_upcycled, upcycle_trans
 from coterie.train import checkpoint, read_metrics
 from coterie.train.islands.partition import PartitionConfig, copy_partition, read_partition
 from coterie.train.islands.plan import FILE, IslandEntry, IslandPlan, read_plan
+from coterie.train.restoring import outputs_at as restored_at
 from coterie.train.run import RunConfig
 from coterie.train.samples import outputs_at
 from small_models import small, woken
@@ -179,6 +182,20 @@ def write_model(folder: Path) -> None:
     save_pretrained(woken(config), folder / "model", config.model.model_dump(mode="json"))
 
 
+def write_ensemble(folder: Path) -> None:
+    dense = small("dit-moe")
+    pair = [woken(dense, seed) for seed in (0, 1)]
+    save_ensemble(NoiseRangesConfig(boundaries=(0.5,)).build(pair).eval(), folder / "model")
+
+
+def read_ensemble(folder: Path) -> Any:
+    """Whole: a member that is not there is left out by those who allow it."""
+    found = load_ensemble(folder / "model")
+    if found.missing:
+        raise CheckpointError("a member is not there")
+    return found
+
+
 class Net(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -241,6 +258,14 @@ SAMPLES = '[{"index": 0, "label": 1, "seed": 5, "file": "00000.png", "sheets": [
 
 def read_samples(folder: Path) -> Any:
     return sorted(outputs_at(folder).earlier)
+
+
+RESTORED = '{"run": "../run", "step": 2, "weights": "ema", "overlap": 4, "files": {"a.png": "0"}}'
+
+
+def write_placed(folder: Path) -> None:
+    write_pictures(folder, "placement.png")
+    (folder / "placement.json").write_text('{"run": "a", "cost": {"per_row": 1.5}, "rows": []}')
 
 
 UNET = {
@@ -346,13 +371,18 @@ KINDS: dict[str, Kind] = {
     "model": Kind(
         write_model, lambda folder: load_pretrained(folder / "model"), hashed=True, examples=20
     ),
-    "adapter": Kind(write_adapter, read_lora),
+    "ensemble": Kind(write_ensemble, read_ensemble, hashed=True, examples=20),
+    "adapter": Kind(write_adapter, read_lora, hashed=True),
     "transformers": Kind(write_mixtral, read_mixtral, examples=20),
     "upcycled": Kind(
         write_upcycled, lambda folder: load_upcycled(folder / "model"), hashed=True, examples=20
     ),
     "text": Kind(write_book, read_book, examples=20),
     "samples": Kind(text("samples.json", SAMPLES), read_samples),
+    "restored": Kind(
+        text("restored.json", RESTORED), lambda folder: sorted(restored_at(folder).earlier)
+    ),
+    "placement": Kind(write_placed, lambda folder: sorted(placement_outputs(folder).earlier)),
     "diffusers": Kind(lambda folder: network(0).save_pretrained(folder), read_network, examples=20),
     "diffusers-pipeline": Kind(write_pipeline, read_pipeline, examples=20),
 }

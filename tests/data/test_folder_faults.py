@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,9 @@ from coterie.data.listing import DataWarning
 from coterie.data.source import changed, identity
 from coterie.recipes import get_recipe
 from coterie.train import checkpoint
+from coterie.train.evaluate import held_out
 from coterie.train.islands.partition import PartitionConfig, partition_of
-from coterie.train.run import prepare, start
+from coterie.train.run import load_run, prepare, start
 
 LITTER = (".git", "__MACOSX", ".ipynb_checkpoints", ".thumbnails", "empty")
 
@@ -221,3 +223,15 @@ def test_H_litter_of_systems_damages_no_checkpoint(tmp_path: Path) -> None:
     (path / "other.safetensors").write_bytes(b"x")
     with pytest.raises(CoterieError, match=f"other.safetensors: not listed in {MANIFEST}"):
         checkpoint.verify(path)
+
+
+def test_G9_whoever_reads_the_data_of_a_run_is_told_that_they_changed(album: Path) -> None:
+    config = override(small_run(album), {"data.held_out_one_in": 3})
+    run = start(config, album.parent / "run", progress=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load_run(run)
+    replace_one(album)
+    with pytest.warns(DataWarning, match=r"not those that it was trained on: files or val") as told:
+        held_out(load_run(run), limit=8)
+    assert len([one for one in told if one.category is DataWarning]) == 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,7 +14,9 @@ from torch.export import Dim
 from coterie.core.context import Context
 from coterie.core.errors import ConfigError
 from coterie.experts import ExpertLayerConfig
+from coterie.experts.balance.diffusion_prior import usage_map
 from coterie.experts.dense import FEED_FORWARD
+from coterie.experts.kinds.masks import ChannelWindow
 
 DYNAMIC = {"h": {0: Dim("samples", min=2), 1: Dim("tokens", min=2)}}
 
@@ -96,3 +99,22 @@ def test_D11_onnx_runs_a_mixture_of_experts(tmp_path: Path) -> None:
     )
     (found,) = session.run(None, {session.get_inputs()[0].name: other.numpy()})
     assert np.allclose(found, wanted, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+def test_C4_masks_are_recorded_by_a_trace() -> None:
+    def used(table: Tensor) -> Tensor:
+        return usage_map([SimpleNamespace(table=table, top_k=2)]).float()  # type: ignore[list-item]
+
+    table = torch.randn(5, 4, generator=torch.Generator().manual_seed(0))
+    traced = torch.jit.trace(used, (table,), check_trace=False)
+    assert torch.equal(traced(table.flip(0)), used(table.flip(0)))
+    windows = ChannelWindow(mode="random", num_masks=4)
+
+    def masked(x: Tensor) -> Tensor:
+        return x + windows.buffers(16)["delta"][0]
+
+    traced = torch.jit.trace(masked, (rows(),), check_trace=False)
+    moved = traced(torch.zeros(2, 6, 16))  # a trace draws by torch's own generator
+    assert set(moved.unique().tolist()) == {-1.0, 0.0}
+    assert torch.equal(moved.sum(-1), masked(torch.zeros(2, 6, 16)).sum(-1))

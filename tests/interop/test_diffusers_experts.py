@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -303,3 +304,13 @@ def test_experts_of_other_shape_view_and_process(saved: Path) -> None:
         compose([one, flow])
     with pytest.raises(ConfigError, match=r"members.expert 1.num_classes"):
         compose([expert(saved / "DiTTransformer2DModel-0").build(), one])
+
+
+@pytest.mark.parametrize("kind", [None, "DDIMScheduler"])
+def test_D3_a_network_of_no_known_class_is_named_with_its_file(kind: Any, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"_class_name": kind}))
+    (tmp_path / "diffusion_pytorch_model.safetensors").touch()
+    config = DiffusersConfig.from_dict({"path": str(tmp_path), "process": "ddpm", "view": "eps"})
+    where = re.escape(str(tmp_path / "config.json"))
+    with pytest.raises(ConfigError, match=rf"^{where}: _class_name: .*a model of diffusers$"):
+        config.build()

@@ -7,19 +7,23 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
 from small_runs import finished, short
 
 from coterie.core.config import override
-from coterie.core.errors import CheckpointError, CoterieError
-from coterie.core.places import placed, relative
+from coterie.core.errors import CheckpointError, CoterieError, DataError
+from coterie.core.places import beside, placed, relative
+from coterie.data import SOURCES
 from coterie.ensembles import EnsembleModelConfig, MemberConfig
 from coterie.train.islands.partition import PartitionConfig
 from coterie.train.islands.plan import FILE, make_plan, read_plan
 from coterie.train.islands.work import run_island, status
 from coterie.train.pretrained import PretrainedConfig
-from coterie.train.run import RunConfig, load_run, start
+from coterie.train.run import RunConfig, load_run, prepare, start
 from coterie.train.rundir import RunDir, stored_hash
+from small_models import small
 
 
 def test_G11_paths_in_files_and_in_memory(tmp_path: Path) -> None:
@@ -109,3 +113,95 @@ def test_H_a_plan_clears_away_what_a_killed_one_left(tmp_path: Path) -> None:
     make_plan(short("dit-moe"), by_class, tmp_path)
     left = {path.name for path in tmp_path.glob(".tmp-*")}
     assert left == {".tmp-partition-of-mine"}
+
+
+def write_album(folder: Path) -> None:
+    rng = np.random.default_rng(0)
+    for name in ("cat", "dog"):
+        (folder / name).mkdir(parents=True)
+        for index in range(12):
+            pixels = rng.integers(0, 255, (8, 8, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / name / f"{index}.png")
+
+
+def of_album(path: Path | str) -> RunConfig:
+    """The smallest run on pictures of one's own."""
+    base = small("dit-moe")
+    backbone = base.model.backbone.replace(image_size=8, patch=4, channels=3, num_classes=2)
+    data = {"kind": "image-folder", "path": str(path), "size": 8, "held_out_one_in": 3}
+    train = base.train.replace(steps=2, batch=4)
+    return base.replace(model=base.model.replace(backbone=backbone), data=data, train=train)
+
+
+def test_G11_a_run_is_moved_together_with_its_pictures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    there = tmp_path / "there"
+    write_album(there / "album")
+    monkeypatch.chdir(there)
+    config = of_album("album")
+    prepare(config, Path("runs/a"))
+    make_plan(config, PartitionConfig.from_dict({"islands": 2, "by": "labels"}), Path("plan"))
+    monkeypatch.chdir(tmp_path)
+    shutil.move(there, tmp_path / "here")
+    run = tmp_path / "here" / "runs" / "a"
+    start(RunDir(run).read_config(RunConfig), run, progress=False)
+    start(of_album("here/album"), Path("here/runs/a"), progress=False)  # the same, said otherwise
+    assert load_run(run).step == 2
+    run_island("here/plan", 0, progress=False)
+    stored = json.loads((run / "config.json").read_text())
+    assert stored["data"]["path"] == "../../album"
+
+
+def test_G11_an_absolute_path_of_data_works_from_anywhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_album(tmp_path / "album")
+    monkeypatch.chdir(tmp_path)
+    start(of_album(tmp_path / "album"), Path("a"), progress=False)
+    (tmp_path / "other").mkdir()
+    monkeypatch.chdir(tmp_path / "other")
+    assert load_run(tmp_path / "a").config.data.path == str(tmp_path / "album")
+    assert relative("/elsewhere/album", tmp_path / "a") == "/elsewhere/album"
+
+
+SOURCES_OF_FILES = (
+    *("image-folder", "pairs-folder", "cloud-folder", "latents", "demonstrations", "shard"),
+)
+
+
+@pytest.mark.parametrize("kind", SOURCES_OF_FILES)
+def test_G11_every_source_of_files_is_placed(kind: str, tmp_path: Path) -> None:
+    given = SOURCES.parse({"kind": kind, "path": str(tmp_path / "data")})
+    with beside(tmp_path / "runs" / "a"):
+        stored = given.model_dump(mode="json")
+        assert stored["path"] == "../../data"
+        assert SOURCES.parse(stored) == given
+
+
+def test_G5_a_tilde_without_a_home_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def homeless(self: Path) -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "expanduser", homeless)
+    for kind in SOURCES_OF_FILES:
+        with pytest.raises(DataError, match=r"path: '~/data' .*no home folder here$"):
+            SOURCES.parse({"kind": kind, "path": "~/data"}).build()
+    monkeypatch.undo()
+    with pytest.raises(DataError, match=r"path: '~nobody-at-all/x' .*no home folder here$"):
+        SOURCES.parse({"kind": "latents", "path": "~nobody-at-all/x"}).build()
+
+
+def test_G5_a_tilde_is_the_home_for_every_source(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    episodes = {
+        "observations": np.zeros((20, 3), np.float32),
+        "actions": np.zeros((20, 2)),
+        "lengths": np.full(5, 4),
+    }
+    np.savez(tmp_path / "x.npz", **episodes)
+    assert len(SOURCES.parse({"kind": "demonstrations", "path": "~/x.npz"}).build())

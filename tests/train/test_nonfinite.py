@@ -87,11 +87,19 @@ def saved(run_dir):
 
 
 def test_G8_bad_steps_do_not_rotate_out_good_checkpoints(tmp_path):
-    for stopped in (11, 12, 13):  # started again, it stops again
+    for stopped in (11, 14):  # started again, it stops again
         blown_up(tmp_path)
         assert saved(tmp_path) == [4, 8, stopped]
     trainer, _ = train(tmp_path, keep=2)
     assert trainer.state.step == POISON_STEPS and saved(tmp_path) == [16, 20]
+
+
+def test_G8_a_restart_counts_bad_steps_anew(tmp_path):
+    blown_up(tmp_path)
+    poison = ToyObjective({11: "loss", 12: "grad"})  # fewer than the limit, right at the restart
+    trainer, records = train(tmp_path, poison, keep=2)
+    assert records[0]["step"] == 12 and trainer.state.step == POISON_STEPS
+    assert trainer.state.skipped == 5 and trainer.state.skipped_in_a_row == 0
 
 
 def test_G8_what_the_message_advises_is_allowed_and_goes_on_from_before(tmp_path):

@@ -14,7 +14,9 @@ from PIL import Image
 from test_objectives_restoration import SMALL
 
 from coterie.cli.main import run as run_line
+from coterie.core import outputs
 from coterie.core.config import override
+from coterie.core.folder import write_bytes
 from coterie.core.prediction import Condition
 from coterie.data import photos
 from coterie.data.photos import CROP, PhotosConfig
@@ -192,3 +194,73 @@ def test_a_run_that_restores_nothing_is_refused(tmp_path: Path, coterie: Line) -
     save(tmp_path / "in", "a.png", 20, 20)
     code, _, err = coterie("restore", path, tmp_path / "in", "--out", tmp_path / "out")
     assert code == 2 and "run: objective: 'denoising'" in err
+
+
+def restored(trained: Path, tmp_path: Path, coterie: Line, *words: Any) -> tuple[int, str]:
+    line = ("restore", trained, tmp_path / "in", "--out", tmp_path / "out", "-q", *words)
+    code, _, err = coterie(*line)
+    return code, err
+
+
+def test_F1_restoring_replaces_and_removes_nothing_of_others(
+    trained: Path, tmp_path: Path, coterie: Line
+) -> None:
+    out = tmp_path / "out"
+    save(tmp_path / "in", "a.png", 16, 16)
+    assert restored(trained, tmp_path, coterie)[0] == 0
+    assert {path.name for path in out.iterdir()} == {"a.png", "restored.json"}
+    (out / "b.part").write_text("mine")
+    (out / "b.png").write_text("mine")
+    save(tmp_path / "in", "b.bmp", 16, 16)
+    code, err = restored(trained, tmp_path, coterie)
+    assert code == 2 and "a folder without b.png" in err
+    assert (out / "b.png").read_text() == (out / "b.part").read_text() == "mine"
+    (out / "b.png").unlink()
+    (out / "b.png").symlink_to(tmp_path / "elsewhere.png")
+    code, err = restored(trained, tmp_path, coterie)
+    assert code == 2 and "nothing is written through links" in err
+    assert not (tmp_path / "elsewhere.png").exists()
+    (out / "b.png").unlink()
+    (out / "b.part").unlink()
+    (out / "b.part").symlink_to(tmp_path / "elsewhere.png")
+    (out / ".tmp-b.png-99").write_text("{")  # what a killed one left
+    assert restored(trained, tmp_path, coterie)[0] == 0
+    assert not (tmp_path / "elsewhere.png").exists() and (out / "b.part").is_symlink()
+    assert not (out / ".tmp-b.png-99").exists()
+
+
+def test_F1_a_picture_or_overlap_that_changed_is_not_taken_for_the_old_one(
+    trained: Path, tmp_path: Path, coterie: Line
+) -> None:
+    out = tmp_path / "out"
+    for name in ("a.png", "b.png"):
+        save(tmp_path / "in", name, 30, 16)
+    assert restored(trained, tmp_path, coterie)[0] == 0
+    before = {path.name: path.read_bytes() for path in out.glob("*.png")}
+    save(tmp_path / "in", "a.png", 30, 16, seed=1)
+    assert restored(trained, tmp_path, coterie)[0] == 0
+    assert (out / "a.png").read_bytes() != before["a.png"]
+    assert (out / "b.png").read_bytes() == before["b.png"]
+    code, err = restored(trained, tmp_path, coterie, "--overlap", "2")
+    assert code == 2 and "the work of the same run" in err
+
+
+def test_F1_a_disk_that_fails_midway_leaves_what_was_done(
+    trained: Path, tmp_path: Path, coterie: Line, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    for name in ("a.png", "b.png"):
+        save(tmp_path / "in", name, 16, 16)
+
+    def full(path: Path, data: bytes) -> None:
+        if path.name == "b.png":
+            raise OSError(28, "No space left on device")
+        write_bytes(path, data)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(outputs, "write_bytes", full)
+        code, err = restored(trained, tmp_path, coterie)
+    assert code == 2 and "No space left on device" in err and err.count("\n") == 1
+    assert {path.name for path in out.iterdir()} == {"a.png", "restored.json"}
+    assert restored(trained, tmp_path, coterie)[0] == 0
+    assert (out / "b.png").is_file()

@@ -26,6 +26,7 @@ from coterie.adapters.peft import (
     PEFT,
     STACKED,
     check_words,
+    deciding,
     patterned,
     rows_of,
     saved_whole,
@@ -33,7 +34,7 @@ from coterie.adapters.peft import (
 )
 from coterie.adapters.stacks import Stacks, stacked
 from coterie.core.errors import CheckpointError, ConfigError, describe, unknown
-from coterie.core.folder import atomic_folder, canonical
+from coterie.core.folder import atomic_folder, canonical, digest
 from coterie.core.json_reader import parse_json, read_object
 from coterie.core.tensors import read_tensors, require_finite, tensors_digest, write_tensors
 
@@ -90,8 +91,9 @@ def save_adapter(
             tensors[f"{PREFIX}{path}.{TOKENS}"] = table.weight[list(part.rows)] + part.change
     require_finite(tensors, f"adapter {name}")
     with atomic_folder(folder, overwrite=overwrite) as work:
-        write_tensors(work / WEIGHTS, tensors, _header(parts, tensors))
-        (work / CONFIG).write_text(canonical(words(parts, base)), encoding="utf-8")
+        said = words(parts, base)
+        write_tensors(work / WEIGHTS, tensors, _header(parts, tensors, said))
+        (work / CONFIG).write_text(canonical(said), encoding="utf-8")
     return folder
 
 
@@ -116,13 +118,21 @@ def _bias(module: nn.Module) -> Tensor:
     return module.bias.detach()
 
 
-def _header(parts: Parts, tensors: dict[str, Tensor]) -> dict[str, str]:
-    """With a hash of the weights, which the format has none of."""
+def _header(parts: Parts, tensors: dict[str, Tensor], said: Mapping[str, Any]) -> dict[str, str]:
+    """With a hash of the weights and of what is said of them, which the format has none of."""
     config = next(iter(parts.values())).config
-    told: dict[str, Any] = {"sha256": _digest(tensors)}
+    told: dict[str, Any] = {}
     if config.basis is not None:
         told |= {"basis": config.basis.model_dump(mode="json"), "basis_hash": config.basis.hash}
+    told["sha256"] = _seal(_digest(tensors), said, told)
     return {"format": "pt", "coterie": json.dumps(told, sort_keys=True)}
+
+
+def _seal(weights: str, said: Mapping[str, Any], told: Mapping[str, Any]) -> str:
+    """SHA-256 over all that decides what an adapter computes: its weights (by their hash), the
+    words of its configuration, and its basis."""
+    basis = {name: told.get(name) for name in ("basis", "basis_hash")}
+    return digest({"weights": weights, "words": deciding(said), **basis})
 
 
 def _digest(tensors: dict[str, Tensor]) -> str:
@@ -170,8 +180,10 @@ def read_adapter(folder: str | Path) -> AdapterFile:
         )
     except ConfigError as error:
         raise CheckpointError(f"{where}: {error}") from None
-    if told.get("sha256", written) != written:
-        raise CheckpointError(f"{weights}: damaged, its SHA-256 does not match")
+    # Earlier versions hashed the weights alone.
+    if told.get("sha256", written) not in (written, _seal(written, data, told)):
+        hint = f"it or {CONFIG} is not as it was written"
+        raise CheckpointError(f"{weights}: damaged, its SHA-256 does not match; {hint}")
     hash_ = str(told.get("basis_hash", ""))
     return AdapterFile(folder, config, hash_, factors, tables, stacks, biases, copies)
 

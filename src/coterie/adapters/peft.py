@@ -53,6 +53,12 @@ def check_words(data: Mapping[str, Any], where: str) -> None:
             raise CheckpointError(describe(f"{where}: {name}", value, "none", hint))
 
 
+def deciding(data: Mapping[str, Any]) -> dict[str, Any]:
+    """The words that decide what an adapter computes, and which modules it is of."""
+    named = READ | {"target_modules", "target_experts"}
+    return {name: data[name] for name in sorted(named & data.keys())}
+
+
 def rows_of(data: Mapping[str, Any], tables: Iterable[str], where: str) -> dict[str, list[int]]:
     """Table -> its trained rows. A list means the one table that the weights are of."""
     given, tables = data.get("trainable_token_indices") or {}, sorted(tables)

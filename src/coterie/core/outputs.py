@@ -12,12 +12,20 @@ import re
 import shutil
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from coterie.core.errors import CheckpointError, ConfigError, describe
-from coterie.core.folder import clean, open_own, refuse_link, sync, temporary_of
+from coterie.core.folder import (
+    clean,
+    open_own,
+    refuse_link,
+    sync,
+    temporary_of,
+    write_bytes,
+    write_text,
+)
 from coterie.core.json_reader import read_json
 
 HINT = "choose another --out"
@@ -64,10 +72,7 @@ class Outputs:
     @contextmanager
     def writing(self) -> Iterator[Path]:
         """A folder to fill; its files are then placed, in place of all that were there before."""
-        kind = re.compile(re.escape(self.index))
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            clean(self.folder, kind)
+        with self._filling(self.index):
             work = temporary_of(self.folder / self.index)
             work.mkdir()
             try:
@@ -75,6 +80,26 @@ class Outputs:
                 self._place(work)
             finally:
                 shutil.rmtree(work, ignore_errors=True)
+
+    def put(self, name: str, data: bytes, index: str) -> Outputs:
+        """One file, for a verb that goes on where it stopped. ``index``: the text of the index that
+        lists it. What had the name is gone before the index tells of the new one."""
+        with self._filling(self.index, name):
+            path = self.folder / name
+            for one in (path, self.folder / self.index):
+                self._refuse_taken(one)
+            path.unlink(missing_ok=True)
+            write_text(self.folder / self.index, index)
+            write_bytes(path, data)
+        return replace(self, earlier=self.earlier | {self.index, name})
+
+    @contextmanager
+    def _filling(self, *names: str) -> Iterator[None]:
+        """The folder is there, without what interrupted writes of ``names`` left in it."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            clean(self.folder, re.compile("|".join(map(re.escape, names))))
+            yield
         except OSError as error:
             raise ConfigError(
                 f"{self.folder}: could not be written ({error.strerror or error}); {HINT}"

@@ -15,6 +15,8 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, PlainSerializer
 
+from coterie.core.errors import DataError, describe
+
 _folder: ContextVar[Path | None] = ContextVar("folder of the file", default=None)
 
 
@@ -44,6 +46,15 @@ def relative(text: str, folder: str | Path) -> str:
     there, here = os.path.realpath(text), os.path.realpath(folder)
     together = os.path.commonpath([there, here])
     return there if together == os.path.dirname(together) else os.path.relpath(there, here)
+
+
+def expanded(path: str | Path, field: str) -> Path:
+    """``path`` with ``~`` as the folder that it stands for; DataError where there is none."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:  # a user without a home, or no such user
+        allowed = "a folder of your own: there is no home folder here"
+        raise DataError(describe(field, str(path), allowed)) from None
 
 
 def _read(value: Any) -> Any:

@@ -15,8 +15,9 @@ from pathlib import Path
 
 import numpy as np
 
-from coterie.core.errors import CheckpointError, DataError, describe
+from coterie.core.errors import CheckpointError, DataError
 from coterie.core.folder import atomic_folder, clean, read_manifest, seal, verify_file
+from coterie.core.places import expanded
 from coterie.data.arrays import open_npy
 
 FORMAT, VERSION = "coterie-data", 1
@@ -27,11 +28,7 @@ def cache_root() -> Path:
     chosen, common = os.environ.get("COTERIE_CACHE"), os.environ.get("XDG_CACHE_HOME", "")
     if not chosen and Path(common).is_absolute():  # a relative one is to be ignored
         return Path(common) / "coterie"
-    try:
-        return Path(chosen).expanduser() if chosen else Path.home() / ".cache" / "coterie"
-    except RuntimeError:  # a user without a home
-        allowed = "a folder of your own: there is no home folder here"
-        raise DataError(describe("COTERIE_CACHE", chosen, allowed)) from None
+    return expanded(chosen or "~/.cache/coterie", "COTERIE_CACHE")
 
 
 @contextmanager

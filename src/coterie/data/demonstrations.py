@@ -14,6 +14,7 @@ import numpy as np
 from pydantic import Field
 
 from coterie.core.errors import DataError, describe
+from coterie.core.places import Place, expanded
 from coterie.data.actions import ActionSource, Array, Demonstrations
 from coterie.data.arrays import check_numbers, read_npz, rows_digest
 from coterie.data.source import SOURCES, SourceConfig, SourceInfo, Split, split_rows
@@ -28,7 +29,7 @@ class DemonstrationsConfig(SourceConfig):
     episode's end, zeros by default."""
 
     kind: Literal["demonstrations"] = "demonstrations"
-    path: str
+    path: Place
     horizon: int = Field(default=8, ge=1, le=1024)
     num_goals: int | None = Field(default=None, ge=0)
     rest: tuple[float, ...] | None = None
@@ -42,7 +43,7 @@ class DemonstrationsConfig(SourceConfig):
 
     def build(self, split: Split = "train") -> ActionSource:
         """DataError for a file that is missing or damaged, or holds what does not fit together."""
-        found = read_episodes(Path(self.path))
+        found = read_episodes(expanded(self.path, "data.path"))
         goals = self.num_goals
         if goals is None:
             goals = max(0, int(found.goals.max()) + 1)

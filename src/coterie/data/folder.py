@@ -12,6 +12,7 @@ from pydantic import Field
 
 from coterie.core.errors import DataError, describe
 from coterie.core.files import escaped
+from coterie.core.places import Place
 from coterie.data.images import ImageConfig
 from coterie.data.listing import (
     class_folders,
@@ -31,7 +32,7 @@ class ImageFolderConfig(SourceConfig):
     underscored and empty folders are no classes."""
 
     kind: Literal["image-folder"] = "image-folder"
-    path: str
+    path: Place
     size: int = Field(default=64, ge=1, le=4096)
     channels: Literal[1, 3] = 3
     held_out_one_in: int = Field(default=10, ge=2)

@@ -13,6 +13,7 @@ import numpy as np
 from pydantic import Field
 
 from coterie.core.errors import DataError, describe
+from coterie.core.places import Place
 from coterie.data.arrays import native, open_npy, rows_digest
 from coterie.data.listing import existing_folder
 from coterie.data.source import SOURCES, ArraySource, SourceConfig, SourceInfo, Split, split_rows
@@ -23,7 +24,7 @@ class LatentsConfig(SourceConfig):
     """``num_classes``: labels are 0..num_classes-1."""
 
     kind: Literal["latents"] = "latents"
-    path: str
+    path: Place
     num_classes: int = Field(1000, ge=1)
     info: ClassVar[SourceInfo] = SourceInfo(
         summary="your own latents: latents.npy and labels.npy in a folder",

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from coterie.core.errors import DataError, describe
 from coterie.core.files import escaped, reason, require_utf8
+from coterie.core.places import expanded
 
 
 class DataWarning(UserWarning):
@@ -21,7 +22,7 @@ class DataWarning(UserWarning):
 
 
 def existing_folder(path: str | Path, field: str) -> Path:
-    root = Path(path).expanduser()
+    root = expanded(path, field)
     require_utf8(root, field)
     try:
         found = root.is_dir()

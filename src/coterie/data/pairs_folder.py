@@ -16,6 +16,7 @@ from pydantic import Field
 from coterie.core.batch import Batch
 from coterie.core.errors import DataError, describe
 from coterie.core.files import escaped
+from coterie.core.places import Place
 from coterie.core.prediction import Condition
 from coterie.core.rng import numpy_generator
 from coterie.data.listing import (
@@ -36,7 +37,7 @@ class PairsFolderConfig(SourceConfig):
     pair in ``held_out_one_in`` is held out, by a hash of its name."""
 
     kind: Literal["pairs-folder"] = "pairs-folder"
-    path: str
+    path: Place
     degraded: str = "input"
     clean: str = "gt"
     size: int = Field(default=256, ge=8, le=4096)
@@ -77,7 +78,8 @@ class PairsFolder:
             )
         self._config = config
         files = [file for _, *both in pairs for file in both]
-        self.fingerprint = listing_digest(Path(config.path).expanduser(), files)
+        root = existing_folder(config.path, f"{config.kind}: path")
+        self.fingerprint = listing_digest(root, files)
 
     def __len__(self) -> int:
         return len(self._pairs) * self._config.crops

@@ -7,6 +7,7 @@ from typing import ClassVar, Literal
 from pydantic import Field
 
 from coterie.core.errors import DataError, describe
+from coterie.core.places import Place
 from coterie.core.rng import numpy_generator
 from coterie.data.arrays import open_npy
 from coterie.data.folder import scan_split
@@ -21,7 +22,7 @@ class CloudFolderConfig(CloudConfig):
     path below ``path``."""
 
     kind: Literal["cloud-folder"] = "cloud-folder"
-    path: str
+    path: Place
     held_out_one_in: int = Field(default=10, ge=2)
     info: ClassVar[SourceInfo] = SourceInfo(
         summary="your point clouds: one sub folder per class, one .npy per cloud",

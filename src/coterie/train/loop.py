@@ -259,9 +259,9 @@ class Trainer:
     def _resume(self) -> None:
         scalars = self._store.resume()
         if scalars is not None:
-            self.state = TrainState(
-                **{name: scalars[name] for name in TrainState.__dataclass_fields__}
-            )
+            known = {name: scalars[name] for name in TrainState.__dataclass_fields__}
+            # Whoever starts it again is told of a whole row of bad steps, not of one more.
+            self.state = TrainState(**{**known, "skipped_in_a_row": 0})
             self.log.bins.load(scalars["bins"])
 
 

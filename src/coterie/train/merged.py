@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from coterie.adapters import AdapterConfig, adapters_of, pairs, room, save_adapter, weights_of
+from coterie.adapters.attach import own_modules
+from coterie.adapters.reach import share
 from coterie.core.errors import ConfigError, describe
 from coterie.train.adapter_measures import adapter_measures
 from coterie.train.initial import InitConfig
@@ -56,6 +58,7 @@ def check_together(runs: Sequence[str | Path]) -> dict[str, Any]:
                 "rank": lora.rank,
                 "weight": weights[name],
                 "modules": len(parts),
+                "share_of_parameters": round(share(own_modules(model), parts), 6),
                 "basis": None if basis is None else basis.hash,
                 "slot": None if basis is None else basis.index,
                 "slots": room(parts),

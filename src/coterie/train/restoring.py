@@ -7,8 +7,9 @@ Legend: C channels, H x W pixels, S side of a square, T squares.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
+import io
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from coterie.core.errors import CheckpointError, ConfigError, DataError, describe
-from coterie.core.folder import write_text
-from coterie.core.json_reader import read_json
+from coterie.core.errors import ConfigError, DataError, describe
+from coterie.core.folder import canonical, file_digest
+from coterie.core.json_reader import read_object
+from coterie.core.outputs import Outputs
+from coterie.core.places import relative
 from coterie.core.prediction import Condition
 from coterie.data.listing import existing_folder, files_below
 from coterie.data.pictures import SUFFIXES, read_picture
@@ -135,9 +138,15 @@ def restore_folder(
     progress: Callable[[int], None] | None = None,
 ) -> list[Path]:
     """Write a PNG of each picture of the plan to ``out``; those that are there from the same run
-    already are kept. ConfigError where ``out`` holds the work of another run."""
+    and the same picture already are kept. ConfigError where ``out`` holds other work."""
     folder = Path(out)
-    _claim(folder, {"run": str(run.path.resolve()), "step": run.step, "weights": weights})
+    record: dict[str, Any] = {
+        "run": relative(str(run.path), folder),
+        "step": run.step,
+        "weights": weights,
+        "overlap": plan.overlap,
+    }
+    outputs, files = _claim(folder, record, [target.name for _, target, _ in plan.pictures])
     device = next(run.model.parameters()).device
 
     def network(squares: Tensor) -> Tensor:
@@ -146,31 +155,44 @@ def restore_folder(
 
     written = []
     for file, target, squares in plan.pictures:
-        if not target.is_file():
+        seen = file_digest(file)
+        if files.get(target.name) != seen or not target.is_file():
             given = torch.from_numpy(np.array(read_picture(file))).float() / 127.5 - 1.0
             made = restore_tiled(given, network, plan.side, plan.overlap)
-            part = target.with_suffix(".part")
-            Image.fromarray(to_pixels(made[None])[0]).save(part, format="PNG")
-            part.replace(target)
+            buffer = io.BytesIO()
+            Image.fromarray(to_pixels(made[None])[0]).save(buffer, format="PNG")
+            files[target.name] = seen
+            text = canonical({**record, "files": files})
+            outputs = outputs.put(target.name, buffer.getvalue(), text)
         written.append(target)
         if progress is not None:
             progress(squares)
     return written
 
 
-def _claim(folder: Path, record: dict[str, Any]) -> None:
-    """Note whose work ``folder`` holds."""
-    stored = folder / RECORD
-    if stored.is_file():
-        try:
-            known = read_json(stored)
-        except CheckpointError:
-            known = None
+def outputs_at(folder: str | Path) -> Outputs:
+    """What was restored into ``folder`` before."""
+
+    def listed(data: Any) -> list[str] | None:
+        files = data.get("files") if isinstance(data, dict) else None
+        return list(files) if isinstance(files, dict) else None
+
+    return Outputs.at(folder, RECORD, listed)
+
+
+def _claim(
+    folder: Path, record: dict[str, Any], names: Sequence[str]
+) -> tuple[Outputs, dict[str, Any]]:
+    """The outputs in ``folder``, if ``names`` may be written there, and the digest of the picture
+    that each was made from."""
+    outputs, files = outputs_at(folder), {}
+    if outputs.earlier:
+        known = read_object(folder / RECORD)
+        files = known.pop("files")
         if known != record:
             hint = "restore into a new folder"
             raise ConfigError(describe("out", str(folder), "the work of the same run", hint))
     elif folder.is_dir() and any(folder.iterdir()):
         hint = "pictures in it might be replaced"
         raise ConfigError(describe("out", str(folder), "a new or empty folder", hint))
-    folder.mkdir(parents=True, exist_ok=True)
-    write_text(stored, json.dumps(record, indent=1) + "\n")
+    return outputs.check(re.compile("|".join(map(re.escape, [RECORD, *names])))), files

@@ -51,6 +51,7 @@ from coterie.train.objectives import OBJECTIVES, DenoisingConfig
 from coterie.train.placement import ALONE, Placement
 from coterie.train.rundir import RunDir
 from coterie.train.state import load_weights
+from coterie.train.store import say_changed_data
 
 
 class SampleConfig(Config):
@@ -337,8 +338,11 @@ def load_run(path: str | Path, which: str = "ema") -> LoadedRun:
     config = run_dir.read_config(RunConfig)
     check_fits(config, training=False)
     model = based_model(config)
-    step = load_weights(run_dir.path, model, which).step if config.train.steps else 0
-    return LoadedRun(run_dir.path, config, model.eval(), build_source(config), step)
+    found = load_weights(run_dir.path, model, which) if config.train.steps else None
+    source = build_source(config)
+    if found is not None:
+        say_changed_data(run_dir.path, found.scalars, source)
+    return LoadedRun(run_dir.path, config, model.eval(), source, found.step if found else 0)
 
 
 def plan(config: RunConfig, measure: bool = True) -> dict[str, Any]:

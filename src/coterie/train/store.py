@@ -7,7 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from coterie.core.batch import Source
 from coterie.core.errors import DataError
+from coterie.data.listing import DataWarning
 from coterie.data.source import changed, identity
 from coterie.experts.dispatch.native import build
 from coterie.train import checkpoint
@@ -60,8 +62,7 @@ class RunStore:
         found = self.placement.newest(run_dir.path, self._hash)
         if found is None:
             return None
-        before = found.scalars.get("data")  # none in checkpoints of earlier versions
-        why = changed(before, self._data) if before and self._data else ""
+        why = _changed(found.scalars, self._data)
         if why:
             raise DataError(
                 f"{run_dir.path}: the data are not those that training began with: {why}; put them "
@@ -105,6 +106,20 @@ class RunStore:
         if existing is None:
             return self._own
         return {**existing, **{key: self._own[key] for key in self._own if key in existing}}
+
+
+def _changed(scalars: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    before = scalars.get("data")  # none in checkpoints of earlier versions
+    return changed(before, now) if before and now else ""
+
+
+def say_changed_data(run: Path, scalars: Mapping[str, Any], source: Source) -> None:
+    """Warn where ``source`` is not what the run of a checkpoint was trained on: its losses and
+    distances are then of other samples."""
+    why = _changed(scalars, identity(source))
+    if why:
+        text = f"{run}: the data are not those that it was trained on: {why}"
+        warnings.warn(text, DataWarning, stacklevel=3)
 
 
 def _say_other_operator(path: Path, before: str) -> None:

@@ -78,7 +78,7 @@ def usage_map(routings: Sequence[Routing]) -> Tensor:
         assert routing.table is not None
         table = routing.table.detach()
         used = torch.zeros_like(table, dtype=torch.bool)
-        maps.append(used.scatter_(1, top_ids(table, routing.top_k), True))
+        maps.append(used.scatter_(1, top_ids(table, routing.top_k), 1))
     return torch.cat(maps, dim=1)
 
 

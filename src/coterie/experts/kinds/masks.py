@@ -78,7 +78,7 @@ class ChannelWindow(ExpertKind):
             rng = generator(self.seed, "channel_window")
             order = torch.rand(self.num_masks, width, generator=rng).argsort(dim=1, stable=True)
             kept = torch.zeros(self.num_masks, width, dtype=torch.bool)
-            kept.scatter_(1, order[:, :size], True)
+            kept.scatter_(1, order[:, :size], 1)
         return {"delta": kept.float() - 1.0}
 
     def forward(self, x: Tensor, weights: Weights) -> Tensor:

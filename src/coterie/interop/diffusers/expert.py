@@ -104,7 +104,7 @@ class DiffusersConfig(Part):
     process: Annotated[SerializeAsAny[Part], PROCESSES.validator] | None = None
     view: Literal["x0", "eps", "flow", "v"] | None = None
     null_label: int | None = Field(None, ge=0)
-    tokens: str | None = None
+    tokens: Place | None = None
     digest: str = ""
     is_trained: ClassVar[bool] = True
 

@@ -203,8 +203,8 @@ def read_network(folder: Path, config: Mapping[str, Any]) -> nn.Module:
     """A network of diffusers with the weights in ``folder``, as stored, in eval mode; without them
     where models are made without memory."""
     if torch.get_default_device().type == "meta":
-        return new_network(config).eval()
-    blueprint, files = _blueprint(config), network_files(folder)
+        return new_network(config, folder).eval()
+    blueprint, files = _blueprint(config, folder), network_files(folder)
     return blueprint.make(_weights(files, blueprint), str(files[0]))
 
 
@@ -237,19 +237,20 @@ def _loader(
     shared = ("in_channels", "out_channels", "sample_size", "text_dim", "num_embeds_ada_norm")
     traits = {key: config[key] for key in shared if config.get(key) is not None}
     files = network_files(folder / name)
-    read = partial(_load, _blueprint(config), files, process, view, dtype)
+    read = partial(_load, _blueprint(config, folder / name), files, process, view, dtype)
     size = sum(file.stat().st_size for file in files)
     return Loader(MemberFacts(name, process, view, traits), read, size)
 
 
-def _blueprint(config: Mapping[str, Any]) -> Blueprint:
+def _blueprint(config: Mapping[str, Any], folder: Path) -> Blueprint:
     with torch.random.fork_rng(devices=[]):
-        return Blueprint.of(new_network(config))
+        return Blueprint.of(new_network(config, folder))
 
 
-def new_network(config: Mapping[str, Any]) -> nn.Module:
-    """The network that its ``config.json`` describes, with fresh weights; ConfigError unless that
-    is a model of diffusers."""
+def new_network(config: Mapping[str, Any], folder: Path | None = None) -> nn.Module:
+    """The network that the ``config.json`` of ``folder`` describes, with fresh weights; ConfigError
+    unless that is a model of diffusers."""
+    where = "" if folder is None else f"{folder / 'config.json'}: "
     try:
         import diffusers
     except ImportError:
@@ -257,18 +258,19 @@ def new_network(config: Mapping[str, Any]) -> nn.Module:
     kind = config.get("_class_name")
     found = getattr(diffusers, str(kind), None)
     if not (isinstance(found, type) and issubclass(found, diffusers.ModelMixin)):
-        raise ConfigError(describe("_class_name", kind, "a model of diffusers"))
+        raise ConfigError(describe(f"{where}_class_name", kind, "a model of diffusers"))
     known = inspect.signature(found.__init__).parameters
     for name, value in config.items():
         if not name.startswith("_") and name not in known and value is not None:
             hint = "what it does to the network is not known"
-            raise ConfigError(describe(f"{kind}.{name}", value, f"fields of {kind}", hint))
+            raise ConfigError(describe(f"{where}{kind}.{name}", value, f"fields of {kind}", hint))
     convention_for(found, config)
     try:
         made: nn.Module = found.from_config(dict(config))
     except Exception as error:
         reason = str(error).strip().splitlines()
-        raise ConfigError(f"{kind}: cannot be made: {reason[0] if reason else error!r}") from None
+        why = reason[0] if reason else repr(error)
+        raise ConfigError(f"{where}{kind}: cannot be made: {why}") from None
     return made
 
 
