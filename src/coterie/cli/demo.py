@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from coterie.cli.output import OUT, progress_bar, say
+from coterie.cli.output import OUT, progress_bar, say, threads_option
 from coterie.cli.overrides import ANY_FLAG, apply, split, takes_paths
 
 RECIPE = "dit-moe"
@@ -17,6 +17,7 @@ NUM = 100
 @click.command("demo", context_settings=ANY_FLAG)
 @takes_paths("[--PATH=VALUE]...")
 @click.option("--out", type=OUT, default=Path("runs/demo"), show_default=True)
+@threads_option()
 @click.option("-q", "--quiet", is_flag=True, help="No progress bar.")
 @click.pass_context
 def command(ctx: click.Context, arguments: tuple[str, ...], out: Path, quiet: bool) -> None:

@@ -66,6 +66,34 @@ class OutFile(OutFolder):
 OUT, OUT_NAME, OUT_FILE = OutFolder(), OutName(), OutFile()
 
 
+def _note_above_bar(text: str) -> None:
+    from tqdm.auto import tqdm
+
+    tqdm.write(printable(text), file=error_stream())
+
+
+def threads_option() -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """``--threads N``: holds for all that the command does; without it the number is the work's
+    own choice, which is said where that makes one, but for ``--quiet``."""
+
+    def ask(ctx: click.Context, _: click.Parameter, count: int | None) -> None:
+        from coterie.core.threads import asking
+
+        def tell(line: str) -> None:
+            if not ctx.params.get("quiet"):
+                _note_above_bar(f"threads  {line}")
+
+        ctx.with_resource(asking(count, tell))
+
+    return click.option(
+        "--threads",
+        type=click.IntRange(1),
+        expose_value=False,
+        callback=ask,
+        help="Fix the number of threads. [the fastest, by timing the work]",
+    )
+
+
 def note(text: str) -> None:
     """A line on standard error, dropped where that takes none: nothing depends on it."""
     click.echo(printable(text), file=error_stream())

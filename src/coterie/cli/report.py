@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from coterie.cli.model_folder import given_of, is_model, load, prepare, reads_text
-from coterie.cli.output import OUT, facts, note, progress_bar, say, say_json
+from coterie.cli.output import OUT, facts, note, progress_bar, say, say_json, threads_option
 from coterie.core.errors import CheckpointError, ConfigError
 from coterie.core.json_reader import read_object
 
@@ -20,6 +20,7 @@ from coterie.core.json_reader import read_object
 @reads_text()
 @click.option("-n", "--dry-run", is_flag=True, help="A model: sizes and projected minutes only.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report's numbers as JSON.")
+@threads_option()
 @click.option("-q", "--quiet", is_flag=True, help="No progress bar.")
 def command(
     run: Path, out: Path | None, dry_run: bool, as_json: bool, quiet: bool, **reading: Any

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from coterie.cli.output import OUT, human, progress_bar, say, say_json
+from coterie.cli.output import OUT, human, progress_bar, say, say_json, threads_option
 
 MOST_LABELS = 100_000
 
@@ -100,6 +100,7 @@ class Places(Labels):
 @click.option("--weights", type=click.Choice(["ema", "model"]), default="ema", show_default=True)
 @click.option("--out", type=OUT, help="Folder. [RUN/samples, RUN/guided]")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@threads_option()
 @click.option("-q", "--quiet", is_flag=True, help="No progress bar.")
 def command(
     run: Path,

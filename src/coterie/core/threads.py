@@ -12,6 +12,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,6 +61,36 @@ def threads(count: int | None) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a user says of threads: ``count`` is never changed; ``say`` is told what is chosen."""
+
+    count: int | None = None
+    say: Callable[[str], None] = lambda line: None
+
+
+_NOTHING = Asked()
+_ASKED: ContextVar[Asked] = ContextVar("asked", default=_NOTHING)
+
+
+def asked() -> Asked:
+    """What is asked for where this runs."""
+    return _ASKED.get()
+
+
+@contextmanager
+def asking(count: int | None, say: Callable[[str], None]) -> Iterator[None]:
+    """Inside the block ``count`` threads (None: whatever is set or chosen)."""
+    if count is not None:
+        check_threads(count, "--threads")
+    token = _ASKED.set(Asked(count, say))
+    try:
+        with threads(count):
+            yield
+    finally:
+        _ASKED.reset(token)
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from coterie.core.cost import Parameters, count_parameters
 from coterie.core.machine import commit, hardware_line
 from coterie.inspect import ReportData, noise_name, report_outputs, write_report
 from coterie.train.composed import composed_of
+from coterie.train.draw_threads import draw_threads
 from coterie.train.evaluate import StepRecorder, held_out, measured_active
 from coterie.train.expert_answers import watched_answers
 from coterie.train.gate_maps import gate_maps
@@ -21,7 +22,6 @@ from coterie.train.probes import expert_cosines
 from coterie.train.progress import stages
 from coterie.train.run import LoadedRun, load_run
 from coterie.train.rundir import RunDir, read_metrics
-from coterie.train.step_threads import run_threads
 
 SHOWN = 64  # samples on the page; the routing of images is followed step by step
 SCORED = 500  # samples behind the distances
@@ -36,8 +36,8 @@ def report_run(
     folder = Path(out) if out is not None else run.path / "report"
     report_outputs(folder)
     judge = judge_of(run)
-    threads = run_threads(path, run.config.train.threads)
-    with threads, stages(4, "report", progress) as bar:
+    draws = SHOWN + SCORED
+    with stages(4, "report", progress) as bar, draw_threads(judge, draws):
         with watched_answers(run.model) as answers:
             found = held_out(run)
         bar("held-out data at every noise level")

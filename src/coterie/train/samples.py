@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -10,10 +11,10 @@ from typing import Any
 
 from coterie.core.errors import ConfigError, describe
 from coterie.core.outputs import Outputs
+from coterie.train.draw_threads import counted, draw_threads
 from coterie.train.judges import Judge, judge_of
 from coterie.train.run import LoadedRun
 from coterie.train.sampling import Samples
-from coterie.train.step_threads import run_threads
 
 PARTICLES = "particles.json"
 """What happened to weighted particles, batch by batch: effective sizes, ancestry, normaliser."""
@@ -49,12 +50,11 @@ def sample_run(
                 hint = "this run draws no samples one by one"
                 raise ConfigError(describe(name, list(given)[:8], "none", hint))
         chosen = {}
-    with run_threads(run.path, run.config.train.threads):
-        made = judge.draw(
-            num,
-            **{"labels": labels, "seed": seed, "steps": steps, "guidance": guidance},
-            **{"progress": progress, **chosen},
-        )
+    options = {"labels": labels, "seed": seed, "steps": steps, "guidance": guidance, **chosen}
+    with draw_threads(judge, num, **options) as threads:
+        made = judge.draw(num, progress=counted(threads, progress), **options)
+        places = made.places or range(len(made.seeds))
+        made = dataclasses.replace(made, threads=tuple(map(threads.of, places)))
     return write_samples(judge, made, outputs)
 
 
@@ -75,6 +75,8 @@ def write_samples(
             made.places or range(len(made.seeds)), made.labels, made.seeds
         )
     ]
+    for entry, count in zip(entries, made.threads):
+        entry["draw"]["threads"] = count
     files: dict[str, Any] = dict(more or {})
     if made.particles:
         files[PARTICLES] = [record.as_json() for record in made.particles]

@@ -38,7 +38,7 @@ class Samples:
     """``x``: f32 [n, ...] images in [-1, 1], or i64 [n, N] token ids; one label and seed each.
     ``particles``: of each batch, what happened to weighted particles, if these were some.
     ``places``: their numbers in the whole draw; ``drawn``: what the draw was, for
-    another one like it."""
+    another one like it; ``threads``: how many each was drawn with, where that was looked at."""
 
     x: Tensor
     labels: Tensor
@@ -46,6 +46,7 @@ class Samples:
     particles: tuple[ParticleRecord, ...] = field(default=(), kw_only=True)
     places: tuple[int, ...] = field(default=(), kw_only=True)
     drawn: Mapping[str, Any] = field(default_factory=dict, kw_only=True)
+    threads: tuple[int, ...] = field(default=(), kw_only=True)
 
 
 def balanced_labels(run: LoadedRun, num: int) -> Tensor:

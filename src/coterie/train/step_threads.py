@@ -17,7 +17,15 @@ import torch
 
 from coterie.core.errors import ConfigError, describe
 from coterie.core.json_reader import read_object
-from coterie.core.threads import Choice, Watch, check_threads, choose, most_threads, threads
+from coterie.core.threads import (
+    Choice,
+    Watch,
+    asked,
+    check_threads,
+    choose,
+    most_threads,
+    threads,
+)
 from coterie.train.rundir import RunDir
 
 FILE = "threads.json"
@@ -36,6 +44,7 @@ class StepThreads:
         say: Say = lambda line: None,
         steps: int | None = None,
     ) -> None:
+        fixed = asked().count or fixed
         if fixed is not None:
             check_threads(fixed)
         self._fixed, self._run_dir, self._probe, self._say = fixed, run_dir, probe, say
@@ -107,4 +116,4 @@ def run_threads(path: str | Path, fixed: int | None) -> AbstractContextManager[N
     """Inside the block as many threads as the run at ``path`` was made with in the end, so that
     what is drawn from it does not depend on the moment; as set where none were chosen or fixed."""
     known = read_threads(RunDir(path))
-    return threads(fixed or (min(known[-1][1], most_threads()) if known else None))
+    return threads(asked().count or fixed or (min(known[-1][1], most_threads()) if known else None))
