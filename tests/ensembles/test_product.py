@@ -245,6 +245,19 @@ def test_a_composition_is_an_ensemble_by_its_configuration() -> None:
     assert compose([expert(ONE), expert(TWO)]).betas == (1.0, 1.0)
 
 
+@pytest.mark.parametrize("view", ["eps", "score"])
+def test_D12_experts_that_answer_in_noise_are_asked_where_there_is_signal(view: str) -> None:
+    flow = PROCESSES.parse("rectified_flow").build()
+    made = compose([expert(ONE, view, flow), expert(TWO, view, flow)], mode="average")
+    assert 0.99 < made.process.t_max < 1.0
+    noise = SampleNoise(range(16))
+    solver = SOLVERS.parse({"kind": "feynman_kac", "particles": 16}).build()
+    times = GRIDS.parse("uniform").build(made.process, 10)
+    with torch.no_grad():
+        x = integrate(made, made.initial((2,), noise), NOTHING, times, solver, noise)
+    assert bool(torch.isfinite(x).all())
+
+
 def test_sampling_begins_where_there_is_signal_if_the_normaliser_changes() -> None:
     flow = PROCESSES.parse("rectified_flow").build()
     pair = [expert(ONE, "flow", flow), expert(TWO, "flow", flow)]

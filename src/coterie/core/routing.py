@@ -57,6 +57,7 @@ class Routing:
     slot: str = "ffn"
     layer: int = 0
     name: str = ""  # of the place, where a number says little
+    expert_names: tuple[str, ...] = ()  # of the experts, where they have some; () = numbers
     round: int = 0
     noise: Tensor | None = None  # f32 [B]
     step_index: Tensor | None = None  # i64 [B]

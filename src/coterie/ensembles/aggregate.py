@@ -180,6 +180,7 @@ class Aggregate(Ensemble):
             slot=ENSEMBLE,
             layer=layer,
             name=point.name,
+            expert_names=tuple(self.members.names),
             noise=facts.t,
             step_index=facts.step,
             label=facts.cond.label,

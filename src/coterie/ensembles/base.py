@@ -182,6 +182,7 @@ class Ensemble(nn.Module):
             batch=(t.shape[0], 1),
             slot=ENSEMBLE,
             name=ENSEMBLE,
+            expert_names=tuple(self.members.names),
             noise=t,
             step_index=self.process.step_index(t),
             label=cond.label,

@@ -57,6 +57,8 @@ Mode = Literal["product", "average", "anneal", "tilt"]
 MODES: tuple[Mode, ...] = ("product", "average", "anneal", "tilt")
 Label = Literal["given", "null"] | int
 _LEAST_LAM = -6.0
+DIVIDE_BY_ALPHA = {"eps", "score"}
+"""Views that leave x0 open in pure noise."""
 
 
 @ENSEMBLES.register
@@ -72,8 +74,8 @@ class CompositionConfig(EnsembleConfig):
     solver, for rewards.
 
     ``process`` must be named where experts were trained in different ones: they are then asked at
-    the same lam. Where alpha is 0 at its noisy end and the normaliser changes with noise, sampling
-    starts at lam = -6.
+    the same lam. Where alpha is 0 at its noisy end, and the normaliser changes with noise or an
+    expert answers in eps or score, which say nothing of x0 there, sampling starts at lam = -6.
     """
 
     kind: Literal["composition"] = "composition"
@@ -158,9 +160,10 @@ class Composition(Ensemble):
         self._whole = self.process
         self._corrected = config.corrector == "fkc"
         if not self.normalised or reward is not None:
-            self.process = _with_signal(self.process)
             self.view = "eps"  # a sum of scores is a sum of these, whatever the betas add up to
         self.asked_view = shared_view(self._whole, members) or self.view
+        if {self.view, self.asked_view, *(facts.view for facts in members.facts)} & DIVIDE_BY_ALPHA:
+            self.process = _with_signal(self.process)
 
     @property
     def changing(self) -> bool:

@@ -86,6 +86,8 @@ class Degradation:
     top: Array
     ideal: Array
     worst: int | None
+    expert_names: tuple[str, ...] = ()
+    unused: tuple[int, ...] = ()  # experts without rows, where that is a fault
 
     @property
     def number(self) -> float:
@@ -280,6 +282,8 @@ def _degradation(
         top,
         1.0 / np.maximum(reach, 1),
         worst,
+        item.expert_names,
+        item.dead if item.enough and item.missed else (),
     )
 
 

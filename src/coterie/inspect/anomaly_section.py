@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from coterie.inspect import page as html
 from coterie.inspect.anomalies import Anomalies, Collapse, Degradation, Underfitting
 from coterie.inspect.anomaly_verdicts import IDLE, ONE_SIDED, SCALE_NOTE, ZEROS, Verdict, verdicts
+from coterie.inspect.findings import experts
 from coterie.inspect.page import Cell
 from coterie.inspect.plots.style import Picture
 
@@ -90,13 +91,23 @@ def _one_sided_table(items: Sequence[Degradation]) -> str:
     rows: list[list[str | Cell]] = []
     for item in items:
         for expert, top in enumerate(item.top):
+            if expert in item.unused:
+                where = f"{item.name}, {experts([expert], names=item.expert_names)}"
+                rows.append(
+                    [where, "nobody", Cell("0%", "bad"), _percent(float(item.ideal[expert]))]
+                )
             if math.isnan(top):
                 continue
             column = item.columns[int(item.table[:, expert].argmax())]
             style = "bad" if top >= ONE_SIDED and item.ideal[expert] < 1 else ""
             ideal = _percent(float(item.ideal[expert]))
             rows.append(
-                [f"{item.name}, expert {expert}", column, Cell(_percent(top), style), ideal]
+                [
+                    f"{item.name}, {experts([expert], names=item.expert_names)}",
+                    column,
+                    Cell(_percent(top), style),
+                    ideal,
+                ]
             )
     caption = (
         "The column from which an expert's gate weight comes most, and what it would be if the "

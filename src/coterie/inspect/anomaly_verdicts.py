@@ -10,8 +10,8 @@ from typing import Literal
 import numpy as np
 
 from coterie.inspect.anomalies import Anomalies, Degradation, Underfitting
-from coterie.inspect.findings import Finding, Level
-from coterie.inspect.words import listing
+from coterie.inspect.findings import Finding, Level, experts
+from coterie.inspect.words import expert_name, listing
 
 Meter = Literal["Collapse", "Degradation", "Underfitting"]
 SCALE_NOTE, SCALE_ALARM = 10.0, 50.0
@@ -104,10 +104,13 @@ def _degradation(found: Anomalies) -> Verdict:
     if not items:
         text = "not measurable: no expert is used often enough by rows that differ."
         return Verdict("Degradation", math.nan, math.nan, "note", text)
+    if lost := [item for item in items if item.unused]:
+        return _unused(lost)
     worst = max(items, key=lambda item: item.number)
     ideal = float(worst.ideal[worst.worst or 0])
+    who = expert_name(worst.worst or 0, worst.expert_names)
     said = (
-        f"expert {worst.worst} of layer {worst.name} takes {worst.number:.0%} of its gate weight "
+        f"expert {who} of layer {worst.name} takes {worst.number:.0%} of its gate weight "
         f"from {_named(worst.facet, worst.column)} ({ideal:.0%} if it served all "
         f"{MANY[worst.facet]} alike)"
     )
@@ -124,6 +127,18 @@ def _degradation(found: Anomalies) -> Verdict:
         more += f" That is a fault only if it was meant to serve several {MANY[worst.facet]}."
     level: Level = "note" if meant or worst.unit == "sample" else "alarm"
     return Verdict("Degradation", worst.number, ideal, level, f"{said}.{more}")
+
+
+def _unused(items: Sequence[Degradation]) -> Verdict:
+    """Experts that work for nobody: worse than for one alone."""
+    first = max(items, key=lambda item: len(item.unused))
+    verb = "works" if len(first.unused) == 1 else "work"
+    who = experts(first.unused, names=first.expert_names)
+    text = f"{who} of layer {first.name} {verb} for no {ONE[first.facet]} at all."
+    if len(items) > 1:
+        text += f" So in {len(items)} layers."
+    ideal = 1.0 / max(1, len(first.columns))
+    return Verdict("Degradation", 0.0, ideal, "alarm", text)
 
 
 def _named(facet: str, column: str) -> str:

@@ -8,12 +8,12 @@ from typing import Literal
 
 import numpy as np
 
-from coterie.core.routing import ENSEMBLE
 from coterie.inspect import stats
 from coterie.inspect.relations import relation_sentences
 from coterie.inspect.routers import FACETS, RouterStats
+from coterie.inspect.stats import Information
 from coterie.inspect.trace import Trace
-from coterie.inspect.words import bits, listing
+from coterie.inspect.words import bits, expert_name, listing
 
 Level = Literal["alarm", "note", "good"]
 ABOUT = {
@@ -52,8 +52,7 @@ def _by_unit(item: RouterStats) -> Level:
 
 
 def _unused(item: RouterStats) -> Level:
-    """A member of an ensemble that nobody asks is as lost as an expert that no token chooses."""
-    return "alarm" if item.place.slot == ENSEMBLE else _by_unit(item)
+    return "alarm" if item.missed else "note"
 
 
 def _judged(item: RouterStats) -> bool:
@@ -61,8 +60,8 @@ def _judged(item: RouterStats) -> bool:
 
 
 def _dead_text(item: RouterStats) -> str:
-    verb = "is" if len(item.dead) == 1 else "are"
-    return f"Layer {item.name}: {experts(item.dead)} {verb} dead (load below 1 % of uniform)."
+    who, verb = experts(item.dead, names=item.expert_names), "is" if len(item.dead) == 1 else "are"
+    return f"Layer {item.name}: {who} {verb} dead (load below 1 % of uniform)."
 
 
 CHECKS = (
@@ -82,7 +81,8 @@ CHECKS = (
         lambda item: _judged(item) and item.collapsed,
         _unused,
         lambda item: (
-            f"Layer {item.name} has collapsed: expert {int(item.load.argmax())} receives "
+            f"Layer {item.name} has collapsed: "
+            f"{experts([int(item.load.argmax())], names=item.expert_names)} receives "
             f"{item.load.max():.1%} of all choices."
         ),
         lambda items: (
@@ -157,9 +157,9 @@ def layers(items: Sequence[RouterStats], most: int = 6) -> str:
     return f"{', '.join(shown[:most])} and {len(shown) - most} more"
 
 
-def experts(ids: Sequence[int], most: int = 8) -> str:
-    """``expert 3``, ``experts 1, 2 and 5``, shortened after ``most``."""
-    shown = [str(i) for i in ids[:most]]
+def experts(ids: Sequence[int], most: int = 8, names: Sequence[str] = ()) -> str:
+    """``expert 3``, ``experts 1, 2 and 5``, shortened after ``most``; by name if they have one."""
+    shown = [expert_name(i, names) for i in ids[:most]]
     if len(ids) > most:
         return f"{len(ids)} experts ({', '.join(shown)}, ...)"
     return f"expert {shown[0]}" if len(shown) == 1 else f"experts {listing(shown)}"
@@ -210,13 +210,18 @@ def _knows(item: RouterStats) -> str:
     if not item.information or item.num_experts == 1:
         return ""
     ranked = sorted(item.information.items(), key=lambda pair: -pair[1].bits)
-    told = [f"{bits(i.corrected)} bits about {ABOUT[f]}" for f, i in ranked if i.measurable]
-    untold = [ABOUT[f] for f, i in ranked if not i.measurable]
+    told = [f"{bits(i.corrected)} bits about {ABOUT[f]}" for f, i in ranked if _worth(i)]
+    untold = [ABOUT[f] for f, i in ranked if not _worth(i)]
     text = f"In layer {item.name} the choice of expert tells "
     if not told:
         return text + f"nothing measurable about {listing(untold, 'or')}."
     rest = f"; nothing measurable about {listing(untold, 'or')}" if untold else ""
     return f"{text}{listing(told)}{rest}."
+
+
+def _worth(info: Information) -> bool:
+    """Whether there is more to say than 0.00 bits."""
+    return info.measurable and bits(info.corrected) != bits(0.0)
 
 
 def _trend(routers: Sequence[RouterStats], facet: str) -> str:

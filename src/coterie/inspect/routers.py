@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from coterie.core.routing import ENSEMBLE
 from coterie.inspect import stats
 from coterie.inspect.stats import Array, Information
 from coterie.inspect.tables import (
@@ -51,6 +52,14 @@ class RouterStats:
     halves_apart: float  # total variation between the two halves' loads, NaN without both
     information: dict[str, Information]  # facet -> bits; a facet without data is absent
     omitted: dict[str, str]  # facet -> why it is absent
+    expert_names: tuple[str, ...] = ()  # () = numbers
+
+    @property
+    def missed(self) -> bool:
+        """Whether an expert that nobody chooses is a fault: a member of an ensemble is, and an
+        expert of tokens. A router that sees only the noise level may leave one out by construction.
+        """
+        return self.unit == "token" or self.place.slot == ENSEMBLE
 
 
 def names(routers: Sequence[RouterTrace]) -> list[str]:
@@ -115,6 +124,7 @@ def _router_stats(router: RouterTrace, name: str) -> RouterStats:
         halves_apart=stats.total_variation(router.counts[0], router.counts[1]),
         information=found,
         omitted=omitted,
+        expert_names=router.expert_names,
     )
 
 

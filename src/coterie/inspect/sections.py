@@ -17,6 +17,7 @@ from coterie.inspect.anomaly_verdicts import summary as meters
 from coterie.inspect.anomaly_verdicts import verdicts
 from coterie.inspect.composed import composed_findings, composed_section, composed_sentences
 from coterie.inspect.findings import Finding, experts, findings, sentences, worst_first
+from coterie.inspect.metric_names import ARROWS, explained, metric_name
 from coterie.inspect.numbers import plain
 from coterie.inspect.page import Cell, Section
 from coterie.inspect.pairs import PairStats, analyse_pairs
@@ -24,7 +25,7 @@ from coterie.inspect.plots.style import Picture
 from coterie.inspect.routers import FACETS, RouterStats
 from coterie.inspect.stats import UNEVEN_ENTROPY
 from coterie.inspect.trace import Trace
-from coterie.inspect.words import fixed, listing
+from coterie.inspect.words import expert_name, fixed, listing
 
 if TYPE_CHECKING:
     from coterie.inspect.content import ReportData
@@ -116,8 +117,9 @@ def _summary(
         lines = [*composed_sentences(data), *lines]
     for name, entry in _metrics(data.metrics):
         if "floor" in entry and "/" not in name.replace(" / ", ""):  # classes are in the table
-            text = f"By {name} the samples score {_short(entry['value'])}, {_floor_of(entry)} "
-            lines.append(f"{text}{_short(entry['floor'])} in their place.")
+            score, floor = _short(entry["value"]), _short(entry["floor"])
+            text = f"By {explained(name)} the samples score {score}, {_floor_of(entry)} {floor}"
+            lines.append(f"{text} in their place.")
     notes = [Finding("note", text) for text in data.notes]
     particles = composed_findings(data)
     found = worst_first([*findings(items), *meters(verdicts(anomalies)), *particles])
@@ -187,11 +189,8 @@ def _load_table(items: Sequence[RouterStats]) -> str:
     noisy = _told(items, "noise") or any(item.always_on for item in items)
     rows: list[list[str | Cell]] = []
     for item in items:
-        bad = (
-            item.enough
-            and (item.collapsed or item.entropy < UNEVEN_ENTROPY)
-            and item.unit == "token"
-        )
+        uneven = item.entropy < UNEVEN_ENTROPY and item.unit == "token"
+        bad = item.enough and (uneven or (item.collapsed and item.missed))
         rows.append(
             [
                 item.name,
@@ -201,13 +200,13 @@ def _load_table(items: Sequence[RouterStats]) -> str:
                 f"{item.rows_scored:.0%}",
                 f"{item.max_over_mean:.2f}",
                 f"{item.cv:.2f}",
-                Cell(f"{item.entropy:.3f}", "bad" if bad else ""),
+                Cell(fixed(item.entropy), "bad" if bad else ""),
                 _finite(item.confidence),
                 _dead_cell(item),
             ]
         )
         if noisy:
-            always = experts(item.always_on, 4) if item.always_on else "–"
+            always = experts(item.always_on, 4, item.expert_names) if item.always_on else "–"
             rows[-1].append(Cell(always, "faint"))
     caption = (
         f"Load of the routers over their {_half(items)}rows (rows: "
@@ -233,8 +232,9 @@ def _dead_cell(item: RouterStats) -> Cell:
         return Cell("few rows", "faint")
     if not item.dead:
         return Cell("0", "")
-    ids = ", ".join(map(str, item.dead[:6])) + (", ..." if len(item.dead) > 6 else "")
-    return Cell(f"{len(item.dead)} ({ids})", "bad" if item.unit == "token" else "")
+    named = [expert_name(index, item.expert_names) for index in item.dead[:6]]
+    ids = ", ".join(named) + (", ..." if len(item.dead) > 6 else "")
+    return Cell(f"{len(item.dead)} ({ids})", "bad" if item.missed else "")
 
 
 def _amount_table(amounts: Sequence[Amounts]) -> str:
@@ -327,9 +327,11 @@ def _metric_table(metrics: Mapping[str, Any], entries: list[tuple[str, dict[str,
     rows: list[list[str | Cell]] = []
     for name, entry in entries:
         error = f" ± {_short(entry['stderr'])}" if entry.get("stderr") is not None else ""
-        rows.append([name, _short(entry["value"]) + error])
+        called = metric_name(name)
+        rows.append([called.text, _short(entry["value"]) + error])
         if floors:
             rows[-1].append(_short(entry["floor"]) if "floor" in entry else "–")
+        rows[-1].append(ARROWS[called.better])
     notes = [f"{key}: {value}" for key, value in metrics.items() if isinstance(value, str)]
     if isinstance(metrics.get("n"), int):
         notes.append(f"{metrics['n']:,} samples")
@@ -339,7 +341,7 @@ def _metric_table(metrics: Mapping[str, Any], entries: list[tuple[str, dict[str,
         head.append("Floor")
         whose = next(_floor_of(entry) for _, entry in entries if "floor" in entry)
         caption = f"Floor: what {whose} score in the place of the samples. {caption}"
-    return html.table(caption or "What was measured.", head, rows)
+    return html.table(caption or "What was measured.", [*head, "Better"], rows)
 
 
 def _floor_of(entry: Mapping[str, Any]) -> str:

@@ -157,6 +157,7 @@ class RouterTrace:
         experts = routing.num_experts - self.reserved
         self.place = Place(routing.slot, routing.layer, routing.round)
         self.label = routing.name
+        self.expert_names = routing.expert_names[:experts]
         self.pool_layers = routing.pool_layers
         self.unit = routing.unit
         self.grid = routing.grid

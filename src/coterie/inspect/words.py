@@ -30,6 +30,11 @@ def label_name(label: int, class_names: Sequence[str]) -> str:
     return class_names[label] if label < len(class_names) else str(label)
 
 
+def expert_name(index: int, names: Sequence[str]) -> str:
+    """The name of an expert, its number where it has none."""
+    return names[index] if index < len(names) else str(index)
+
+
 def noise_name(low: float, high: float) -> str:
     """``t 0.2 to 0.3``."""
     return f"t {low:.2g} to {high:.2g}"

@@ -17,8 +17,10 @@ from coterie.inspect.plots.style import (
     Axis,
     Panel,
     Plot,
+    expert_ticks,
     figure,
     heat_panels,
+    in_lines,
     left_out,
     pick,
     sparse_ticks,
@@ -105,7 +107,8 @@ def plot_one_sided(items: Sequence[Degradation]) -> Plot | None:
     shown = [items[i] for i in pick(len(items))]
     facet = shown[0].facet
     panels = [
-        Panel(_title(item), item.table[kept := pick(len(item.columns), MAX_COLUMNS)],
+        Panel(in_lines(_title(item)), item.table[kept := pick(len(item.columns), MAX_COLUMNS)],
+              expert_ticks(item.expert_names),
               y={float(i): item.columns[kept[i]] for i in sparse_ticks(len(kept), 12)})
         for item in shown
     ]  # fmt: skip
@@ -121,7 +124,7 @@ def plot_one_sided(items: Sequence[Degradation]) -> Plot | None:
         f"Matrices for {len(shown)} layers. " + "; ".join(panel.title for panel in panels[:6]),
         lambda: heat_panels(
             panels,
-            Axis("expert"),
+            Axis("expert", rotate=any(panel.x for panel in panels)),
             Axis(NAMES[facet]),
             "share of gate weight",
             (0.0, max(0.5, *(float(np.nanmax(item.table)) for item in shown))),
@@ -176,20 +179,28 @@ def plot_left_out(item: Underfitting | None) -> Plot | None:
 
 
 def _name_dots(ax: Any, x: Array, y: Array, names: Sequence[str]) -> None:
-    """Names beside dots; those of dots that lie close together one below the other, with a line to
-    their dot. The axes have their limits."""
+    """Names beside dots; those of dots that lie close together one below the other or above, with
+    a line to their dot. The axes have their limits."""
     across, up = (abs(high - low) for low, high in (ax.get_xlim(), ax.get_ylim()))
+    room = (0.025 + 0.009 * max(map(len, names))) * across
+    low, high = ax.get_ylim()
     seen = np.flatnonzero(np.isfinite(y))
     taken: list[tuple[float, float]] = []
     for index in seen[np.argsort(-y[seen], kind="stable")]:
-        at, place = float(x[index]), float(y[index])
-        while any(abs(at - a) < 0.12 * across and abs(place - b) < 0.085 * up for a, b in taken):
-            place -= 0.01 * up
+        at, own = float(x[index]), float(y[index])
+        near = [b for a, b in taken if abs(at - a) < room]
+        free = [
+            place
+            for place in own + np.arange(-1.0, 1.0, 0.01) * up
+            if low <= place <= high and all(abs(place - b) >= 0.085 * up for b in near)
+        ]
+        place = float(min(free, key=lambda place: abs(place - own), default=own))
         taken.append((at, place))
         line = {"arrowstyle": "-", "color": LIGHT.muted, "lw": 0.5}
         ax.annotate(
-            names[index], (at, float(y[index])), (at + 0.008 * across, place), fontsize=8,
-            va="center", arrowprops=line if place < float(y[index]) else None,
+            names[index], (at, own), (at + 0.008 * across, place), fontsize=8, va="center",
+            arrowprops=line if abs(place - own) > 0.02 * up else None,
+            bbox={"facecolor": LIGHT.face, "edgecolor": "none", "pad": 0.5},
         )  # fmt: skip
 
 

@@ -18,6 +18,7 @@ from coterie.inspect.plots.style import (
     Panel,
     Plot,
     depth_colors,
+    expert_ticks,
     figure,
     heat_panels,
     left_out,
@@ -83,7 +84,10 @@ def _load_bars(ax: Any, item: RouterStats, router: RouterTrace) -> None:
         dead = list(item.dead)
         level = max(1.0, float(relative.max())) * 0.07
         ax.plot(dead, [level] * len(dead), "x", color=ALARM, ms=6.5, mew=2)
-    ax.set_xticks(sparse_ticks(item.num_experts, 10))
+    if named := expert_ticks(item.expert_names):
+        ax.set_xticks(list(named), list(named.values()), rotation=30, ha="right")
+    else:
+        ax.set_xticks(sparse_ticks(item.num_experts, 10))
     ax.set_ylim(bottom=0)
     ax.set_title(f"layer {item.name}")
 
@@ -169,7 +173,9 @@ def plot_pairs(routers: Sequence[RouterTrace], names: Sequence[str]) -> Plot | N
         return None
     shown = [have[i] for i in pick(len(have))]
     lifts = [stats.coactivation_lift(routers[i].pairs[routers[i].main]) for i in shown]
-    panels = [Panel(f"layer {names[i]}", lift) for i, lift in zip(shown, lifts)]
+    ticks = [expert_ticks(routers[i].expert_names) for i in shown]
+    titles = [f"layer {names[i]}" for i in shown]
+    panels = [Panel(name, lift, one, one) for name, lift, one in zip(titles, lifts, ticks)]
     finite = np.concatenate([lift[np.isfinite(lift)] for lift in lifts])
     top = max(2.0, float(np.quantile(finite, 0.99))) if finite.size else 2.0
     return Plot(
@@ -179,7 +185,12 @@ def plot_pairs(routers: Sequence[RouterTrace], names: Sequence[str]) -> Plot | N
         "chance, 0 never, 2 twice as often. Grey: undefined." + left_out(len(have)),
         f"Matrices of co-activation for {len(shown)} layers.",
         lambda: heat_panels(
-            panels, Axis("expert"), Axis("expert"), "lift", (0.0, top), square=True
+            panels,
+            Axis("expert", rotate=any(ticks)),
+            Axis("expert"),
+            "lift",
+            (0.0, top),
+            square=True,
         ),
     )
 

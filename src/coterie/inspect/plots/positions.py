@@ -16,6 +16,7 @@ from coterie.inspect.plots.style import (
     Axis,
     Plot,
     colormap,
+    expert_ticks,
     figure,
     left_out,
     pick,
@@ -39,7 +40,9 @@ def plot_positions(
     if all(one and routers[i].positions.columns == math.prod(one) for i, one in zip(have, grids)):
         return _maps([routers[i] for i in have], [names[i] for i in have], known)
     counts = [_pool(routers[i].shares(routers[i].positions)[routers[i].main]) for i in have]
-    panels = share_panels(counts, [c.sum(1) for c in counts], [names[i] for i in have])
+    named = [routers[i].expert_names for i in have]
+    sums = [c.sum(1) for c in counts]
+    panels = share_panels(counts, sums, [names[i] for i in have], named)
     longest = max(routers[i].positions.columns for i in have)
     size = counts[0].shape[0]
     x = Axis("position", {float(i): str(i * longest // size) for i in sparse_ticks(size, 6)})
@@ -94,6 +97,8 @@ def _maps(
         image = None
         for ax, index, (ids, values) in zip(axes, shown, rates):
             image = _mosaic(ax, ids, values, tiles, top)
+            if named := expert_ticks(routers[index].expert_names, ids):
+                ax.set_xticklabels(list(named.values()))
             ax.set_ylabel(f"layer {names[index]}", rotation=0, ha="right", va="center")
         bar = fig.colorbar(image, ax=axes, aspect=22, pad=0.015, shrink=min(1.0, 2.4 / len(shown)))
         bar.set_label("mean weight" if soft else "rate of choice", color=LIGHT.muted)

@@ -17,6 +17,7 @@ from coterie.inspect.plots.style import (
     Plot,
     figure,
     heat_panels,
+    in_lines,
     left_out,
     pick,
     sparse_ticks,
@@ -71,7 +72,7 @@ def _lift_plot(
     if not pairs:
         return None
     shown = pick(len(pairs))
-    panels = [Panel(_in_lines(titles[i]), pairs[i].lift) for i in shown]
+    panels = [Panel(in_lines(titles[i]), pairs[i].lift) for i in shown]
     finite = np.concatenate([panel.values[np.isfinite(panel.values)] for panel in panels])
     top = max(2.0, float(np.quantile(finite, 0.99)))
     return Plot(
@@ -81,11 +82,6 @@ def _lift_plot(
         f"Matrices of lift for {len(panels)} pairs. " + "; ".join(titles[i] for i in shown[:6]),
         lambda: heat_panels(panels, Axis(x), Axis(y), "lift", (0.0, top), square=True),
     )
-
-
-def _in_lines(title: str) -> str:
-    """A title of two names and a number, broken where it would reach into the next panel."""
-    return title if len(title) <= 24 else title.replace(" to ", "\nto ").replace(": ", "\n")
 
 
 def plot_owners(pools: Sequence[PoolStats]) -> Plot | None:

@@ -15,6 +15,7 @@ from coterie.inspect.plots.style import (
     Axis,
     Panel,
     Plot,
+    expert_ticks,
     figure,
     heat_panels,
     left_out,
@@ -36,11 +37,14 @@ OF_A_ROW = {
     "task": "the task",
 }
 SHARE = "share of choices"
+NOTHING, LEAST_BITS = 5e-4, 0.05
+"""Bits below which there is no picture, and what its axis reaches at least."""
 
 
 def plot_information(items: Sequence[RouterStats]) -> Plot | None:
     items = [item for item in items if item.information and item.num_experts > 1]
-    if not items:
+    told = [info.corrected for item in items for info in item.information.values()]
+    if max(told, default=0.0) < NOTHING:
         return None
 
     best = max(items, key=lambda item: max(info.bits for info in item.information.values()))
@@ -73,7 +77,7 @@ def _draw_information(items: Sequence[RouterStats]) -> Any:
             info = item.information.get(facet)
             _information_bar(ax, float(place), width, info, FACET_COLORS[facet])
     tallest = max(i.corrected for item in items for i in item.information.values())
-    ax.set_ylim(0, max(tallest, 1e-3) * 1.08)
+    ax.set_ylim(0, max(tallest, LEAST_BITS) * 1.08)
     ax.set_xlim(-0.6, len(items) - 0.4)
     shown = sparse_ticks(len(items), max(4, 90 // max(len(item.name) for item in items)))
     ax.set_xticks(shown, [items[i].name for i in shown])
@@ -95,7 +99,8 @@ def _information_bar(ax: Any, at: float, width: float, info: Any, color: str) ->
 
 def plot_noise(routers: Sequence[RouterTrace], names: Sequence[str]) -> Plot | None:
     several = [r.noise.rows[r.main] * r.noise.varies for r in routers]
-    panels = share_panels([r.shares(r.noise)[r.main] for r in routers], several, names)
+    tables = [r.shares(r.noise)[r.main] for r in routers]
+    panels = share_panels(tables, several, names, [r.expert_names for r in routers])
     if not panels:
         return None
     bins = routers[0].noise_bins
@@ -129,7 +134,7 @@ def plot_classes(
         counts[: router.classes.columns] = router.shares(router.classes)[0]
         counts[columns] = router.shares(router.classes)[1].sum(0)
         shown_columns = [*kept, columns] if null else kept
-        panels.append(_share_panel(names[i], counts[shown_columns]))
+        panels.append(_share_panel(names[i], counts[shown_columns], router.expert_names))
     labels = [class_names[c] if c < len(class_names) else str(c) for c in kept]
     ticks = {float(i): labels[i] for i in sparse_ticks(len(kept), 20)}
     rotate = any(len(text) > 2 for text in ticks.values())
@@ -155,10 +160,12 @@ def plot_steps(trace: Trace, names: dict[Any, str]) -> Plot | None:
     places = [r.place for r in trace.routers if r.place in trace.steps]
     places += [place for place in trace.steps if place not in places]
     steps = [trace.steps[place] for place in places]
+    named = {router.place: router.expert_names for router in trace.routers}
     panels = share_panels(
         [step.counts for step in steps],
         [step.rows_seen for step in steps],
         [names.get(place, str(place.layer)) for place in places],
+        [named.get(place, ()) for place in places],
     )
     if not panels:
         return None
@@ -186,17 +193,21 @@ def _telling_classes(routers: Sequence[RouterTrace], columns: int) -> list[int]:
     return sorted(int(i) for i in best)
 
 
-def _share_panel(name: str, counts: Array) -> Panel:
+def _share_panel(name: str, counts: Array, experts: Sequence[str]) -> Panel:
     share = stats.load_share(counts)
     share[counts.sum(1) == 0] = np.nan
-    return Panel(f"layer {name}", share.T)
+    return Panel(f"layer {name}", share.T, y=expert_ticks(experts))
 
 
 def share_panels(
-    tables: Sequence[Array], rows: Sequence[Array], names: Sequence[str]
+    tables: Sequence[Array],
+    rows: Sequence[Array],
+    names: Sequence[str],
+    experts: Sequence[Sequence[str]],
 ) -> list[Panel]:
     have = [i for i in range(len(tables)) if rows[i].any()]
-    return [_share_panel(names[have[i]], tables[have[i]]) for i in pick(len(have))]
+    shown = [have[i] for i in pick(len(have))]
+    return [_share_panel(names[i], tables[i], experts[i]) for i in shown]
 
 
 def heat_plot(
@@ -217,4 +228,5 @@ def _peak(panel: Panel) -> str:
         return f"{panel.title}: no choices"
     row, column = np.unravel_index(int(np.nanargmax(panel.values)), panel.values.shape)
     peak = panel.values[row, column]
-    return f"{panel.title}: at most {peak:.0%} (expert {row}, column {column})"
+    expert = (panel.y or {}).get(float(row), str(row))
+    return f"{panel.title}: at most {peak:.0%} (expert {expert}, column {column})"

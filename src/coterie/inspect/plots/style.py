@@ -18,6 +18,7 @@ CSS_PIXELS_PER_INCH = 96
 DPI = 160
 FULL_WIDTH = 9.6  # inches
 MAX_PANELS = 12
+MAX_NAME = 20  # signs of a name beside an axis
 COLORMAP = "viridis"  # perceptually uniform, readable without colour vision
 ALARM = "#d1242f"
 # Okabe and Ito (2008): distinguishable with every common colour vision.
@@ -69,17 +70,37 @@ def render(plot: Plot) -> Picture:
         light = _png(figure)
         # The layout is found once and then frozen, as finding it is most of the work.
         figure.set_layout_engine("none")
+        if box := _beyond(figure):
+            light = _png(figure, box)
         recolor(figure, LIGHT, DARK)
-        dark = _png(figure)
-    width = round(figure.get_figwidth() * CSS_PIXELS_PER_INCH)
+        dark = _png(figure, box)
+    inches = box.width if box else figure.get_figwidth()
+    width = round(inches * CSS_PIXELS_PER_INCH)
     return Picture(plot=plot, light=light, dark=dark, width=width)
 
 
-def _png(figure: Any) -> bytes:
+def _beyond(figure: Any) -> Any:
+    """The box in inches that holds all of a drawn figure, where a text reaches over its edge."""
+    from matplotlib.transforms import Bbox
+
+    page = figure.bbox_inches
+    box = Bbox.union([page, figure.get_tightbbox().padded(2 / DPI)])
+    over = max(np.abs(box.get_points() - page.get_points()).ravel())
+    return box if over > 4 / DPI else None
+
+
+def _png(figure: Any, box: Any = None) -> bytes:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from PIL import Image
 
     canvas = FigureCanvasAgg(figure)
+    if box is not None:
+        buffer = io.BytesIO()
+        canvas.print_figure(buffer, format="png", dpi=DPI, bbox_inches=box)
+        pixels = np.asarray(Image.open(buffer))[:, :, :3]
+        buffer = io.BytesIO()
+        Image.fromarray(pixels).save(buffer, "PNG")
+        return buffer.getvalue()
     canvas.draw()  # once; savefig would draw twice
     pixels = np.asarray(canvas.buffer_rgba())[:, :, :3]
     buffer = io.BytesIO()
@@ -202,6 +223,20 @@ def depth_colors(count: int) -> list[Any]:
     return list(matplotlib.colormaps[COLORMAP](np.linspace(0.12, 0.9, count)))
 
 
+def expert_ticks(names: Sequence[str], ids: Sequence[int] = ()) -> dict[float, str] | None:
+    """Ticks of experts that have names (all of them, or ``ids``), the ends of long names kept."""
+    shown = [names[i] for i in ids] if ids and names else names
+    short = [name if len(name) <= MAX_NAME else f"...{name[3 - MAX_NAME :]}" for name in shown]
+    return {float(i): name for i, name in enumerate(short)} or None
+
+
+def in_lines(title: str, most: int = 24) -> str:
+    """A title of two names and a number, broken where it would reach into the next panel."""
+    if len(title) <= most:
+        return title
+    return title.replace(" to ", "\nto ").replace(": ", ":\n" if " to " not in title else "\n")
+
+
 def sparse_ticks(count: int, most: int) -> list[int]:
     """At most ``most`` round-stepped ticks over 0..count-1."""
     if count <= most:
@@ -251,7 +286,8 @@ def heat_panels(
     axes = fig.subplots(math.ceil(len(panels) / columns), columns, squeeze=False)
     low, high = limits or (0.0, _top(panels))
     # Panels that are alike need labels at the edge only.
-    same = len({panel.values.shape for panel in panels}) == 1 and not any(p.x for p in panels)
+    same = len({(p.values.shape, *(p.y or {}).values()) for p in panels}) == 1
+    same = same and not any(p.x for p in panels)
     image = None
     for index, ax in enumerate(axes.flat):
         if index >= len(panels):
