@@ -43,6 +43,7 @@ def test_every_verb_file_is_in_the_table() -> None:
         "__main__",
         "main",
         "lazy",
+        "model_folder",
         "output",
         "overrides",
         "size",

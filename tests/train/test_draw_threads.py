@@ -10,7 +10,7 @@ import torch
 from click.testing import CliRunner
 from small_runs import short
 
-from coterie.cli.main import cli
+from coterie.cli.main import cli, run
 from coterie.core import threads as core
 from coterie.core.errors import ConfigError
 from coterie.core.threads import Choice, Watch
@@ -95,6 +95,15 @@ def test_threads_that_are_asked_for_or_too_few_calls_are_not_timed(
     assert recorded(tmp_path) == [1] * 4 and not made
     with pytest.raises(ConfigError, match=r"^--threads: 99 .*1\.\.8"), core.asking(99, print):
         pass
+
+
+@pytest.mark.parametrize(
+    "verb", ["demo", "place", "report", "restore", "rollout", "sample", "sweep"]
+)
+def test_threads_too_many_are_refused_by_every_verb_that_takes_them(two, verb, capsys):
+    code = run([verb, "--threads", "99", "x", "--out", "y"])
+    told = capsys.readouterr().err
+    assert code == 2 and told.startswith("error: --threads: 99 is not allowed; allowed: 1..8")
 
 
 def test_threads_are_an_option_of_verbs_and_hold_for_all_they_do(trained, two, monkeypatch):

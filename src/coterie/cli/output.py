@@ -72,9 +72,11 @@ def _note_above_bar(text: str) -> None:
     tqdm.write(printable(text), file=error_stream())
 
 
-def threads_option() -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """``--threads N``: holds for all that the command does; without it the number is the work's
-    own choice, which is said where that makes one, but for ``--quiet``."""
+def threads_option(
+    otherwise: str = "the fastest, by timing the work",
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """``--threads N``: holds for all that the command does; ``otherwise`` the number is the work's
+    own choice, which is said where that makes one, but for ``--quiet``, or torch's."""
 
     def ask(ctx: click.Context, _: click.Parameter, count: int | None) -> None:
         from coterie.core.threads import asking
@@ -90,7 +92,7 @@ def threads_option() -> Callable[[Callable[..., Any]], Callable[..., Any]]:
         type=click.IntRange(1),
         expose_value=False,
         callback=ask,
-        help="Fix the number of threads. [the fastest, by timing the work]",
+        help=f"Fix the number of threads. [{otherwise}]",
     )
 
 

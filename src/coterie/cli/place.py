@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from coterie.cli.model_folder import given_of, is_model, load, prepare, reads_text
-from coterie.cli.output import OUT, progress_bar, say, say_json, table
+from coterie.cli.output import OUT, progress_bar, say, say_json, table, threads_option
 from coterie.core.json_reader import read_object
 
 SHOWN = ("devices", "strategy", "step_ms", "ideal_ms", "efficiency", "experts_per_device")
@@ -42,6 +42,7 @@ class Counts(click.ParamType[tuple[int, ...]]):
 @reads_text("--read")
 @click.option("--out", type=OUT, help="Folder. [RUN/placement]")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@threads_option("torch's own")
 @click.option("-q", "--quiet", is_flag=True, help="No progress bar.")
 def command(
     run: Path,

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from coterie.cli.output import OUT, facts, progress_bar, say, say_json
+from coterie.cli.output import OUT, facts, progress_bar, say, say_json, threads_option
 
 
 @click.command("restore")
@@ -18,6 +18,7 @@ from coterie.cli.output import OUT, facts, progress_bar, say, say_json
 @click.option("--weights", type=click.Choice(["ema", "model"]), default="ema", show_default=True)
 @click.option("-n", "--dry-run", is_flag=True, help="Look at the pictures, restore none.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@threads_option("torch's own")
 @click.option("-q", "--quiet", is_flag=True, help="No progress bar.")
 def command(
     run: Path,

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from coterie.cli.output import OUT, facts, progress_bar, say, say_json, table
+from coterie.cli.output import OUT, facts, progress_bar, say, say_json, table, threads_option
 from coterie.cli.sample import Labels
 
 
@@ -21,6 +21,7 @@ from coterie.cli.sample import Labels
 @click.option("--weights", type=click.Choice(["ema", "model"]), default="ema", show_default=True)
 @click.option("--out", type=OUT, help="Folder. [RUN/rollouts]")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@threads_option("torch's own")
 @click.option("-q", "--quiet", is_flag=True, help="No progress bar.")
 def command(
     run: Path,

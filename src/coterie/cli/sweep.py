@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from coterie.cli.model_folder import given_of, is_model, load, prepare, reads_text
-from coterie.cli.output import OUT, progress_bar, say, say_json, table
+from coterie.cli.output import OUT, progress_bar, say, say_json, table, threads_option
 from coterie.cli.overrides import ANY_FLAG, one_word, split, takes_paths
 from coterie.core.errors import ConfigError
 
@@ -25,6 +25,7 @@ SAMPLES = 512
 @reads_text()
 @click.option("--out", type=OUT, help="Folder. [RUN/sweep]")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@threads_option("torch's own")
 @click.option("-q", "--quiet", is_flag=True, help="No progress bar.")
 def command(
     arguments: tuple[str, ...],
