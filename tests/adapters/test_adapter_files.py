@@ -213,6 +213,7 @@ def test_a_folder_is_read_without_a_model(tmp_path: Path) -> None:
         of_config(lora_alpha=9),
         of_config(use_rslora=True),
         of_config(alpha_pattern={"up": 3}),
+        of_config(alpha_pattern={"nowhere": float("nan")}),
         of_config(target_modules=["other"]),
         of_config(base_model_name_or_path="moved", peft_version="1"),
     ],
@@ -237,6 +238,18 @@ def test_H_settings_of_an_adapter_are_hashed_with_its_weights(
     change(tmp_path / "a")
     of_weights(lambda tensors: None)(tmp_path / "a")
     read_adapter(tmp_path / "a")  # a file of others has no hash
+
+
+@pytest.mark.parametrize("lost", [b"coterie", b"sha256"])
+def test_H_an_adapter_that_lost_a_mark_is_still_checked(lost: bytes, tmp_path: Path) -> None:
+    net = Net()
+    attach(net, "mine", PLACED)
+    save_adapter(net, "mine", tmp_path / "a")
+    path = tmp_path / "a" / "adapter_model.safetensors"
+    path.write_bytes(path.read_bytes().replace(lost, b"_" + lost[1:], 1))
+    of_config(lora_alpha=9)(tmp_path / "a")
+    with pytest.raises(CheckpointError, match="damaged, its SHA-256"):
+        read_adapter(tmp_path / "a")
 
 
 def test_H_an_adapter_whose_weights_alone_were_hashed_is_read(tmp_path: Path) -> None:

@@ -124,15 +124,19 @@ def _header(parts: Parts, tensors: dict[str, Tensor], said: Mapping[str, Any]) -
     told: dict[str, Any] = {}
     if config.basis is not None:
         told |= {"basis": config.basis.model_dump(mode="json"), "basis_hash": config.basis.hash}
-    told["sha256"] = _seal(_digest(tensors), said, told)
-    return {"format": "pt", "coterie": json.dumps(told, sort_keys=True)}
+    seal = told["sha256"] = _seal(_digest(tensors), said, told)
+    # Twice: a file whose mark lost its name is not taken for one of others.
+    return {"format": "pt", "coterie": json.dumps(told, sort_keys=True), "sha256": seal}
 
 
 def _seal(weights: str, said: Mapping[str, Any], told: Mapping[str, Any]) -> str:
     """SHA-256 over all that decides what an adapter computes: its weights (by their hash), the
-    words of its configuration, and its basis."""
+    words of its configuration, and its basis; "" for what is no JSON."""
     basis = {name: told.get(name) for name in ("basis", "basis_hash")}
-    return digest({"weights": weights, "words": deciding(said), **basis})
+    try:
+        return digest({"weights": weights, "words": deciding(said), **basis})
+    except ValueError:  # NaN, which is never written
+        return ""
 
 
 def _digest(tensors: dict[str, Tensor]) -> str:
@@ -148,7 +152,7 @@ def read_adapter(folder: str | Path) -> AdapterFile:
     check_words(data, where)
     tensors = read_tensors(folder / WEIGHTS)
     require_finite(tensors, weights)
-    told, written = _told(folder / WEIGHTS), _digest(tensors)
+    (told, hashes), written = _told(folder / WEIGHTS), _digest(tensors)
     biases, copies = _set_apart(tensors, data)
     factors, tables, stacks = _sorted(tensors, weights, bool(biases or copies))
     if bool(stacks) != (data["peft_type"] == STACKED):
@@ -180,12 +184,12 @@ def read_adapter(folder: str | Path) -> AdapterFile:
         )
     except ConfigError as error:
         raise CheckpointError(f"{where}: {error}") from None
-    # Earlier versions hashed the weights alone.
-    if told.get("sha256", written) not in (written, _seal(written, data, told)):
-        hint = f"it or {CONFIG} is not as it was written"
-        raise CheckpointError(f"{weights}: damaged, its SHA-256 does not match; {hint}")
-    hash_ = str(told.get("basis_hash", ""))
-    return AdapterFile(folder, config, hash_, factors, tables, stacks, biases, copies)
+    # Earlier versions hashed the weights alone; files of others have no hash.
+    if not hashes or hashes <= {written} or hashes == {_seal(written, data, told)}:
+        hash_ = str(told.get("basis_hash", ""))
+        return AdapterFile(folder, config, hash_, factors, tables, stacks, biases, copies)
+    hint = f"it or {CONFIG} is not as it was written"
+    raise CheckpointError(f"{weights}: damaged, its SHA-256 does not match; {hint}")
 
 
 def load_adapter(model: nn.Module, name: str, folder: str | Path, weight: float = 1.0) -> Parts:
@@ -338,11 +342,13 @@ def _sorted(
     return factors, tables, stacks
 
 
-def _told(path: Path) -> dict[str, Any]:
-    """What this library wrote into the header, {} for files of others."""
+def _told(path: Path) -> tuple[dict[str, Any], set[str]]:
+    """What this library wrote into the header, and its hashes; {} for files of others."""
     from safetensors import safe_open
 
     with safe_open(path, framework="pt") as file:
         header = file.metadata() or {}
     told = parse_json(header.get("coterie", "{}"), f"{path}: damaged header", CheckpointError)
-    return told if isinstance(told, dict) else {}
+    told = told if isinstance(told, dict) else {}
+    marks = (told.get("sha256"), header.get("sha256"))
+    return told, {str(mark) for mark in marks if mark is not None}
