@@ -189,6 +189,7 @@ def _name_dots(ax: Any, x: Array, y: Array, names: Sequence[str]) -> None:
     for index in seen[np.argsort(-y[seen], kind="stable")]:
         at, own = float(x[index]), float(y[index])
         near = [b for a, b in taken if abs(at - a) < room]
+        near += [float(y[i]) for i in seen if 0 < x[i] - at < room]  # dots that it would cover
         free = [
             place
             for place in own + np.arange(-1.0, 1.0, 0.01) * up
