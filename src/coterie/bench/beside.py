@@ -87,14 +87,24 @@ def run_beside(count: int, rounds: int = 3, seconds: float = 10.0) -> dict[str, 
         }
         for name, values in found.items()
     ]
-    best = max(row["alone"] for row in rows[1:])
-    kept, lost = rows[0]["beside"] / rows[0]["alone"], rows[0]["alone"] / best
+    best = {where: max(row[where] for row in rows[1:]) for where in ("alone", "beside")}
+    kept = rows[0]["beside"] / rows[0]["alone"]
+    lost = {where: rows[0][where] / best[where] for where in best}
     name = f"training beside {count} busy: of the speed alone"
     return {
         "beside": count,
         "rows": rows,
         "goals": [
             goal("threads", name, kept, 0.7, at_most=False),
-            goal("threads", "chosen, of the best fixed number alone", lost, 0.95, at_most=False),
+            *(
+                goal(
+                    "threads",
+                    f"chosen, of the best fixed number {where}",
+                    part,
+                    0.95,
+                    at_most=False,
+                )
+                for where, part in lost.items()
+            ),
         ],
     }
