@@ -5,6 +5,9 @@ from __future__ import annotations
 import ast
 import importlib
 import inspect
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -121,3 +124,25 @@ def test_values_are_written_for_people(value: object, text: str) -> None:
 
 def test_facts_indent_what_is_nested() -> None:
     assert facts({"a": 1, "bc": {"d": "x"}}) == "a   1\nbc\n  d  x"
+
+
+@pytest.mark.parametrize(
+    ("given", "count"),
+    [({}, "1000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, None)],
+)
+def test_threads_wait_in_few_turns_from_before_torch_unless_a_user_says_how(given, count) -> None:
+    code = (
+        "import os, sys\n"
+        "from coterie.cli import main as entry\n"
+        "def run(argv):\n"
+        "    print(os.environ.get('GOMP_SPINCOUNT'), 'torch' in sys.modules)\n"
+        "    return 0\n"
+        "entry.run = run\n"
+        "entry.main([])\n"
+    )
+    names = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
+    there = {name: value for name, value in os.environ.items() if name not in names}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env={**there, **given}, capture_output=True, text=True
+    )
+    assert done.stdout.split() == [str(count), "False"], done.stderr

@@ -84,12 +84,21 @@ def _of_system(error: OSError) -> str:
     return " ".join(f"{', '.join(map(str, names))}: {what}".split() if names else what.split())
 
 
+def wait_in_few_turns() -> None:
+    """Threads of torch's GNU OpenMP ask some 300,000 times whether the others are ready before they
+    sleep, which keeps these from the core where other work runs too. It reads this when torch is
+    imported, so no verb has run before; what a user has set stays."""
+    if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & set(os.environ):
+        os.environ["GOMP_SPINCOUNT"] = "1000"
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of the console script.
 
     Exit codes: 0, 1 (a bug, with its traceback), 2 (a user's error), 128 + n (stopped by signal n).
     """
     sys.stderr = error_stream()
+    wait_in_few_turns()
     code = run(argv)
     try:
         if sys.stdout is not None:
