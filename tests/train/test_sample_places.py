@@ -57,7 +57,9 @@ def test_B8_the_files_say_what_is_needed(digits: LoadedRun, tmp_path: Path) -> N
     assert [[one[key] for key in keys] for one in some] == [
         [told[place][key] for key in keys] for place in (5, 1)
     ]
-    assert told[0]["draw"] == {"seed": 5, "num": 6, "batch": 4, "steps": 2, "guidance": None}
+    draw = {"seed": 5, "num": 6, "batch": 4, "steps": 2, "guidance": None}
+    assert told[0]["draw"] == {**draw, "threads": told[0]["draw"]["threads"]}
+    assert told[0]["draw"]["threads"] >= 1
     for one, place in zip(some, (5, 1), strict=True):
         new, old = (tmp_path / "some" / one["file"]), tmp_path / "all" / told[place]["file"]
         assert new.read_bytes() == old.read_bytes()
