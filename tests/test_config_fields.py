@@ -8,7 +8,7 @@ import random
 import time
 from collections.abc import Callable, Iterator
 from functools import cache, partial
-from typing import Any
+from typing import Any, Literal, get_args, get_origin
 
 import pytest
 import torch
@@ -263,3 +263,30 @@ def test_H_a_configuration_made_in_code_says_the_same() -> None:
         AdapterConfig(name="a", path="b", weight=math.nan)
     assert TrainConfig(steps=20.0, lr=1).lr == 1.0  # type: ignore[arg-type]
     assert override(small("dit-moe"), {"train.steps": "1e3", "train.lr": "1"}).train.steps == 1000
+
+
+def test_H_numbers_that_are_listed_are_no_truth_values() -> None:
+    """``Literal[1, 3]`` as ``int``: true equals 1 and would be taken for it."""
+    listed = [
+        (cls, name)
+        for cls in classes()
+        for name, field in cls.model_fields.items()
+        if any(isinstance(one, int) and type(one) is not bool for one in literals(field.annotation))
+    ]
+    assert ("ImageFolderConfig", "channels") in {(cls.__name__, name) for cls, name in listed}
+    for cls, name in listed:
+        for wrong in (True, False, "1"):
+            with pytest.raises(ConfigError, match=rf"{name}[^|]*: {wrong!r} is not allowed"):
+                cls.from_dict({name: wrong})
+    with pytest.raises(ConfigError, match=r"^channels: True is not allowed; a number is wanted$"):
+        override(SOURCES.get("image-folder")(path="."), {"channels": True})
+    assert SOURCES.get("image-folder")(path=".", channels=1, held_out_one_in=2.0).channels == 1
+
+
+def literals(annotation: Any) -> Iterator[Any]:
+    """The values that the ``Literal`` types of an annotation list."""
+    for one in get_args(annotation):
+        if get_args(one):
+            yield from literals(one)
+        elif get_origin(annotation) is Literal:
+            yield one

@@ -15,11 +15,14 @@ import pytest
 import torch
 
 from coterie.cli.main import run
-from coterie.core.errors import DataError
+from coterie.core.config import override
+from coterie.core.errors import ConfigError, DataError
 from coterie.data import arrays, build_source
 from coterie.data.arrays import open_npy, read_npz
 from coterie.data.ratings import Feature, RatingSource
 from coterie.train.objectives.multitask import MultiTaskObjective, MultiTaskObjectiveConfig
+from coterie.train.run import build_source as run_source
+from small_models import small
 
 GOOD = np.random.default_rng(0).normal(size=(30, 4, 4, 4)).astype(np.float32)
 
@@ -196,3 +199,33 @@ def test_A10_unknown_answers_count_nothing() -> None:
     errors, known = objective.errors(torch.tensor([[5.0, 9.0], [5.0, -9.0]]), answers)
     assert known.tolist() == [[True, False], [True, False]]
     assert errors[:, 1].tolist() == [0, 0] and bool((errors[:, 0] > 0).all())
+
+
+def test_A9_floats_that_torch_does_not_have_are_refused_at_the_door(tmp_path: Path) -> None:
+    values = GOOD.astype(np.longdouble)
+    with pytest.raises(DataError, match=r"latents\.npy: .*of 16, 32 or 64 bits"):
+        latents(tmp_path, values)
+    with pytest.raises(DataError, match=r"labels\.npy: .*integers"):
+        latents(tmp_path, labels=np.zeros(30, np.longdouble))
+    with pytest.raises(DataError, match=r"^actions: .*of 16, 32 or 64 bits"):
+        arrays.check_numbers(values, "actions")
+    assert arrays.check_numbers(GOOD.astype(np.float16), "actions").dtype == np.float16
+
+
+def test_A9_the_number_of_classes_of_latents_is_explained(tmp_path: Path) -> None:
+    latents(tmp_path, labels=np.arange(30) % 3)
+    shape = {"channels": 4, "image_size": 4, "patch": 2, "num_classes": 3}
+    config = override(
+        small("dit-moe"),
+        {
+            "data": {"kind": "latents", "path": str(tmp_path)},
+            **{f"model.backbone.{name}": value for name, value in shape.items()},
+        },
+    )
+    said = (
+        r"^model\.backbone\.num_classes: 3 is not allowed; allowed: 1000; "
+        r"data\.num_classes is 1000, its default; the labels are 0\.\.2: --data\.num_classes=3 "
+    )
+    with pytest.raises(ConfigError, match=said):
+        run_source(config)
+    assert run_source(override(config, {"data.num_classes": 3})).num_classes == 3

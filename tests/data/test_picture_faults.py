@@ -5,8 +5,10 @@ from __future__ import annotations
 import ast
 import io
 import os
+import re
 import struct
 import tracemalloc
+import warnings
 import zlib
 from pathlib import Path
 
@@ -17,6 +19,7 @@ from PIL import Image
 import coterie
 from coterie.core.errors import DataError
 from coterie.data import build_source
+from coterie.data.listing import DataWarning
 from coterie.data.pictures import MAX_PIXELS, Pictures, read_picture, read_size
 from coterie.train import guided, restoring
 
@@ -63,8 +66,10 @@ def test_A6_numbers_without_a_known_range_are_refused(
 
 def test_A6_transparent_value_of_sixteen_bits_is_white() -> None:
     image = Image.fromarray(np.full((4, 4), 1000, np.uint16))
-    assert (read_picture(content(image, transparency=1000)) == 255).all()
-    assert (read_picture(content(image)) == round(1000 / 257)).all()
+    with pytest.warns(DataWarning, match="its largest value is 1000"):
+        assert (read_picture(content(image, transparency=1000)) == 255).all()
+    with pytest.warns(DataWarning, match="its largest value is 1000"):
+        assert (read_picture(content(image)) == round(1000 / 257)).all()
 
 
 def odd_picture(path: Path) -> None:
@@ -160,3 +165,36 @@ def test_size_is_read_upright_from_the_header(tmp_path: Path) -> None:
     odd_picture(tmp_path / "x.png")
     assert read_size(tmp_path / "x.png") == (20, 60) == read_picture(tmp_path / "x.png").shape[1:]
     assert restoring.read_picture is read_picture
+
+
+@pytest.mark.parametrize("bits", [10, 12, 14])
+def test_A6_fewer_bits_than_sixteen_are_said_once_per_source(tmp_path: Path, bits: int) -> None:
+    for number in range(24):
+        place = tmp_path / "few" / f"{number}.png"
+        place.parent.mkdir(exist_ok=True)
+        place.write_bytes(content(Image.fromarray(RAMP >> (16 - bits))))
+    source = build_source({"kind": "image-folder", "path": str(tmp_path), "size": 8})
+    with pytest.warns(DataWarning) as found:
+        source.get(np.arange(len(source)))
+        source.get(np.arange(2))
+    assert len(found) == 1
+    told = rf"few/\d+\.png: its largest value is {2**bits - 1}, .* 0\.\.65535, .*multiply them by"
+    assert re.search(rf"{told} {2 ** (16 - bits)} ", str(found[0].message))
+
+
+def test_A6_what_uses_its_range_or_is_black_is_read_without_a_word() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        read_picture(content(Image.fromarray(RAMP >> 1)))  # 15 bits
+        read_picture(content(Image.fromarray(RAMP * 0)))
+        read_picture(content(Image.fromarray((RAMP >> 12).astype(np.uint8))))
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P", "RGB", "CMYK", "YCbCr", "LAB"])
+def test_A6_every_mode_of_a_file_becomes_grey_and_coloured(mode: str) -> None:
+    bands = len(Image.new(mode, (1, 1)).getbands())
+    image = Image.new(mode, (4, 4), 100 if bands == 1 else (150, 120, 90, 0)[:bands])
+    grey, coloured = (read_picture(content(image, "TIFF"), channels) for channels in (1, 3))
+    assert grey.shape == (1, 4, 4) and coloured.shape == (3, 4, 4)
+    known = np.array([0.299, 0.587, 0.114]) @ coloured[:, 0, 0]
+    assert abs(float(grey[0, 0, 0]) - known) <= 8  # some modes hold a grey of their own

@@ -16,7 +16,7 @@ from coterie.core.errors import ConfigError, CoterieError
 from coterie.core.prediction import Condition
 from coterie.interop.diffusers import DiffusersDenoiser, load_noise_ranges
 from coterie.interop.diffusers.conventions import grid_time
-from coterie.interop.diffusers.schedulers import FLOWS, ON_A_GRID, scheduler_process
+from coterie.interop.diffusers.schedulers import FLOWS, MAX_STEPS, ON_A_GRID, scheduler_process
 from coterie.process import PROCESSES, convert
 from coterie.solvers import SOLVERS, integrate
 
@@ -296,3 +296,40 @@ def test_A2_flows_of_another_number_of_steps_are_told_their_own_time() -> None:
     told = Condition(tokens=rand(2, 3, 4))
     DiffusersDenoiser(network, flow, "flow")(rand(2, 2, 4, 4), torch.tensor([0.5, 1.0]), told)
     assert seen == [[250.0, 500.0]]
+
+
+@pytest.mark.parametrize("kind", ["DDPMScheduler", "FlowMatchEulerDiscreteScheduler"])
+def test_G10_a_number_of_steps_without_end_is_refused_before_it_is_made(
+    tmp_path: Path, kind: str
+) -> None:
+    for steps in (10**9, MAX_STEPS + 1):
+        said = rf"scheduler_config\.json: num_train_timesteps: {steps} is .*2\.\.100000"
+        with pytest.raises(ConfigError, match=said):
+            read(tmp_path, kind, num_train_timesteps=steps)
+    assert read(tmp_path, kind, num_train_timesteps=2000)[0].num_steps == 2000
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields", "named"),
+    [
+        (
+            "EulerDiscreteScheduler",
+            {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction"},
+            "rescale_betas_zero_snr: True",
+        ),
+        ("DDPMScheduler", {"beta_start": -0.1}, r"beta_start: -0\.1"),
+        ("DDPMScheduler", {"num_train_timesteps": 50_000}, "num_train_timesteps: 50000"),
+        ("DDPMScheduler", {"beta_end": -2.0}, r"beta_end: -2\.0"),
+        (
+            "DDPMScheduler",
+            {"beta_start": -0.2, "beta_end": -0.1},
+            r"beta_end, beta_start: \[-0\.1, -0\.2\]",
+        ),
+    ],
+)
+def test_G10_the_field_that_was_set_is_named(
+    tmp_path: Path, kind: str, fields: dict[str, Any], named: str
+) -> None:
+    said = rf"scheduler_config\.json: {named} is not allowed; .*the noise of {kind} grows"
+    with pytest.raises(ConfigError, match=said):
+        read(tmp_path, kind, **fields)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 from small_runs import short
 
+from coterie.core import needs
 from coterie.core.config import override
 from coterie.core.errors import ConfigError
 from coterie.recipes import get_recipe
-from coterie.train import needs
 from coterie.train.run import build_model, load_run, make_trainer, plan, start
 from small_models import small
 

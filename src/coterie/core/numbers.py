@@ -3,7 +3,7 @@
 A number is a number: ``true`` and ``"3"`` are none (text becomes a number only on the command line,
 :func:`coterie.core.config.override`). A field without bounds of its own has those of here, so that
 no value can overflow a tensor's size or a float32. How much memory a configuration asks for is
-another question (:mod:`coterie.train.needs`).
+another question (:mod:`coterie.core.needs`).
 """
 
 from __future__ import annotations
@@ -50,17 +50,26 @@ def bounded(schema: Any) -> Any:
         for key, node in schema.items():
             if key == "metadata":
                 continue
-            schema[key] = _number(node) if _is_number(node) else node
+            schema[key] = _exact(node)
             bounded(node)
             if isinstance(node, list):
-                node[:] = [_number(item) if _is_number(item) else item for item in node]
+                node[:] = [_exact(item) for item in node]
         if schema.get("type") == "bool":
             schema["strict"] = True
     return schema
 
 
-def _is_number(node: Any) -> bool:
-    return isinstance(node, dict) and node.get("type") in ("int", "float") and "strict" not in node
+def _exact(node: Any) -> Any:
+    """A node of numbers so that it takes nothing else; any other node as it is."""
+    if not isinstance(node, dict):
+        return node
+    if node.get("type") in ("int", "float") and "strict" not in node:
+        return _number(node)
+    # Where some numbers are listed, true equals 1 and would be taken for it.
+    listed = node.get("expected", ()) if node.get("type") == "literal" else ()
+    if listed and all(isinstance(one, int) and not isinstance(one, bool) for one in listed):
+        return core_schema.no_info_before_validator_function(_only_numbers, node)
+    return node
 
 
 def _number(node: dict[str, Any]) -> Any:

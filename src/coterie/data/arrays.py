@@ -26,6 +26,8 @@ MAX_UNPACKED, MAX_RATIO = 256 * 2**20, 100
 """An archive may unpack to so many bytes, or to so many times its own size, if that is more."""
 
 _WANTED = "allowed: numbers written by numpy.save"
+FLOATS = (2, 4, 8)
+"""Bytes of the floating point numbers that torch has too; numpy has longer ones."""
 NUMBERS = {"f": "floating point", "i": "integers", "u": "integers without sign", "b": "yes or no"}
 
 
@@ -139,6 +141,8 @@ def _check(
     if dtype.kind not in kinds:
         allowed = f"numbers: {', '.join(NUMBERS[kind] for kind in kinds)}"
         raise DataError(describe(name, found, allowed))
+    if dtype.kind == "f" and dtype.itemsize not in FLOATS:
+        raise DataError(describe(name, found, "floating point of 16, 32 or 64 bits"))
     if (dims and len(shape) not in dims) or not (empty or all(shape)):
         sizes = f"with {' or '.join(map(str, dims))} dimensions, " if dims else ""
         raise DataError(describe(name, found, f"numbers {sizes}at least one of them"))

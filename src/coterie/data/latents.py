@@ -7,11 +7,13 @@ are rows drawn from the folder's size alone.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import ClassVar, Literal
 
 import numpy as np
 from pydantic import Field
 
+from coterie.core.batch import Source
 from coterie.core.errors import DataError, describe
 from coterie.core.places import Place
 from coterie.data.arrays import native, open_npy, rows_digest
@@ -41,7 +43,7 @@ class LatentsConfig(SourceConfig):
                 allowed = f"a folder with latents.npy and labels.npy ({name} is missing)"
                 raise DataError(describe("data.path", self.path, allowed))
         data = open_npy(folder / "latents.npy", kinds="f", dims=(4,))
-        labels = native(open_npy(folder / "labels.npy", kinds="iu", dims=(1,)))
+        labels = self._labels(folder)
         if len(data) != len(labels):
             found = f"{len(data)} latents and {len(labels)} labels"
             raise DataError(describe(f"{folder}: samples", found, "a label per latent"))
@@ -58,3 +60,12 @@ class LatentsConfig(SourceConfig):
             transform=lambda values: values.float(),
             fingerprint=rows_digest(data, labels),
         )
+
+    def explain_classes(self, source: Source) -> str:
+        largest = int(self._labels(existing_folder(self.path, "data.path")).max())
+        is_default = self.num_classes == type(self).model_fields["num_classes"].default
+        said = f"data.num_classes is {self.num_classes}{', its default' if is_default else ''}"
+        return f"{said}; the labels are 0..{largest}: --data.num_classes={largest + 1} says so"
+
+    def _labels(self, folder: Path) -> np.ndarray:
+        return native(open_npy(folder / "labels.npy", kinds="iu", dims=(1,)))

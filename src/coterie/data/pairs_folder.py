@@ -26,7 +26,7 @@ from coterie.data.listing import (
     listing_digest,
     say_passed_over,
 )
-from coterie.data.pictures import SUFFIXES, read_picture
+from coterie.data.pictures import SUFFIXES, Dark, read_picture
 from coterie.data.source import SOURCES, SourceConfig, SourceInfo, Split, as_rows, is_held_out
 from coterie.data.weather import scaled
 
@@ -76,7 +76,7 @@ class PairsFolder:
                 f"{self.name}: {config.path} has {len(pairs)} pairs and none of them is in the "
                 f"split {split!r}; add pairs or change held_out_one_in"
             )
-        self._config = config
+        self._config, self._dark = config, Dark()
         files = [file for _, *both in pairs for file in both]
         root = existing_folder(config.path, f"{config.kind}: path")
         self.fingerprint = listing_digest(root, files)
@@ -95,7 +95,8 @@ class PairsFolder:
     def _cut(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         """(degraded, clean), both u8 [3, size, size]."""
         kind, bad_file, clean_file = self._pairs[index // self._config.crops]
-        bad, clean, size = read_picture(bad_file), read_picture(clean_file), self._config.size
+        bad, clean = (read_picture(file, dark=self._dark) for file in (bad_file, clean_file))
+        size = self._config.size
         if bad.shape != clean.shape:
             raise DataError(
                 describe(f"{self.name}: {bad_file}: shape", bad.shape, f"{clean.shape}, as clean")

@@ -19,6 +19,7 @@ from PIL import Image, ImageOps
 
 from coterie.core.errors import DataError, describe
 from coterie.core.files import reason, regular_file
+from coterie.data.listing import DataWarning
 
 FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF", "PPM")
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"})
@@ -27,6 +28,7 @@ MAX_PIXELS = 80_000_000
 
 Given = Path | bytes | Image.Image
 _CLEAR = ("RGBA", "LA", "PA", "RGBa", "La")  # modes with an alpha channel
+_BY_RGB = ("LAB", "HSV")  # modes that become grey by way of RGB alone
 _ORIENTATION = 0x0112
 
 
@@ -63,6 +65,24 @@ def _open(given: Given) -> Image.Image:
     return Image.open(io.BytesIO(given) if isinstance(given, bytes) else given, formats=FORMATS)
 
 
+class Dark:
+    """Says once for all pictures of a source that one uses little of the range of its numbers."""
+
+    def __init__(self) -> None:
+        self._said = False
+
+    def say(self, name: str, largest: int, top: int) -> None:
+        if self._said:
+            return
+        self._said = True
+        text = (
+            f"{name}: its largest value is {largest}, less than a quarter of 0..{top}, from which "
+            "its numbers are scaled to 0..255: it becomes dark, and others like it; if they use "
+            f"fewer bits, multiply them by {(top + 1) >> largest.bit_length()} and save them again"
+        )
+        warnings.warn(text, DataWarning, stacklevel=3)
+
+
 def to_pixels(
     image: Image.Image, channels: int, side: int | tuple[int, int] | None, name: str = "picture"
 ) -> np.ndarray:
@@ -74,6 +94,8 @@ def to_pixels(
     if image.mode in _CLEAR or "transparency" in image.info:
         layer = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer)
+    if image.mode in _BY_RGB:
+        image = image.convert("RGB")
     flat = image.convert("L" if channels == 1 else "RGB")
     if side is not None:
         height, width = (side, side) if isinstance(side, int) else side
@@ -87,9 +109,7 @@ def _eight_bits(image: Image.Image, name: str) -> Image.Image:
     if not image.mode.startswith(("I", "F")):
         return image
     values = np.asarray(image)
-    # The library widens 16 bits to 32 for some formats; only of these is the range known.
-    known = image.mode.startswith("I;16") or image.format in ("PNG", "PPM")
-    top = 4095 if _bits(image) == 12 else 65535
+    known, top = _range(image)
     if image.mode == "F":
         if not (np.isfinite(values).all() and values.min() >= 0 and values.max() <= 1):
             found = f"numbers from {values.min():.4g} to {values.max():.4g}"
@@ -110,6 +130,21 @@ def _eight_bits(image: Image.Image, name: str) -> Image.Image:
     return made
 
 
+def _range(image: Image.Image) -> tuple[bool, int]:
+    """(whether it is known, the largest value that can be) of whole numbers above 8 bits: the
+    library widens 16 bits to 32 for some formats, and only of these is it known."""
+    known = image.mode.startswith("I;16") or image.format in ("PNG", "PPM")
+    return known and image.mode != "F", 4095 if _bits(image) == 12 else 65535
+
+
+def _little_used(image: Image.Image) -> tuple[int, int] | None:
+    """(largest value, largest that can be) where all values lie in the lowest quarter; a picture
+    that is black all over is what it is."""
+    known, top = _range(image) if image.mode.startswith("I") else (False, 0)
+    largest = int(np.asarray(image).max()) if known else 0
+    return (largest, top) if 0 < largest < (top + 1) // 4 else None
+
+
 def _bits(image: Image.Image) -> int:
     """Bits of a value as a TIFF file says; 16 of any other."""
     said = getattr(image, "tag_v2", {}).get(258, (16,))
@@ -121,10 +156,17 @@ def read_picture(
     channels: int = 3,
     side: int | tuple[int, int] | None = None,
     name: str = "",
+    dark: Dark | None = None,
 ) -> np.ndarray:
-    """u8 [C, H, W] as of :func:`to_pixels`; DataError where it cannot be decoded."""
+    """u8 [C, H, W] as of :func:`to_pixels`; DataError where it cannot be decoded, DataWarning where
+    deep numbers use little of their range: once for all pictures that share ``dark``."""
+    called = name or str(getattr(given, "name", "picture"))
     with opened(given, name) as image:
-        return to_pixels(image, channels, side, name or str(getattr(given, "name", "picture")))
+        little = _little_used(image)
+        pixels = to_pixels(image, channels, side, called)
+    if little is not None:
+        (dark or Dark()).say(called, *little)
+    return pixels
 
 
 def read_size(file: Path) -> tuple[int, int]:
@@ -150,7 +192,7 @@ class Pictures:
         side: int,
     ) -> None:
         self._size, self._give, self._name = size, give, name
-        self._shape = (channels, side, side)
+        self._shape, self._dark = (channels, side, side), Dark()
 
     def __len__(self) -> int:
         return self._size
@@ -165,4 +207,4 @@ class Pictures:
         given = self._give(row)
         if not isinstance(given, Path | bytes | Image.Image):
             raise DataError(f"{self._name(row)}: holds {type(given).__name__}, not a picture")
-        return read_picture(given, self._shape[0], self._shape[1], self._name(row))
+        return read_picture(given, self._shape[0], self._shape[1], self._name(row), self._dark)

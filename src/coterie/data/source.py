@@ -55,6 +55,10 @@ class SourceConfig(Part):
     def build(self, split: Split = "train") -> Source:
         raise NotImplementedError
 
+    def explain_classes(self, source: Source) -> str:
+        """Where the number of classes of ``source``, made of this, comes from, for an error."""
+        return f"source {source.name!r} has {source.num_classes} classes"
+
 
 def identity(source: Source) -> dict[str, Any]:
     """What a run must find again when it goes on: number, classes and a digest of its samples."""

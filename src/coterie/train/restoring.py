@@ -10,7 +10,7 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from coterie.core.outputs import Outputs
 from coterie.core.places import relative
 from coterie.core.prediction import Condition
 from coterie.data.listing import existing_folder, files_below
-from coterie.data.pictures import SUFFIXES, read_picture
+from coterie.data.pictures import SUFFIXES, Dark, read_picture
 from coterie.train.objectives.restoration import restore
 from coterie.train.run import LoadedRun
 from coterie.train.sampling import to_pixels
@@ -81,6 +81,7 @@ class Plan:
     pictures: tuple[tuple[Path, Path, int], ...]
     side: int
     overlap: int
+    dark: Dark = field(default_factory=Dark, compare=False)
 
     @property
     def squares(self) -> int:
@@ -118,12 +119,15 @@ def plan_folder(
         other = named.setdefault(file.stem, file)
         if other is not file:
             raise DataError(f"{other} and {file}: both would be restored as {file.stem}.png")
-    found = [(file, target / f"{file.stem}.png", _squares(file, side, overlap)) for file in files]
-    return Plan(tuple(found), side, overlap)
+    dark = Dark()
+    found = [
+        (file, target / f"{file.stem}.png", _squares(file, side, overlap, dark)) for file in files
+    ]
+    return Plan(tuple(found), side, overlap, dark)
 
 
-def _squares(file: Path, side: int, overlap: int) -> int:
-    height, width = read_picture(file).shape[1:]
+def _squares(file: Path, side: int, overlap: int, dark: Dark) -> int:
+    height, width = read_picture(file, dark=dark).shape[1:]
     if min(height, width) < side:
         allowed = f"{side} pixels or more a side, which the run was trained on"
         raise DataError(describe(f"{file}: size", f"{width}x{height}", allowed))
@@ -157,7 +161,9 @@ def restore_folder(
     for file, target, squares in plan.pictures:
         seen = file_digest(file)
         if files.get(target.name) != seen or not target.is_file():
-            given = torch.from_numpy(np.array(read_picture(file))).float() / 127.5 - 1.0
+            given = (
+                torch.from_numpy(np.array(read_picture(file, dark=plan.dark))).float() / 127.5 - 1.0
+            )
             made = restore_tiled(given, network, plan.side, plan.overlap)
             buffer = io.BytesIO()
             Image.fromarray(to_pixels(made[None])[0]).save(buffer, format="PNG")

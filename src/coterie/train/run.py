@@ -22,6 +22,7 @@ import coterie.train.pretrained  # noqa: F401 (they register what a run may be m
 from coterie.backbones import TrunkConfig
 from coterie.backbones.base import BackbonePart
 from coterie.convert import UpcycleConfig, upcycle, upcycled_config, upcycled_slot
+from coterie.core import needs
 from coterie.core.batch import Source
 from coterie.core.config import Config
 from coterie.core.cost import count_parameters
@@ -36,7 +37,7 @@ from coterie.denoiser import MODELS, DenoiserConfig
 from coterie.ensembles import Ensemble, model_of
 from coterie.experts.routers.config import within
 from coterie.solvers import GRIDS, SOLVERS, GuidanceConfig, ThresholdConfig
-from coterie.train import checkpoint, needs
+from coterie.train import checkpoint
 from coterie.train.adapted import described, put_new
 from coterie.train.config import TrainConfig
 from coterie.train.initial import (
@@ -173,7 +174,7 @@ def build_source(config: RunConfig, split: str = "train") -> Source:
         raise ConfigError(describe("model.backbone.vocabulary", known, f"{words} or more", hint))
     classes = getattr(backbone, "num_classes", None)
     if classes and source.num_classes != classes:
-        hint = f"source {source.name!r} has {source.num_classes} classes"
+        hint = config.data.explain_classes(source)
         allowed = str(source.num_classes)
         raise ConfigError(describe("model.backbone.num_classes", classes, allowed, hint))
     check = getattr(backbone, "check_source", None)

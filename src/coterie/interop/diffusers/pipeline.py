@@ -21,6 +21,7 @@ from torch import Generator, Tensor, nn
 
 from coterie.backbones import unet_layers
 from coterie.backbones.taps import Layers, Topology
+from coterie.core import needs
 from coterie.core.errors import CheckpointError, ConfigError, describe
 from coterie.core.json_reader import read_object
 from coterie.core.prediction import Condition, Prediction, View, as_times
@@ -43,6 +44,9 @@ INDEX = "model_index.json"
 NETWORKS = ("transformer", "unet")
 """Names of the network of the noisiest range; the next one's ends in ``_2``."""
 WEIGHTS = "diffusion_pytorch_model.safetensors"
+FROM_FILE = 4
+"""A network takes no more than so many times its files: numbers of half the bytes there, and layers
+that share their weights counted twice."""
 READ = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -196,7 +200,14 @@ def _config(folder: Path, name: str, stored: Any) -> dict[str, Any]:
     if library != "diffusers":
         hint = "networks of other code are not run"
         raise ConfigError(describe(f"{folder / INDEX}: {name}", library, "diffusers", hint))
-    return {**read_json(folder / name / "config.json"), "_class_name": str(kind)}
+    path = folder / name / "config.json"
+    config = read_json(path)
+    own = config.get("_class_name")
+    if own is not None and own != kind:
+        _class_of(kind, f"{folder / INDEX}: {name}: ")
+        hint = f"{INDEX} says {kind!r}"
+        raise ConfigError(describe(f"{path}: _class_name", own, "one class in both files", hint))
+    return {**config, "_class_name": kind}
 
 
 def read_network(folder: Path, config: Mapping[str, Any]) -> nn.Module:
@@ -204,7 +215,8 @@ def read_network(folder: Path, config: Mapping[str, Any]) -> nn.Module:
     where models are made without memory."""
     if torch.get_default_device().type == "meta":
         return new_network(config, folder).eval()
-    blueprint, files = _blueprint(config, folder), network_files(folder)
+    files = network_files(folder)
+    blueprint = _blueprint(config, folder, files)
     return blueprint.make(_weights(files, blueprint), str(files[0]))
 
 
@@ -237,41 +249,61 @@ def _loader(
     shared = ("in_channels", "out_channels", "sample_size", "text_dim", "num_embeds_ada_norm")
     traits = {key: config[key] for key in shared if config.get(key) is not None}
     files = network_files(folder / name)
-    read = partial(_load, _blueprint(config, folder / name), files, process, view, dtype)
+    read = partial(_load, _blueprint(config, folder / name, files), files, process, view, dtype)
     size = sum(file.stat().st_size for file in files)
     return Loader(MemberFacts(name, process, view, traits), read, size)
 
 
-def _blueprint(config: Mapping[str, Any], folder: Path) -> Blueprint:
+def _blueprint(config: Mapping[str, Any], folder: Path, files: Sequence[Path]) -> Blueprint:
     with torch.random.fork_rng(devices=[]):
-        return Blueprint.of(new_network(config, folder))
+        return Blueprint.of(new_network(config, folder, files))
 
 
-def new_network(config: Mapping[str, Any], folder: Path | None = None) -> nn.Module:
-    """The network that the ``config.json`` of ``folder`` describes, with fresh weights; ConfigError
-    unless that is a model of diffusers."""
-    where = "" if folder is None else f"{folder / 'config.json'}: "
+def _class_of(kind: object, where: str) -> Any:
+    """The class of networks of this name; ConfigError unless diffusers has it."""
     try:
         import diffusers
     except ImportError:
         raise ConfigError("diffusers: not installed; pip install 'coterie[diffusers]'") from None
-    kind = config.get("_class_name")
     found = getattr(diffusers, str(kind), None)
     if not (isinstance(found, type) and issubclass(found, diffusers.ModelMixin)):
         raise ConfigError(describe(f"{where}_class_name", kind, "a model of diffusers"))
+    return found
+
+
+def new_network(
+    config: Mapping[str, Any], folder: Path | None = None, files: Sequence[Path] = ()
+) -> nn.Module:
+    """The network that the ``config.json`` of ``folder`` describes, with fresh weights; ConfigError
+    unless that is a model of diffusers, and no larger than this machine's memory and what its
+    ``files`` of weights can hold: counted from shapes, before anything is allocated."""
+    where = "" if folder is None else f"{folder / 'config.json'}: "
+    kind = config.get("_class_name")
+    found = _class_of(kind, where)
     known = inspect.signature(found.__init__).parameters
     for name, value in config.items():
         if not name.startswith("_") and name not in known and value is not None:
             hint = "what it does to the network is not known"
             raise ConfigError(describe(f"{where}{kind}.{name}", value, f"fields of {kind}", hint))
     convention_for(found, config)
-    try:
+    limit, whose = needs.memory_bytes(), needs.MACHINE
+    stored = FROM_FILE * sum(file.stat().st_size for file in files)
+    if files and stored < limit:
+        limit, whose = stored, f"{FROM_FILE} times the size of {files[0].name}"
+
+    def build() -> nn.Module:
         made: nn.Module = found.from_config(dict(config))
+        return made
+
+    try:
+        shapes = needs.on_meta(config, build, limit, whose)
+        return shapes if torch.get_default_device().type == "meta" else build()
+    except ConfigError as error:
+        raise ConfigError(f"{where}{kind}: {error}") from None
     except Exception as error:
         reason = str(error).strip().splitlines()
         why = reason[0] if reason else repr(error)
         raise ConfigError(f"{where}{kind}: cannot be made: {why}") from None
-    return made
 
 
 def network_files(folder: Path) -> list[Path]:

@@ -31,6 +31,8 @@ VIEWS_THERE: dict[str, View] = {
     "flow_prediction": "flow",
 }
 STEPS = "num_train_timesteps"
+MAX_STEPS = 100_000
+"""The library makes its tables of every step at once, some of them one step at a time."""
 
 
 def names(text: str, ending: str = "") -> frozenset[str]:
@@ -165,8 +167,8 @@ class Scheduler:
             elif name not in STEPPING and value != self.defaults.get(name, inspect):
                 raise self._refused(name, value, "fields that are known", "what it does is not")
         steps = self.given.get(STEPS, self.defaults.get(STEPS))
-        if type(steps) is not int or steps < 2:
-            raise self._refused(STEPS, steps, "a whole number above 1")
+        if type(steps) is not int or not 2 <= steps <= MAX_STEPS:
+            raise self._refused(STEPS, steps, f"a whole number of 2..{MAX_STEPS}")
         for name in ("beta_start", "beta_end", "snr_shift_scale"):
             value = self.given.get(name, self.defaults.get(name, 1.0))
             if type(value) not in (int, float) or not math.isfinite(value):
@@ -193,13 +195,30 @@ class Scheduler:
         if not isinstance(found, Tensor) or found.shape != (self.facts[STEPS],):
             raise self._refused("_class_name", self.kind, f"a class with {STEPS} alphas_cumprod")
         squares = found.double().cpu()
-        ends = torch.cat([squares.new_ones(1), squares])
-        if not bool((ends.diff() < 0).all()) or float(squares[-1]) < 0.0:
-            field = "trained_betas" if self.facts.get("trained_betas") else "beta_end"
-            raise self._refused(
-                field, self.facts.get(field), "betas whose noise grows at each step"
-            )
+        if not _noise_grows(squares):
+            raise self._falling()
         return squares
+
+    def _falling(self) -> ConfigError:
+        """Names the field of the file without which the noise would grow, or all that together
+        make it fall."""
+        given = {name: self.given[name] for name in sorted(self.given.keys() & self.defaults)}
+        made = [name for name in given if name in NOISE]
+        alone = [name for name in made if self._grows_without(name, given)][:1]
+        named = alone or made or ["_class_name"]
+        values = [given.get(name, self.kind) for name in named]
+        return self._refused(
+            ", ".join(named),
+            values[0] if len(values) == 1 else values,
+            f"values with which the noise of {self.kind} grows at each step",
+        )
+
+    def _grows_without(self, name: str, given: Mapping[str, Any]) -> bool:
+        try:
+            made = self.type(**{key: value for key, value in given.items() if key != name})
+        except Exception:
+            return False
+        return _noise_grows(made.alphas_cumprod.double().cpu())
 
     def _build(self) -> Any:
         """The scheduler as diffusers makes it; ConfigError names the field it does not take."""
@@ -247,6 +266,11 @@ class Scheduler:
         if isinstance(value, list) and len(value) > 4:
             value = f"{len(value)} values"
         return ConfigError(describe(f"{self.path}: {field}", value, allowed, hint))
+
+
+def _noise_grows(squares: Tensor) -> bool:
+    ends = torch.cat([squares.new_ones(1), squares])
+    return bool((ends.diff() < 0).all()) and float(squares[-1]) >= 0.0
 
 
 def _numbers(betas: Any, steps: int) -> bool:

@@ -23,6 +23,7 @@ from coterie.core.errors import ConfigError, describe
 SHOWN = 3  # largest numbers that an error names
 TOO_LARGE = ("overflow", "out of range", "size calculation", "too large", "too big", "exceed")
 """What torch says of a tensor that cannot be."""
+MACHINE = "what this machine has"
 LEAST = 1024  # smaller ones are not what makes a model large
 
 
@@ -36,16 +37,18 @@ def memory_bytes() -> int:
     return max([own, *(torch.cuda.get_device_properties(n).total_memory for n in gpus)])
 
 
-def on_meta(config: Any, build: Callable[[], Any], limit: int | None = None) -> nn.Module:
+def on_meta(
+    config: Any, build: Callable[[], Any], limit: int | None = None, whose: str = MACHINE
+) -> nn.Module:
     """The model as shapes alone; ConfigError where no tensor could be as large, or as soon as its
-    weights take more than ``limit`` bytes."""
+    weights take more than ``limit`` bytes; ``whose``: where that limit comes from."""
     total = 0
 
     def count(_module: nn.Module, _name: str, value: nn.Parameter) -> None:
         nonlocal total
         total += value.nbytes if value is not None else 0
         if limit is not None and total > limit:
-            raise ConfigError(_too_much(config, total, limit, "its weights alone"))
+            raise ConfigError(_too_much(config, total, limit, "its weights alone", whose))
 
     watched = register_module_parameter_registration_hook(count)
     try:
@@ -87,8 +90,8 @@ def check_memory(
     return needed
 
 
-def _too_much(config: Any, needed: int, there: int, what: str) -> str:
-    allowed = f"allowed: {size(there)}, what this machine has"
+def _too_much(config: Any, needed: int, there: int, what: str, whose: str = MACHINE) -> str:
+    allowed = f"allowed: {size(there)}, {whose}"
     return f"model: {size(needed)} are needed; {allowed}; {what}; the largest: {largest(config)}"
 
 
