@@ -47,6 +47,8 @@ WEIGHTS = "diffusion_pytorch_model.safetensors"
 FROM_FILE = 4
 """A network takes no more than so many times its files: numbers of half the bytes there, and layers
 that share their weights counted twice."""
+SMALL = 64 * 2**20
+"""Bytes that any network may take: where a file is cut off, its reader says so."""
 READ = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -287,9 +289,9 @@ def new_network(
             raise ConfigError(describe(f"{where}{kind}.{name}", value, f"fields of {kind}", hint))
     convention_for(found, config)
     limit, whose = needs.memory_bytes(), needs.MACHINE
-    stored = FROM_FILE * sum(file.stat().st_size for file in files)
+    stored = max(SMALL, FROM_FILE * sum(file.stat().st_size for file in files))
     if files and stored < limit:
-        limit, whose = stored, f"{FROM_FILE} times the size of {files[0].name}"
+        limit, whose = stored, f"{needs.size(SMALL)} or {FROM_FILE} times {files[0].name}"
 
     def build() -> nn.Module:
         made: nn.Module = found.from_config(dict(config))
