@@ -58,7 +58,7 @@ def test_products_are_those_of_the_network(setup: Setup) -> None:
 
 @torch.no_grad()
 def test_folded_layers_answer_what_the_routed_one_does() -> None:
-    routed, kept, ctx = cache._layers()
+    routed, kept, ctx = cache._layers(4)
     x = torch.randn(1, 4, cache.WIDTH)
     y = routed(x, ctx).y
     assert float(y.abs().max()) > 1e-3

@@ -342,7 +342,7 @@ def test_a_tokenizer_of_another_model_is_refused(folder_of, book: Path, tmp_path
     ("argv", "said"),
     [
         (["{model}"], "--text: missing;"),
-        (["{model}", "--text", "{none}"], "none.txt: No such file or directory"),
+        (["{model}", "--text", "{none}"], "none.txt: cannot be read (No such file or directory)"),
         (["{model}", "--text", "{blank}"], "blank.txt: no text in it"),
         (["{model}", "--text", "{short}"], "short.txt: 1 tokens; at least 2 are needed"),
         (["{model}", "--text", "{book}", "--context", "65"], "context: 65 is not allowed"),

@@ -205,7 +205,9 @@ def test_a_killed_process_costs_less_than_a_minute(tmp_path, alone, monkeypatch)
     started: list[subprocess.Popen[bytes]] = []
     real = subprocess.Popen
     monkeypatch.setattr(
-        supervisor.subprocess, "Popen", lambda *a, **k: started.append(real(*a, **k)) or started[-1]
+        supervisor.children.subprocess,
+        "Popen",
+        lambda *a, **k: started.append(real(*a, **k)) or started[-1],
     )
     when: dict[str, float] = {}
 

@@ -100,7 +100,7 @@ def references(count: int, place: Place, rounds: int) -> dict[str, Any]:
 
 def folding(tokens: int, place: Place, rounds: int) -> dict[str, Any]:
     """One layer at one noise level."""
-    routed, kept, ctx = _layers()
+    routed, kept, ctx = _layers(tokens)
     rng = torch.Generator().manual_seed(1)
     x = torch.randn(1, tokens, WIDTH, generator=rng)
     products = mlp.SwiGLU(WIDTH, CHOSEN * HIDDEN).eval()
@@ -136,8 +136,9 @@ def folding(tokens: int, place: Place, rounds: int) -> dict[str, Any]:
     return {"rows": _rows("folding", size, times, "dense"), "goals": goals}
 
 
-def _layers() -> tuple[ExpertLayer, FoldedLayer, Context]:
-    """A layer that noise routes, the same folded at one noise level, and the context there."""
+def _layers(tokens: int) -> tuple[ExpertLayer, FoldedLayer, Context]:
+    """A layer that noise routes, the same folded at one noise level, and the context there, of one
+    sample of so many tokens."""
     config = ExpertLayerConfig.from_dict(
         {
             "num_experts": EXPERTS,
@@ -156,13 +157,13 @@ def _layers() -> tuple[ExpertLayer, FoldedLayer, Context]:
     embedding = torch.randn(1, WIDTH)
     ctx = Context(
         batch=1,
-        tokens=0,
+        tokens=tokens,
         noise=torch.tensor([0.5]),
         step_index=torch.tensor([500]),
         time_embedding=embedding,
         time_table=lambda: embedding.expand(1000, -1),
     )
-    recorded = layer(torch.zeros(1, 1, WIDTH), ctx).routings
+    recorded = layer(torch.zeros(1, tokens, WIDTH), ctx).routings
     return layer, FoldedLayer(layer, recorded, "layer").eval(), ctx
 
 

@@ -62,7 +62,9 @@ class _ProblemConfig(TextConfig):
     modulus: int = Field(default=17, ge=2, le=1_000_000)
     largest: int | None = Field(default=None, ge=1, le=1_000_000)
     operators: tuple[Operator, ...] = Field(default=("+", "-", "*"), min_length=1)
-    count: int = Field(default=8192, ge=8)  # training windows; an eighth as many are held out
+    count: int = Field(
+        default=8192, ge=8, lt=2**63
+    )  # training windows; an eighth as many are held out
     seed: Seed = 0
 
     @model_validator(mode="after")
