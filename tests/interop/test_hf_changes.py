@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from contextlib import ExitStack
 from typing import Any
 
@@ -269,3 +270,19 @@ def test_gradients_reach_a_delta_through_a_frozen_model(implementation: str) -> 
     ((gates[:, :, None] * answers).sum(1) * weight).sum().backward()
     assert delta.grad.abs().max() > 0.01
     torch.testing.assert_close(delta.grad.double(), shift.grad, rtol=1e-4, atol=1e-5)
+
+
+def test_C_a_copy_of_a_watched_model_is_not_recorded(model_of) -> None:
+    """Its calls are its own; what was changed in the model is changed in the copy."""
+    model, seen = model_of("mixtral"), list[Routing]()
+    with tap(model, seen.append) as sites:
+        copied = copy.deepcopy(model)
+        copied(tokens())
+        assert not seen
+        model(tokens())
+        assert len(seen) == len(sites)
+    with sites[0].edit_logits(torch.arange(EXPERTS).float()):
+        edited = copy.deepcopy(model)
+        expected = logits_after(model)
+    assert torch.equal(logits_after(edited), expected)
+    assert not torch.equal(logits_after(model), expected)

@@ -41,6 +41,17 @@ from coterie.core.errors import ConfigError, describe, unknown
 from coterie.core.tensors import borrow, tensors_digest, tensors_of
 
 Parts = dict[str, Part]
+_MAPS = "only nn.Linear and convolutions of one group are adapted, for their answer is the map's"
+NEEDS = {
+    "targets": _MAPS,
+    "ranks": "only what targets name has a rank",
+    "alphas": "only what targets name has an alpha",
+    "embeddings": "only nn.Embedding has rows to train",
+    "biases": "it has no bias",
+    "copies": "it has no tensors of its own",
+    "experts": "it is no stack of experts' maps",
+}
+"""Field -> why a module whose name fits is not taken."""
 
 
 class AdapterWarning(UserWarning):
@@ -132,12 +143,25 @@ def named(
     patterns = tuple(patterns)
     for pattern in patterns:
         if not any(fnmatchcase(path, pattern) for path in there):
+            others = [path for path in modules if path and fnmatchcase(path, pattern)]
             some = ", ".join(there[:6]) or "none in this network"
             more = f" and {len(there) - 6} more" if len(there) > 6 else ""
             raise ConfigError(
-                describe(field, pattern, f"{some}{more}", "no module has such a name")
+                describe(field, pattern, f"{some}{more}", _why_none(field, others, modules))
             )
     return [path for path in there if any(fnmatchcase(path, pattern) for pattern in patterns)]
+
+
+def _why_none(field: str, others: list[str], modules: Mapping[str, nn.Module]) -> str:
+    """``others``: modules whose names fit a pattern, and that cannot be what ``field`` names."""
+    if not others:
+        return "no module has such a name"
+    module = modules[others[0]]
+    more = f" (and {len(others) - 1} more)" if len(others) > 1 else ""
+    found = f"{others[0]}{more} is of class {type(module).__name__}"
+    if _is_table(module) and field in ("targets", "ranks", "alphas"):
+        return f"{found}, a table: name it in embeddings"
+    return f"{found}, and {NEEDS.get(field, 'does not fit')}"
 
 
 def named_stacks(

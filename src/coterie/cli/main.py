@@ -59,8 +59,11 @@ def run(argv: Sequence[str] | None = None) -> int:
         code = cli.main(
             args=None if argv is None else list(argv), prog_name="coterie", standalone_mode=False
         )
+    except click.exceptions.NoArgsIsHelpError as error:
+        error.show()  # the help itself
+        return error.exit_code
     except click.ClickException as error:
-        error.show()
+        note(f"error: {_of_usage(error, sys.argv[1:] if argv is None else argv)}")
         return error.exit_code
     except click.Abort:
         note("interrupted; what was saved is intact")
@@ -75,6 +78,16 @@ def run(argv: Sequence[str] | None = None) -> int:
         note(f"error: {_of_system(error)}")
         return USER_ERROR
     return code if isinstance(code, int) else 0
+
+
+def _of_usage(error: click.ClickException, argv: Sequence[str]) -> str:
+    """What is wrong with a command line, in one line, and where its rules are."""
+    told = " ".join(error.format_message().split()).removesuffix(".")
+    if not isinstance(error, click.UsageError):
+        return told
+    verb = next((f" {word}" for word in argv if word in VERBS), "")  # the parser does not say it
+    command = f"coterie{verb}" if error.ctx is None else error.ctx.command_path
+    return f"{told}; see {command} --help"
 
 
 def _of_system(error: OSError) -> str:

@@ -43,16 +43,30 @@ def reads_text(tokens: str = "--tokens") -> Callable[[Any], Any]:
 def is_model(folder: Path) -> bool:
     """Whether ``config.json`` there is one of transformers: a run's names no model_type."""
     try:
-        return "model_type" in read_object(folder / "config.json")
+        return "model_type" in config_of(folder)
     except CheckpointError:
-        return False
+        return False  # said by whoever reads it
+
+
+def config_of(folder: Path) -> dict[str, Any]:
+    """What ``config.json`` there holds, {} if there is none; CheckpointError for a damaged one,
+    which nobody could say of whose it is."""
+    path = folder / "config.json"
+    if not path.is_file():
+        return {}
+    try:
+        return read_object(path)
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"{path} is damaged: {str(error).removeprefix(f'{path}: ')}"
+        ) from None
 
 
 def given_of(options: dict[str, Any], folder: Path, flags: dict[str, str]) -> dict[str, Any]:
     """The options of :func:`reads_text` that were given; an error where ``folder`` is no model.
     ``flags``: their names where they differ."""
     given = {name: value for name, value in options.items() if value is not None}
-    if given and not is_model(folder):
+    if given and "model_type" not in config_of(folder):
         if not folder.is_dir():
             raise CheckpointError(f"{folder}: no such folder")
         first = next(iter(given))

@@ -11,6 +11,7 @@ import click
 from coterie.cli.output import OUT, human, progress_bar, say, say_json, threads_option
 
 MOST_LABELS = 100_000
+_SAID = click.core.ParameterSource.COMMANDLINE
 
 
 class Labels(click.ParamType[list[int]]):
@@ -102,7 +103,9 @@ class Places(Labels):
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @threads_option()
 @click.option("-q", "--quiet", is_flag=True, help="No progress bar.")
+@click.pass_context
 def command(
+    ctx: click.Context,
     run: Path,
     num: int,
     labels: list[int] | None,
@@ -130,6 +133,12 @@ def command(
       coterie sample runs/switch-dit --cached
       coterie sample runs/denoiser --guide runs/guide --labels 3 --scale 4
     """
+    if seeds is not None:
+        given = [n for n in ("seed", "num") if ctx.get_parameter_source(n) is _SAID]
+        if "seed" in given:
+            raise click.UsageError("--seed and --seeds: samples have seeds of one kind; leave one")
+        if given and num != len(seeds):
+            raise click.UsageError(f"--num {num}: --seeds names {len(seeds)} samples; leave --num")
     from coterie.train.run import load_run
     from coterie.train.samples import sample_run
 

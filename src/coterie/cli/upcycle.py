@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from coterie.cli.model_folder import config_of
 from coterie.cli.output import OUT, facts, say, say_json
 from coterie.cli.overrides import ANY_FLAG, apply, one_word, split, takes_paths
 
@@ -82,14 +83,10 @@ def command(
 
 def kind_of(source: Path) -> str:
     """``run``, ``model`` or ``hugging_face``, by what lies in the folder."""
-    from coterie.core.errors import CheckpointError, ConfigError, describe
+    from coterie.core.errors import ConfigError, describe
     from coterie.core.folder import MANIFEST
-    from coterie.core.json_reader import read_object
 
-    try:
-        data = read_object(source / "config.json")
-    except CheckpointError:
-        data = {}
+    data = config_of(source)
     if "train" in data:
         return "run"
     if "model_type" in data:

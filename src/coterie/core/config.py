@@ -74,8 +74,12 @@ class Config(BaseModel, metaclass=_Made):
         path = Path(path)
         if not path.is_file():
             raise ConfigError(describe("config file", str(path), "an existing file"))
-        with beside(path.parent):
-            return cls.from_dict(read_object(path, error=ConfigError))
+        data = read_object(path, error=ConfigError)
+        try:
+            with beside(path.parent):
+                return cls.from_dict(data)
+        except ConfigError as error:
+            raise ConfigError(f"{path}: {error}") from None
 
     def replace(self, **changes: Any) -> Self:
         """Validated copy with some fields changed (``model_copy`` would not validate)."""

@@ -18,7 +18,9 @@ from typing import Any
 
 from coterie.core.errors import CheckpointError, ConfigError, describe
 from coterie.core.folder import (
+    TEMPORARY,
     clean,
+    is_litter,
     open_own,
     refuse_link,
     sync,
@@ -125,6 +127,17 @@ class Outputs:
             allowed = f"a folder without {path.name}, or with an earlier {self.index}"
             hint = f"that file was not written by this command; {HINT}"
             raise ConfigError(describe("out", str(self.folder), allowed, hint))
+
+
+def refuse_foreign(folder: Path, what: str, own: Collection[str] = ()) -> None:
+    """ConfigError where a folder that is no ``what`` of ours holds more than systems leave behind
+    and ``own`` names, which an interrupted beginning leaves."""
+    if not folder.is_dir():
+        return
+    for path in sorted(folder.iterdir()):
+        if not (path.name in own or path.name.startswith(TEMPORARY) or is_litter(path)):
+            hint = f"{path.name} was not written by this command; {HINT}"
+            raise ConfigError(describe("out", str(folder), f"an empty folder, or {what}", hint))
 
 
 def pair_at(folder: str | Path, name: str, field: str) -> Outputs:

@@ -52,6 +52,7 @@ from coterie.ensembles.product_rates import (
 from coterie.ensembles.residency import LoadedMembers
 from coterie.ensembles.rewards import REWARDS
 from coterie.process import OneCall, Process, as_view, convert, expand, view_slope
+from coterie.process.contrast import MOST
 
 Mode = Literal["product", "average", "anneal", "tilt"]
 MODES: tuple[Mode, ...] = ("product", "average", "anneal", "tilt")
@@ -101,6 +102,8 @@ class CompositionConfig(EnsembleConfig):
         return self
 
     def _check_betas(self, name: str, betas: tuple[float, ...]) -> None:
+        if not all(abs(beta) <= MOST for beta in betas):
+            raise ConfigError(describe(name, betas, f"numbers from {-MOST:g} to {MOST:g}"))
         if sum(betas) <= 0.0:
             hint = "the product could not be normalised in pure noise"
             raise ConfigError(describe(name, betas, "numbers whose sum is above 0", hint))

@@ -48,6 +48,14 @@ class ContrastConfig(Config):
             raise ConfigError(describe("interval", self.interval, "[lo, hi] with 0 <= lo < hi"))
         return self
 
+    def weighed(self, guidance: float | None) -> Self:
+        """With the weight that whoever asks calls ``guidance``; None: as it is."""
+        if guidance is None:
+            return self
+        if not abs(guidance) <= MOST:
+            raise ConfigError(describe("guidance", guidance, f"{-MOST:g}..{MOST:g}"))
+        return self.replace(weight=guidance)
+
     @property
     def plain(self) -> bool:
         """One weight for every level and channel, and nothing rescaled."""

@@ -60,8 +60,13 @@ class RangesConfig(Config):
                 levels = process.time_of_lam(ratio)
         for written, t in zip(self.boundaries, levels.tolist(), strict=True):
             if not process.t_min < t <= process.t_max:
-                low, high = process.t_min, process.t_max
-                allowed = f"times above {low:g}, up to {high:g}"
+                with torch.device("cpu"):
+                    ends = torch.tensor([process.t_min, process.t_max], dtype=torch.float64)
+                    low, high = _level(process, ends, self.boundaries_in).tolist()
+                what = "times" if self.boundaries_in == "t" else self.boundaries_in
+                allowed = f"{what} above {low:g}, up to {high:g}"
+                if self.boundaries_in == "log_snr":
+                    allowed = f"log_snr from {high:g}, below {low:g}"
                 hint = "a range beyond it would hold no noise level"
                 raise ConfigError(describe("boundaries", written, allowed, hint))
         return [float(t) for t in levels.tolist()]

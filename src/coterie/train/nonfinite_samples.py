@@ -56,5 +56,6 @@ def explained(
     who = "samples" if rows is None else f"samples {rows[:8]}"
     at = "" if place["t"] is None else f", t = {place['t']:.4g}"
     by = f"module {found[0]}" if found else "guidance or the solver, from finite answers"
-    hint = "look at the weights and at the guidance weight"
+    powers = "betas of the composition" if hasattr(model, "betas") else "guidance weight"
+    hint = f"look at the weights and at the {powers}"
     return DataError(f"{who}: NaN or infinity in step {place['step']}{at}, first of {by}: {hint}")

@@ -283,6 +283,7 @@ def _begin(
 ) -> tuple[Trainer, RunDir, Source]:
     check_fits(config, parts=placement.count)
     run_dir = RunDir(out)
+    run_dir.check_free()  # before data are fetched and a model is built
     config = pinned(config, run_dir)
     source = placement.in_turn(lambda: build_source(config))  # data are fetched once
     trainer = make_trainer(config, run_dir, source, placement)

@@ -15,6 +15,7 @@ from coterie.core.errors import ConfigError, TrainingError, describe
 from coterie.core.files import require_utf8
 from coterie.core.folder import clean, digest, open_own, refuse_link, write_text
 from coterie.core.json_reader import parse_json, read_object
+from coterie.core.outputs import refuse_foreign
 from coterie.core.places import beside
 from coterie.train import checkpoint
 from coterie.train.checkpoint import FOLDER
@@ -65,6 +66,7 @@ class RunDir:
         """
         existing = self.stored_config()
         if existing is None:
+            self.check_free()
             self.write_json("config.json", config)
             existing = dict(config)
         changes = differences(fixed(existing, free), fixed(config, free))
@@ -74,6 +76,11 @@ class RunDir:
                 "use another run directory"
             )
         return config_hash(existing, free)
+
+    def check_free(self) -> None:
+        """ConfigError where the folder is no run and holds files of others."""
+        if not self.config_path.is_file():
+            refuse_foreign(self.path, "a run", OWN)
 
     def stored_form(self, config: Config) -> dict[str, Any]:
         """The JSON of a configuration as it lies here: paths in it are relative to this folder."""

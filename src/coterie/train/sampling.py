@@ -170,12 +170,12 @@ def _batch(
             start=run.source.tokenizer.EOS,  # type: ignore[attr-defined]
             temperature=settings.temperature,
         )
-    weight = settings.guidance.weight if guidance is None else guidance
+    guided_by = settings.guidance.weighed(guidance)
     denoiser = run.model
     cond = Condition()
     if conditional(run):
         cond = Condition(label=labels)
-        denoiser = guide(run.model, settings.guidance.replace(weight=weight))
+        denoiser = guide(run.model, guided_by)
     if maps is not None:
         cond = cond.replace(channels=maps)
     if settings.threshold is not None:

@@ -11,6 +11,7 @@ Legend: B samples, N tokens, R = B*N rows, E candidates, K choices, D width.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Self
 
@@ -85,6 +86,14 @@ class Control:
         self._raw: Tensor | None = None
         self._routing: Routing | None = None
         self._router: tuple[RouterConfig, Router] | None = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Control:
+        """Of a copied model: it computes what the model does, and nobody watches it."""
+        made = object.__new__(type(self))
+        memo[id(self)] = made
+        for name, value in self.__dict__.items():
+            made.__dict__[name] = [] if name == "taps" else copy.deepcopy(value, memo)
+        return made
 
     @classmethod
     def of(cls, site: MoESite) -> Control:

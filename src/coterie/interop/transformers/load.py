@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from coterie.core.cost import Parameters, count_parameters
+from coterie.interop.transformers.fields import check_shapes
 from coterie.interop.transformers.pretrained import (
     build,
     load_weights,
@@ -43,7 +44,7 @@ class ModelFolder:
         with torch.device("meta"):
             skeleton = build(config)
         sites = find_moe_layers(skeleton)
-        tensor_shapes(path)
+        check_shapes(path, skeleton, tensor_shapes(path))
         return cls(path, config, skeleton, sites)
 
     @property

@@ -18,6 +18,12 @@ from torch import nn
 
 from coterie.core.errors import CheckpointError, ConfigError, CoterieError, describe
 from coterie.core.json_reader import read_object
+from coterie.interop.transformers.fields import (
+    check_choices,
+    check_fields,
+    check_layers,
+    check_shapes,
+)
 
 OLDEST = (5, 18)
 CAUSAL = ("AutoModelForCausalLM",)
@@ -63,7 +69,11 @@ def read_config(path: Path, missing: str = "not the folder of a model") -> Any:
     if (path / "adapter_config.json").is_file():
         hint = "merge it into the weights, or take it out of the folder"
         raise ConfigError(f"{path}: an adapter lies beside the model; {hint}")
-    return _from_folder(hf.AutoConfig, path)
+    check_fields(path, data)
+    config = _from_folder(hf.AutoConfig, path)
+    check_choices(path, config)
+    check_layers(path, config, tensor_shapes(path))
+    return config
 
 
 def build(config: Any, classes: Sequence[str] = PREDICTING, **options: Any) -> nn.Module:
@@ -87,24 +97,33 @@ def weight_files(path: Path) -> list[Path]:
     """The safetensors files of a folder, all there; pickled weights are refused."""
     index = path / "model.safetensors.index.json"
     if index.is_file():
-        files = [path / name for name in sorted(set(_weight_map(index).values()))]
+        names = sorted(set(_weight_map(index).values()))
+        for name in names:
+            if name != Path(name).name:
+                raise CheckpointError(f"{index}: weight_map: {name!r} is outside the folder")
+        files = [path / name for name in names]
     else:
         files = sorted(path.glob("*.safetensors"))
     if not files:
         hint = "pickled weights (*.bin, *.pt) are not read"
         raise CheckpointError(f"{path}: no *.safetensors files; {hint}")
     for file in files:
-        inside = file.resolve().parent == path.resolve() or file.is_symlink()
-        if not inside or not file.is_file():
+        if not file.is_file():
             raise CheckpointError(f"{file}: missing, but listed in {index.name}")
     return files
 
 
 def _weight_map(index: Path) -> dict[str, str]:
-    found = read_object(index).get("weight_map")
-    if not isinstance(found, dict) or not all(isinstance(name, str) for name in found.values()):
-        allowed = "an object of tensor names and file names"
-        raise CheckpointError(describe(f"{index}: weight_map", type(found).__name__, allowed))
+    data, field = read_object(index), f"{index}: weight_map"
+    allowed = "an object of tensor names and file names"
+    if "weight_map" not in data:
+        raise CheckpointError(f"{field}: missing; allowed: {allowed}")
+    found = data["weight_map"]
+    if not isinstance(found, dict):
+        raise CheckpointError(describe(field, found, allowed))
+    for tensor, name in found.items():
+        if not isinstance(name, str):
+            raise CheckpointError(describe(field, {tensor: name}, allowed))
     if not found:
         raise CheckpointError(describe(f"{index}: weight_map", {}, "one entry per tensor"))
     return found
@@ -159,7 +178,10 @@ def _check_experts(path: Path, shapes: dict[str, tuple[int, ...]]) -> None:
 def load_weights(model_class: Any, path: Path, dtype: torch.dtype | None = None) -> nn.Module:
     """The model of a folder in eval mode, every one of its tensors from there and no tensor of the
     folder left out. ``dtype`` None: as stored. CheckpointError otherwise."""
-    shapes = tensor_shapes(path)
+    shapes, config = tensor_shapes(path), read_config(path)
+    with torch.device("meta"), _quiet(library()), _as_checkpoint_error(path):
+        skeleton = model_class(config)
+    check_shapes(path, skeleton, shapes)
     with _as_checkpoint_error(path):
         model, found = _from_folder(
             model_class,
@@ -169,13 +191,35 @@ def load_weights(model_class: Any, path: Path, dtype: torch.dtype | None = None)
             ignore_mismatched_sizes=True,  # told of below, by name
             dtype="auto" if dtype is None else dtype,
         )
-    _check_loaded(path, found, shapes)
+    _check_loaded(path, found)
+    with _as_checkpoint_error(path):
+        _check_finite(path, model)
     _tell_ties(model)
     loaded: nn.Module = model.eval()
     return loaded
 
 
-def _check_loaded(path: Path, found: Any, shapes: dict[str, tuple[int, ...]]) -> None:
+def _check_finite(path: Path, model: nn.Module) -> None:
+    """What is loaded is in memory, and stacked; the files are read again only to say which of
+    their tensors it was."""
+    from safetensors import safe_open
+
+    held = {name: value for name, value in model.state_dict().items() if not _finite(value)}
+    for file in weight_files(path) if held else ():
+        with safe_open(file, framework="pt") as opened:
+            for name in opened.keys():  # noqa: SIM118 (no mapping)
+                if not _finite(opened.get_tensor(name)):
+                    raise CheckpointError(f"{file}: tensor {name} holds NaN or infinity")
+    for name, value in held.items():
+        hint = f"numbers of the folder are too large for {value.dtype}; choose another dtype"
+        raise CheckpointError(f"{path}: tensor {name} holds infinity; {hint}")
+
+
+def _finite(value: torch.Tensor) -> bool:
+    return not value.is_floating_point() or bool(torch.isfinite(value).all())
+
+
+def _check_loaded(path: Path, found: Any) -> None:
     """transformers would go on with random numbers in the place of what is not there, and leave out
     what it has no place for."""
     missing = sorted(found.get("missing_keys") or ())

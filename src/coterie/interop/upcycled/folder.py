@@ -32,6 +32,7 @@ from coterie.core.folder import (
 from coterie.core.rng import generator
 from coterie.core.tensors import assign, module_tensors, read_tensors, write_tensors
 from coterie.experts import ExpertLayerConfig
+from coterie.interop.transformers.fields import check_shapes
 from coterie.interop.transformers.pretrained import (
     CAUSAL,
     build,
@@ -139,7 +140,7 @@ def plan_directory(path: str | Path, config: UpcycleConfig) -> dict[str, Any]:
     _refuse_upcycled(Path(path))
     with torch.device("meta"):
         model = _empty(Path(path))
-    tensor_shapes(Path(path))
+    check_shapes(Path(path), model, tensor_shapes(Path(path)))
     dense = count_parameters(model)
     chosen = chosen_networks(model, config)
     upcycle_transformers(model, config)

@@ -64,7 +64,7 @@ class ActionJudge(NoiseJudge):
         settings = self.run.config.sample
         guidance = options.get("guidance")
         if guidance is not None:
-            settings = settings.replace(guidance=settings.guidance.replace(weight=guidance))
+            settings = settings.replace(guidance=settings.guidance.weighed(guidance))
         return settings.replace(steps=options.get("steps") or settings.steps)
 
     def denoiser(self, settings: SampleConfig, use_cache: bool = False) -> DenoiserLike:
