@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from coterie.data.pictures import read_picture
 from coterie.inspect.stats import Array
 
 CSS_PIXELS_PER_INCH = 96
@@ -97,7 +98,7 @@ def _png(figure: Any, box: Any = None) -> bytes:
     if box is not None:
         buffer = io.BytesIO()
         canvas.print_figure(buffer, format="png", dpi=DPI, bbox_inches=box)
-        pixels = np.asarray(Image.open(buffer))[:, :, :3]
+        pixels = read_picture(buffer.getvalue()).transpose(1, 2, 0)
         buffer = io.BytesIO()
         Image.fromarray(pixels).save(buffer, "PNG")
         return buffer.getvalue()
