@@ -27,6 +27,8 @@ FREE = tuple(f"train.{name}" for name in TrainConfig.free)
 
 OWN = ("config.json", "metrics.jsonl", "lock", FOLDER, "model")
 """What a trainer writes in a run directory."""
+BROUGHT = ("shard",)
+"""What is put there before a run begins: an island's own samples."""
 _FILES = re.compile(r"config\.json|metrics\.jsonl|model")
 
 
@@ -80,7 +82,7 @@ class RunDir:
     def check_free(self) -> None:
         """ConfigError where the folder is no run and holds files of others."""
         if not self.config_path.is_file():
-            refuse_foreign(self.path, "a run", OWN)
+            refuse_foreign(self.path, "a run", (*OWN, *BROUGHT))
 
     def stored_form(self, config: Config) -> dict[str, Any]:
         """The JSON of a configuration as it lies here: paths in it are relative to this folder."""
