@@ -130,7 +130,7 @@ def test_A4_values_that_no_model_is_built_of_are_named(
 
 def test_A4_more_choices_than_experts_are_named(mixture: Path, said: Callable[..., str]) -> None:
     change(mixture, num_experts_per_tok=9)
-    told = "num_experts_per_tok: 9 is not allowed; allowed: 1..8; num_local_experts is 8"
+    told = "num_experts_per_tok, here select.k: 9 is not allowed; allowed: 1..8; num_local_experts"
     assert f"{mixture / 'config.json'}: {told}" in said("report", mixture)
 
 

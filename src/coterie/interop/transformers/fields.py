@@ -64,17 +64,24 @@ def _text(config: Any) -> Any:
         return config
 
 
-def check_choices(path: Path, config: Any) -> None:
-    """A token is sent to as many experts as there are, at the most."""
+def check_choices(path: Path, config: Any, data: Mapping[str, Any]) -> None:
+    """A token is sent to as many experts as there are, at the most. ``data``: what the file holds;
+    a field may have several names, and is called as it is there."""
     text = _text(config)
-    experts = next((n for n in EXPERTS if type(getattr(text, n, None)) is int), None)
-    field = next((n for n in CHOICES if getattr(text, n, None) is not None), None)
+    part = data.get("text_config")
+    named = {*data, *(part if isinstance(part, dict) else ())}
+    experts, field = (
+        next((n for n in sorted(names, key=lambda n: n not in named) if hasattr(text, n)), None)
+        for names in (EXPERTS, CHOICES)
+    )
     if experts is None or field is None:
         return
     count, value = getattr(text, experts), getattr(text, field)
+    if type(count) is not int or value is None:
+        return
     if type(value) is not int or not 1 <= value <= count:
-        hint = f"{experts} is {count}"
-        raise ConfigError(describe(f"{path / 'config.json'}: {field}", value, f"1..{count}", hint))
+        field, hint = f"{path / 'config.json'}: {field}, here select.k", f"{experts} is {count}"
+        raise ConfigError(describe(field, value, f"1..{count}", hint))
 
 
 def check_layers(path: Path, config: Any, shapes: Shapes) -> None:
@@ -86,22 +93,25 @@ def check_layers(path: Path, config: Any, shapes: Shapes) -> None:
 
 
 def check_shapes(path: Path, skeleton: nn.Module, shapes: Shapes) -> None:
-    """CheckpointError names a tensor whose shape is not that of ``skeleton``, which is on the meta
-    device, and the field that says so: before memory is asked for."""
+    """CheckpointError before memory is asked for, where ``skeleton``, on the meta device, needs far
+    more than the files hold: it names the tensor and the field that says so. Lesser differences are
+    told of when the files are read."""
     config: Any = skeleton.config
     described = {name: tuple(value.shape) for name, value in skeleton.named_parameters()}
+    there, wanted = (sum(map(math.prod, one.values())) for one in (shapes, described))
+    if wanted <= 2 * there + SLACK:
+        return
     base = f"{getattr(skeleton, 'base_model_prefix', '')}."
     for name, shape in described.items():
         found = shapes.get(name, shapes.get(name.removeprefix(base)))
         if found is not None and found != shape:
             told = f"{path}: wrong shape of tensor {name} {list(found)} for {list(shape)}"
             raise CheckpointError(told + _blamed(config, found, shape))
-    there, wanted = (sum(map(math.prod, one.values())) for one in (shapes, described))
-    if wanted > 2 * there + SLACK:  # stacks of experts have other names in files
-        name = max(described.keys() - shapes.keys(), key=lambda n: math.prod(described[n]))
-        shape = described[name]
-        told = f"{path}: its configuration describes {wanted:,} numbers, its files hold {there:,}"
-        raise CheckpointError(f"{told}; largest: {name} {list(shape)}{_blamed(config, (), shape)}")
+    # Stacks of experts have other names in files.
+    name = max(described.keys() - shapes.keys(), key=lambda n: math.prod(described[n]))
+    shape = described[name]
+    told = f"{path}: its configuration describes {wanted:,} numbers, its files hold {there:,}"
+    raise CheckpointError(f"{told}; largest: {name} {list(shape)}{_blamed(config, (), shape)}")
 
 
 def _blamed(config: Any, found: tuple[int, ...], shape: tuple[int, ...]) -> str:

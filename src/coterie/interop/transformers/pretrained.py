@@ -71,7 +71,7 @@ def read_config(path: Path, missing: str = "not the folder of a model") -> Any:
         raise ConfigError(f"{path}: an adapter lies beside the model; {hint}")
     check_fields(path, data)
     config = _from_folder(hf.AutoConfig, path)
-    check_choices(path, config)
+    check_choices(path, config, data)
     check_layers(path, config, tensor_shapes(path))
     return config
 
