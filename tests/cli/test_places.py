@@ -141,11 +141,13 @@ def test_H_caches_go_where_the_system_wants_them(
 
 
 def test_G5_a_user_without_a_home_is_told_what_to_set(monkeypatch: pytest.MonkeyPatch) -> None:
-    def homeless() -> Path:
+    def homeless(path: Path) -> Path:
         raise RuntimeError("Could not determine home directory.")
 
     monkeypatch.delenv("COTERIE_CACHE", raising=False)
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
-    monkeypatch.setattr(Path, "home", homeless)
-    with pytest.raises(DataError, match="COTERIE_CACHE: None is not allowed; allowed: a folder"):
+    monkeypatch.setattr(Path, "expanduser", homeless)
+    with pytest.raises(
+        DataError, match="COTERIE_CACHE: '~/.cache/coterie' is not allowed; allowed: a folder"
+    ):
         cache_root()

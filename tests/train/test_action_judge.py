@@ -137,7 +137,7 @@ def test_samples_are_a_sheet_an_animation_and_what_happened(run: LoadedRun, tmp_
 def test_the_report_shows_episodes(run: LoadedRun, tmp_path: Path) -> None:
     html = report_run(run.path, tmp_path, progress=False).read_text(encoding="utf-8")
     numbers = json.loads((tmp_path / "report.json").read_text())
-    assert (tmp_path / "samples.png").is_file() and "mode_coverage" in html
+    assert (tmp_path / "samples.png").is_file() and "starts from which both ways are taken" in html
     assert numbers["metrics"]["success"]["floor"] == 1.0 and numbers["num_samples"] == 64
     assert len(numbers["routing"]["routers"]) == 1
 

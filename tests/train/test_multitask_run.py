@@ -165,7 +165,7 @@ def test_answers_are_written_with_the_truth_and_a_picture(run: LoadedRun, tmp_pa
 def test_the_report_speaks_of_tasks(run: LoadedRun) -> None:
     page = report_run(run.path, progress=False)
     text = page.read_text(encoding="utf-8")
-    assert "gauc/task0" in text and "task3" in text
+    assert "AUC per user (GAUC), task0" in text and "task3" in text
     numbers = json.loads((page.parent / "report.json").read_text(encoding="utf-8"))
     assert len(numbers["routing"]["routers"]) == 2
 

@@ -75,7 +75,7 @@ def test_samples_are_an_array_and_a_picture(run: LoadedRun, tmp_path: Path) -> N
 def test_the_report_shows_clouds_and_their_scores(run: LoadedRun, tmp_path: Path) -> None:
     page = report_run(run.path, tmp_path, progress=False)
     html = page.read_text(encoding="utf-8")
-    assert "Point clouds drawn from the model" in html and "one_nn_cd" in html
+    assert "Point clouds drawn from the model" in html and "1-NNA by Chamfer distance" in html
     assert (tmp_path / "samples.png").is_file()
     numbers = json.loads((tmp_path / "report.json").read_text())
     assert numbers["num_samples"] == 64 and numbers["metrics"]["n"] == 9
