@@ -148,6 +148,6 @@ def test_G5_a_user_without_a_home_is_told_what_to_set(monkeypatch: pytest.Monkey
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setattr(Path, "expanduser", homeless)
     with pytest.raises(
-        DataError, match="COTERIE_CACHE: '~/.cache/coterie' is not allowed; allowed: a folder"
+        DataError, match=r"COTERIE_CACHE: '~/\.cache/coterie' is not allowed; allowed: a"
     ):
         cache_root()
