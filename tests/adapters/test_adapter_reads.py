@@ -129,5 +129,5 @@ def test_B1_an_adapter_that_reaches_nothing_is_refused() -> None:
 
 def test_B1_what_torch_reads_past_a_module_is_no_target() -> None:
     net = nn.MultiheadAttention(8, 2)
-    with pytest.raises(ConfigError, match="no module has such a name"):
+    with pytest.raises(ConfigError, match="out_proj is of class NonDynamically"):
         attach(net, "a", LoraConfig(targets=("out_proj",)))

@@ -227,6 +227,7 @@ def test_real_timing_is_repeated_to_the_bit_by_its_list(two, tmp_path):
     known = json.loads((tmp_path / "one" / "threads.json").read_text())["threads"]
     assert known and known[0][0] == 0
     (tmp_path / "two").mkdir()
+    (tmp_path / "two" / "config.json").write_bytes((tmp_path / "one" / "config.json").read_bytes())
     (tmp_path / "two" / "threads.json").write_text(json.dumps({"threads": known}))
     start(config, tmp_path / "two", progress=False)
     records = [read_metrics(tmp_path / name / "metrics.jsonl") for name in ("one", "two")]
