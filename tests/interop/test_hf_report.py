@@ -6,14 +6,13 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from hand_layers import gates_of, logits_of
-from tiny_hf_models import EXPERTS, HIDDEN, WIDTH, WORDS, make_model
+from tiny_hf_models import EXPERTS, HIDDEN, TEXT, WIDTH, WORDS
 from torch.nn import functional as F
 
 from coterie.cli.main import run
@@ -22,30 +21,6 @@ from coterie.inspect.answers import ROWS
 from coterie.interop.transformers import MismatchError, find_moe_layers
 from coterie.interop.transformers.load import ModelFolder
 from coterie.interop.transformers.report import Reading
-
-TEXT = "One expert reads this sentence, and another one reads that. " * 9
-
-
-@pytest.fixture(scope="module")
-def folder_of(tmp_path_factory) -> Callable[[str], Path]:
-    """Kind -> the folder of a saved tiny model, without tokenizer files."""
-    pytest.importorskip("transformers")
-    made: dict[str, Path] = {}
-
-    def folder(kind: str) -> Path:
-        if kind not in made:
-            made[kind] = tmp_path_factory.mktemp(kind)
-            make_model(kind, std=0.2).save_pretrained(made[kind])
-        return made[kind]
-
-    return folder
-
-
-@pytest.fixture
-def book(tmp_path: Path) -> Path:
-    path = tmp_path / "book.txt"
-    path.write_text(TEXT, encoding="utf-8")
-    return path
 
 
 def add_tokenizer(folder: Path) -> None:

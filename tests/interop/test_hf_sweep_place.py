@@ -3,41 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tiny_hf_models import EXPERTS, HIDDEN, WIDTH, make_model
+from tiny_hf_models import EXPERTS, HIDDEN, WIDTH
 
 from coterie.cli.main import run
 from coterie.interop.transformers.report import Reading
 
-TEXT = "One expert reads this sentence, and another one reads that. " * 3
 READ = ("--context", "16", "--batch", "3", "-q", "--json")
-
-
-@pytest.fixture(scope="module")
-def folder_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """Kind -> the folder of a saved tiny model."""
-    pytest.importorskip("transformers")
-    made: dict[str, Path] = {}
-
-    def folder(kind: str) -> Path:
-        if kind not in made:
-            made[kind] = tmp_path_factory.mktemp(kind)
-            make_model(kind, std=0.2).save_pretrained(made[kind])
-        return made[kind]
-
-    return folder
-
-
-@pytest.fixture
-def book(tmp_path: Path) -> Path:
-    path = tmp_path / "book.txt"
-    path.write_text(TEXT)
-    return path
 
 
 def told(argv: list[Any], capsys: Any) -> dict[str, Any]:

@@ -34,13 +34,6 @@ DENSE = {
 UPCYCLE = UpcycleConfig(copies=2, slices=2, calibration=4)
 
 
-@pytest.fixture
-def book(tmp_path: Path) -> Path:
-    path = tmp_path / "book.txt"
-    path.write_text("One expert reads this sentence, and another one reads that. " * 3)
-    return path
-
-
 def dense(path: Path, **changes: Any) -> Path:
     torch.manual_seed(0)
     hf.LlamaForCausalLM(hf.LlamaConfig(**DENSE | changes)).save_pretrained(path)

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+TEXT = "One expert reads this sentence, and another one reads that. " * 9
 WIDTH, HIDDEN, EXPERTS, LAYERS, WORDS = 16, 12, 8, 2, 300
 
 BASE = {

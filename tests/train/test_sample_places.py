@@ -110,3 +110,13 @@ def test_H_words_of_a_draw_without_measure(
 ) -> None:
     assert coterie(["sample", str(digits.path), *words]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_B_a_guidance_weight_that_reaches_nothing_is_refused(tmp_path: Path) -> None:
+    plain = load_run(finished("dit-moe", tmp_path / "a", model__backbone__num_classes=0))
+    assert torch.equal(generate(plain, 2, guidance=1.0).x, generate(plain, 2).x)
+    with pytest.raises(ConfigError, match=r"^guidance: 3\.0 .*allowed: none, or 1; .*no classes"):
+        generate(plain, 2, guidance=3.0)
+    text = load_run(finished("text:dense", tmp_path / "b"))
+    with pytest.raises(ConfigError, match=r"^guidance: 2\.0 is not allowed"):
+        generate(text, 1, guidance=2.0)

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import os
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from coterie.core.errors import CoterieError, DataError
 
+LONGEST = 300
 _KINDS = (
     (stat.S_ISDIR, "a folder"),
     (stat.S_ISFIFO, "a named pipe"),
@@ -30,11 +33,23 @@ def regular_file(path: Path, error: type[CoterieError] = DataError) -> int:
     return found.st_size
 
 
+@contextmanager
+def read_by_library(said: str, error: type[CoterieError] = DataError) -> Iterator[None]:
+    """Whatever a library raises while it reads the file of others, as one line: ``said`` and the
+    reason in brackets. Errors of our own pass through."""
+    try:
+        yield
+    except CoterieError:
+        raise
+    except Exception as problem:
+        raise error(f"{said} ({reason(problem)})") from problem
+
+
 def reason(problem: BaseException) -> str:
     """Why something failed, as one line: libraries answer with many, or with none."""
-    text = getattr(problem, "strerror", None) or str(problem)
-    lines = " ".join(str(text).split())
-    return lines[:300] or type(problem).__name__
+    text = " ".join(str(getattr(problem, "strerror", None) or problem).split())
+    shown = text if len(text) <= LONGEST else text[:LONGEST] + " ..."
+    return shown or type(problem).__name__
 
 
 def is_utf8(path: str | os.PathLike[str]) -> bool:

@@ -9,8 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 import zipfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -18,13 +17,14 @@ import numpy as np
 from numpy.lib import format as npy
 
 from coterie.core.errors import DataError, describe
-from coterie.core.files import reason, regular_file
+from coterie.core.files import read_by_library, regular_file
 
 Array = np.ndarray
 MAGIC, ZIP = b"\x93NUMPY", b"PK"
 MAX_UNPACKED, MAX_RATIO = 256 * 2**20, 100
 """An archive may unpack to so many bytes, or to so many times its own size, if that is more."""
 
+_BAD = "not a readable array file"
 _WANTED = "allowed: numbers written by numpy.save"
 FLOATS = (2, 4, 8)
 """Bytes of the floating point numbers that torch has too; numpy has longer ones."""
@@ -42,13 +42,13 @@ def open_npy(
     """
     name = name or str(path)
     size = regular_file(path)
-    with _readable(name), path.open("rb") as file:
+    with read_by_library(f"{name}: {_BAD}"), path.open("rb") as file:
         shape, _, dtype, begin = _header(file, size, name)
     _check(name, shape, dtype, kinds, dims, empty)
     if begin + math.prod(shape) * dtype.itemsize != size:
         found = f"{size - begin:,} bytes of numbers"
         raise DataError(describe(name, found, f"{math.prod(shape) * dtype.itemsize:,} for {shape}"))
-    with _readable(name):
+    with read_by_library(f"{name}: {_BAD}"):
         mapped: Array = np.load(path, mmap_mode="r", allow_pickle=False)
         return mapped
 
@@ -64,7 +64,7 @@ def read_npz(path: Path, name: str = "") -> dict[str, Array]:
     name = name or str(path)
     size = regular_file(path)
     found: dict[str, Array] = {}
-    with _readable(name), zipfile.ZipFile(path) as archive:
+    with read_by_library(f"{name}: {_BAD}"), zipfile.ZipFile(path) as archive:
         entries = archive.infolist()
         unpacked = sum(entry.file_size for entry in entries)
         allowed = max(MAX_UNPACKED, MAX_RATIO * size)
@@ -101,17 +101,6 @@ def rows_digest(values: Array, labels: Array, rows: int = 64) -> str:
         hasher.update(np.ascontiguousarray(values[row]).tobytes())
     hasher.update(labels.astype("<i8").tobytes())
     return hasher.hexdigest()
-
-
-@contextmanager
-def _readable(name: str) -> Iterator[None]:
-    """One line for whatever the parsers of numpy and of archives raise."""
-    try:
-        yield
-    except DataError:
-        raise
-    except Exception as error:
-        raise DataError(f"{name}: not a readable array file ({reason(error)})") from None
 
 
 def _header(file: IO[bytes], size: int, name: str) -> tuple[tuple[int, ...], bool, Any, int]:

@@ -18,6 +18,7 @@ from coterie.core.prediction import Condition
 from coterie.core.rng import SampleNoise, derive
 from coterie.solvers import (
     FeynmanKac,
+    GuidanceConfig,
     ParticleRecord,
     Solver,
     Thresholded,
@@ -62,6 +63,15 @@ def conditional(run: LoadedRun) -> bool:
     return bool(getattr(run.config.model.backbone, "num_classes", 0))
 
 
+def guidance_of(run: LoadedRun, weight: float | None) -> GuidanceConfig:
+    """The run's guidance, of another weight if one is given; ConfigError where that could not
+    change a sample."""
+    if weight not in (None, 1) and (run.is_text or not conditional(run)):
+        hint = "the model has no classes, so there is nothing to guide to"
+        raise ConfigError(describe("guidance", weight, "none, or 1", hint))
+    return run.config.sample.guidance.weighed(weight)
+
+
 @torch.no_grad()
 def generate(
     run: LoadedRun,
@@ -89,6 +99,7 @@ def generate(
             each = f"a multiple of {together}, the particles of a system" if together > 1 else "any"
             allowed = f"whole numbers from 0 below 2^63; how many: {each}"
             raise ConfigError(describe("seeds", list(seeds)[:8], allowed))
+    guided_by = guidance_of(run, guidance)
     if not 1 <= num <= MOST:
         raise ConfigError(describe("num", num, f"1 or more, up to {MOST:,}"))
     kept = list(range(num)) if index is None else list(dict.fromkeys(index))
@@ -106,7 +117,7 @@ def generate(
         rows = slice(first, first + size)
         solver = run.config.sample.solver.build()
         likeness = None if maps is None else maps[rows]
-        draw = partial(_batch, run, wanted[rows], seeds[rows], steps, guidance, maps=likeness)
+        draw = partial(_batch, run, wanted[rows], seeds[rows], steps, guided_by, maps=likeness)
         try:
             parts[first] = draw(solver, callback)
         except DataError as error:
@@ -152,7 +163,7 @@ def _batch(
     labels: Tensor,
     seeds: list[int],
     steps: int | None,
-    guidance: float | None,
+    guidance: GuidanceConfig,
     solver: Solver,
     callback: Callable[..., None] | None,
     maps: Tensor | None = None,
@@ -170,12 +181,11 @@ def _batch(
             start=run.source.tokenizer.EOS,  # type: ignore[attr-defined]
             temperature=settings.temperature,
         )
-    guided_by = settings.guidance.weighed(guidance)
     denoiser = run.model
     cond = Condition()
     if conditional(run):
         cond = Condition(label=labels)
-        denoiser = guide(run.model, guided_by)
+        denoiser = guide(run.model, guidance)
     if maps is not None:
         cond = cond.replace(channels=maps)
     if settings.threshold is not None:

@@ -9,14 +9,15 @@ from __future__ import annotations
 import importlib.metadata
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from coterie.core.errors import CheckpointError, ConfigError, CoterieError, describe
+from coterie.core.errors import CheckpointError, ConfigError, describe
+from coterie.core.files import read_by_library, reason
 from coterie.core.json_reader import read_object
 from coterie.interop.transformers.fields import (
     check_choices,
@@ -32,7 +33,6 @@ PREDICTING = (*CAUSAL, "AutoModelForImageTextToText")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
 NO_CODE = {"trust_remote_code": False}
 """Of every call that could run a folder's code: left unsaid, the library asks on the terminal."""
-LONGEST = 300
 _EXPERT = re.compile(r"^(.*\.experts)\.(\d+)\.(.+)$")
 
 
@@ -86,7 +86,7 @@ def build(config: Any, classes: Sequence[str] = PREDICTING, **options: Any) -> n
                 built: nn.Module = getattr(hf, name).from_config(config, **NO_CODE, **options)
             except Exception as error:  # each model reads the configuration in its own way
                 if "Unrecognized configuration class" not in str(error):
-                    why = f"{name}: {_line(error)}"
+                    why = f"{name}: {reason(error)}"
                 continue
         return built
     allowed = "a causal language model" if classes == CAUSAL else "a model that predicts tokens"
@@ -144,7 +144,7 @@ def tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:
                 for name in opened.keys():  # noqa: SIM118 (no mapping)
                     shapes[name] = tuple(opened.get_slice(name).get_shape())
         except (SafetensorError, OSError, ValueError) as error:
-            said = f"not a valid safetensors file: {_line(error)}"
+            said = f"not a valid safetensors file: {reason(error)}"
             raise CheckpointError(f"{file}: could not be loaded ({said})") from None
     index = path / "model.safetensors.index.json"
     if index.is_file() and (lost := sorted(_weight_map(index).keys() - shapes.keys())):
@@ -179,10 +179,10 @@ def load_weights(model_class: Any, path: Path, dtype: torch.dtype | None = None)
     """The model of a folder in eval mode, every one of its tensors from there and no tensor of the
     folder left out. ``dtype`` None: as stored. CheckpointError otherwise."""
     shapes, config = tensor_shapes(path), read_config(path)
-    with torch.device("meta"), _quiet(library()), _as_checkpoint_error(path):
+    with torch.device("meta"), _quiet(library()), _loading(path):
         skeleton = model_class(config)
     check_shapes(path, skeleton, shapes)
-    with _as_checkpoint_error(path):
+    with _loading(path):
         model, found = _from_folder(
             model_class,
             path,
@@ -192,7 +192,7 @@ def load_weights(model_class: Any, path: Path, dtype: torch.dtype | None = None)
             dtype="auto" if dtype is None else dtype,
         )
     _check_loaded(path, found)
-    with _as_checkpoint_error(path):
+    with _loading(path):
         _check_finite(path, model)
     _tell_ties(model)
     loaded: nn.Module = model.eval()
@@ -251,19 +251,13 @@ def read_tokenizer(path: Path) -> Any:
 
 def _from_folder(theirs: Any, path: Path, **options: Any) -> Any:
     """The only call of ``from_pretrained``: from this folder alone, and none of its code."""
-    with _quiet(library()), _as_checkpoint_error(path):
+    with _quiet(library()), _loading(path):
         return theirs.from_pretrained(str(path), local_files_only=True, **NO_CODE, **options)
 
 
-@contextmanager
-def _as_checkpoint_error(path: Path) -> Iterator[None]:
+def _loading(path: Path) -> AbstractContextManager[None]:
     """Whatever a damaged or foreign folder makes transformers raise, as one line."""
-    try:
-        yield
-    except CoterieError:
-        raise
-    except Exception as error:
-        raise CheckpointError(f"{path}: could not be loaded ({_line(error)})") from error
+    return read_by_library(f"{path}: could not be loaded", CheckpointError)
 
 
 @contextmanager
@@ -279,12 +273,6 @@ def _quiet(hf: Any) -> Iterator[None]:
         log.set_verbosity(level)
         if shown:
             log.enable_progress_bar()
-
-
-def _line(said: object) -> str:
-    """What another library says, as part of one line."""
-    text = " ".join(str(said).split())
-    return text if len(text) <= LONGEST else text[:LONGEST] + " ..."
 
 
 def _first(names: Sequence[Any]) -> str:

@@ -31,7 +31,14 @@ from coterie.train.rollouts import (
     roll_out,
 )
 from coterie.train.run import SampleConfig, build_source
-from coterie.train.sampling import Samples, balanced_labels, chosen_labels, conditional, grid_image
+from coterie.train.sampling import (
+    Samples,
+    balanced_labels,
+    chosen_labels,
+    conditional,
+    grid_image,
+    guidance_of,
+)
 
 SHOWN = 64  # episodes on the sheet
 MOST = 500  # episodes behind a success rate
@@ -62,10 +69,8 @@ class ActionJudge(NoiseJudge):
     def settings(self, options: dict[str, Any]) -> SampleConfig:
         """How the run samples, with what was asked for otherwise."""
         settings = self.run.config.sample
-        guidance = options.get("guidance")
-        if guidance is not None:
-            settings = settings.replace(guidance=settings.guidance.weighed(guidance))
-        return settings.replace(steps=options.get("steps") or settings.steps)
+        guidance = guidance_of(self.run, options.get("guidance"))
+        return settings.replace(guidance=guidance, steps=options.get("steps") or settings.steps)
 
     def denoiser(self, settings: SampleConfig, use_cache: bool = False) -> DenoiserLike:
         """The run's model as it is asked in an episode; ``use_cache``: with its exact caches."""
