@@ -128,7 +128,7 @@ def test_facts_indent_what_is_nested() -> None:
 
 @pytest.mark.parametrize(
     ("given", "count"),
-    [({}, "1000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, None)],
+    [({}, "2000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, None)],
 )
 def test_threads_wait_in_few_turns_from_before_torch_unless_a_user_says_how(given, count) -> None:
     code = (

@@ -102,7 +102,7 @@ def wait_in_few_turns() -> None:
     sleep, which keeps these from the core where other work runs too. It reads this when torch is
     imported, so no verb has run before; what a user has set stays."""
     if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & set(os.environ):
-        os.environ["GOMP_SPINCOUNT"] = "1000"
+        os.environ["GOMP_SPINCOUNT"] = "2000"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
