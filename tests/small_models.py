@@ -24,7 +24,7 @@ from coterie.recipes import (
     switch_dit,
 )
 from coterie.recipes.common import image_tiny, text_tiny
-from coterie.train.run import RunConfig, build_model
+from coterie.runs.run import RunConfig, build_model
 
 IMAGE = {
     "data": {"kind": "digits"},

@@ -24,10 +24,10 @@ from coterie.denoiser import MODELS
 from coterie.experts import BALANCES, EDITS, EXPERTS, SCORES, SELECTS
 from coterie.process import PROCESSES, TIMES, WEIGHTINGS
 from coterie.recipes import get_recipe, list_recipes
+from coterie.runs.run import RunConfig, check_fits
 from coterie.solvers import GRIDS, SOLVERS
 from coterie.train import TrainConfig
 from coterie.train.objectives import OBJECTIVES
-from coterie.train.run import RunConfig, check_fits
 from coterie.train.schedule import SCHEDULES
 from fuzz_budget import Outcomes, first_seed, is_long, seconds
 from small_models import small

@@ -17,15 +17,15 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("backbones", "denoiser"),
     ("solvers", "guides", "ensembles", "cache", "compress", "convert", "inspect", "metrics"),
     ("train", "hub", "interop"),
+    ("runs",),
     ("recipes",),
     ("bench",),
     ("serve", "cli"),
 )
 FLOOR = {area: floor for floor, areas in enumerate(FLOORS) for area in areas}
 
-# Neighbours that may be named, one way only: a denoiser is a backbone with its process, and a
-# finished run leaves a model directory, and may be made of networks of other libraries.
-NEIGHBOURS = {("denoiser", "backbones"), ("train", "hub"), ("train", "interop")}
+# The one neighbour that may be named, one way only: a denoiser is a backbone with its process.
+NEIGHBOURS = {("denoiser", "backbones")}
 
 # What anyone may take from the package itself; everything there is only a shorter name.
 ROOT_NAMES = {"__version__"}
@@ -110,7 +110,7 @@ def test_the_tree_is_there() -> None:
         ("solvers/a.py", "from coterie import ensembles", "sibling ensembles"),
         ("backbones/a.py", "from coterie.denoiser import Denoiser", "sibling denoiser"),
         ("hub.py", "from coterie.cli import main", "upward"),
-        ("hub.py", "from coterie.train.run import RunConfig", "sibling train"),
+        ("hub.py", "from coterie.runs.run import RunConfig", "sibling train"),
         ("serve/a.py", "from coterie.recipes import get_recipe", "only cli and bench may"),
         ("train/a.py", "from coterie import RunConfig", "from the package itself"),
         ("extra/a.py", "import os", "stands on no floor"),

@@ -24,11 +24,11 @@ from coterie.core.config import override
 from coterie.core.errors import CheckpointError, ConfigError
 from coterie.core.tensors import read_tensors
 from coterie.hub import load_manifest, load_pretrained
+from coterie.runs.measure.report import report_run
+from coterie.runs.origins.initial import InitConfig
+from coterie.runs.run import RunConfig, load_run, plan, prepare, start
+from coterie.runs.sample.samples import sample_run
 from coterie.train import checkpoint
-from coterie.train.initial import InitConfig
-from coterie.train.report import report_run
-from coterie.train.run import RunConfig, load_run, plan, prepare, start
-from coterie.train.samples import sample_run
 from small_models import images, small, times
 
 SHORT: dict[str, Any] = {

@@ -17,8 +17,8 @@ from coterie.core.errors import ConfigError
 from coterie.experts.dispatch import native as operator
 from coterie.experts.shared import SharedConfig
 from coterie.recipes.dit_moe import arms
-from coterie.train.memory import expert_rows, training_memory
-from coterie.train.run import RunConfig, build_model
+from coterie.runs.memory import expert_rows, training_memory
+from coterie.runs.run import RunConfig, build_model
 
 SMALL = {"model.backbone.trunk.depth": 2, "train.batch": 32, "train.threads": 1}
 
@@ -61,9 +61,9 @@ def test_memory_is_counted_for_the_device_that_is_meant(monkeypatch: pytest.Monk
     counted = training_memory(gpu, count_parameters(trainer.model).total)
     assert live.peak == pytest.approx(counted.trunk, rel=0.1)
     here = override(gpu, {"train.device": "cpu"})
-    monkeypatch.setattr("coterie.train.memory.library", lambda: SimpleNamespace(ready=True))
+    monkeypatch.setattr("coterie.runs.memory.library", lambda: SimpleNamespace(ready=True))
     assert training_memory(here, 1).trunk < 0.9 * counted.trunk
-    monkeypatch.setattr("coterie.train.memory.library", lambda: SimpleNamespace(ready=False))
+    monkeypatch.setattr("coterie.runs.memory.library", lambda: SimpleNamespace(ready=False))
     assert training_memory(here, 1).trunk == counted.trunk
 
 

@@ -11,8 +11,8 @@ from coterie.cli.main import run
 from coterie.core.config import override
 from coterie.recipes import get_recipe
 from coterie.recipes.fkc import BOTH, LOW, composed, expert
-from coterie.train.run import load_run, start
-from coterie.train.sampling import generate
+from coterie.runs.run import load_run, start
+from coterie.runs.sample.sampling import generate
 
 SMALL = {
     "train.steps": 2,

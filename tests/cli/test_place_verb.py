@@ -10,7 +10,7 @@ import pytest
 from coterie.cli.main import run
 from coterie.core.config import override
 from coterie.recipes.dit_moe import arms
-from coterie.train.run import start
+from coterie.runs.run import start
 
 SMALL = {
     "data": {"kind": "digits"},

@@ -15,7 +15,7 @@ from coterie.ensembles.product import CompositionConfig
 from coterie.process import PROCESSES, ContrastConfig
 from coterie.process.contrast import MOST
 from coterie.process.ranges import RangesConfig
-from coterie.train.run import RunConfig
+from coterie.runs.run import RunConfig
 from coterie.train.rundir import RunDir
 
 
@@ -81,7 +81,7 @@ def test_C6_advice_on_a_composition_names_its_betas() -> None:
     import torch
     from torch import nn
 
-    from coterie.train.nonfinite_samples import explained
+    from coterie.runs.sample.nonfinite_samples import explained
 
     class Model(nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -16,8 +16,8 @@ from coterie.core.prediction import Condition
 from coterie.core.rng import generator
 from coterie.hub import load_pretrained, save_pretrained
 from coterie.recipes import rexmoe, rmoe
+from coterie.runs.run import RunConfig, build_model
 from coterie.train.objectives import NextTokenConfig
-from coterie.train.run import RunConfig, build_model
 from small_models import images, small, times, woken, words
 
 DEPTH = 5

@@ -23,27 +23,27 @@ from coterie.core.config import Config
 from coterie.core.errors import CheckpointError, DataError
 from coterie.core.tensors import module_tensors, read_tensors, write_tensors
 from coterie.data import Subset, build_source
-from coterie.data.cache import open_array, problem, save_array, write_folder
-from coterie.data.image_downloads import read_idx
-from coterie.data.movielens import read_table
-from coterie.data.pictures import read_picture
-from coterie.data.points_meshes import read_obj, sample_surface
-from coterie.data.shard import write_shard
+from coterie.data.download.cache import open_array, problem, save_array, write_folder
+from coterie.data.images.image_downloads import read_idx
+from coterie.data.images.pictures import read_picture
+from coterie.data.parts.shard import write_shard
+from coterie.data.points.points_meshes import read_obj, sample_surface
+from coterie.data.ratings.movielens import read_table
 from coterie.data.source import SPLITS
 from coterie.ensembles import NoiseRangesConfig
 from coterie.hub import load_ensemble, load_pretrained, save_ensemble, save_pretrained
-from coterie.inspect.device_steps import placement_outputs
+from coterie.inspect.statistics.device_steps import placement_outputs
 from coterie.interop.diffusers import load_noise_ranges
 from coterie.interop.diffusers.expert import DiffusersConfig
 from coterie.interop.transformers.load import ModelFolder
 from coterie.interop.transformers.text import read_tokens
 from coterie.interop.upcycled import load_upcycled, save_upcycled, upcycle_transformers
+from coterie.runs.islands.partition import PartitionConfig, copy_partition, read_partition
+from coterie.runs.islands.plan import FILE, IslandEntry, IslandPlan, read_plan
+from coterie.runs.run import RunConfig
+from coterie.runs.sample.restoring import outputs_at as restored_at
+from coterie.runs.sample.samples import outputs_at
 from coterie.train import checkpoint, read_metrics
-from coterie.train.islands.partition import PartitionConfig, copy_partition, read_partition
-from coterie.train.islands.plan import FILE, IslandEntry, IslandPlan, read_plan
-from coterie.train.restoring import outputs_at as restored_at
-from coterie.train.run import RunConfig
-from coterie.train.samples import outputs_at
 from small_models import small, woken
 
 

@@ -19,9 +19,9 @@ from coterie.core.config import override
 from coterie.core.errors import ConfigError, DataError
 from coterie.data import arrays, build_source
 from coterie.data.arrays import open_npy, read_npz
-from coterie.data.ratings import Feature, RatingSource
+from coterie.data.ratings.ratings import Feature, RatingSource
+from coterie.runs.run import build_source as run_source
 from coterie.train.objectives.multitask import MultiTaskObjective, MultiTaskObjectiveConfig
-from coterie.train.run import build_source as run_source
 from small_models import small
 
 GOOD = np.random.default_rng(0).normal(size=(30, 4, 4, 4)).astype(np.float32)

@@ -14,10 +14,11 @@ import numpy as np
 import pytest
 
 from coterie.core.errors import ConfigError, DataError
-from coterie.data import build_source, fetch, status
-from coterie.data.cache import cache_root, open_array, problem, save_array
-from coterie.data.clients import Member, Package, digest, members
-from coterie.data.fetch import DOWNLOADS, Download
+from coterie.data import build_source, status
+from coterie.data.download import fetch
+from coterie.data.download.cache import cache_root, open_array, problem, save_array
+from coterie.data.download.clients import Member, Package, digest, members
+from coterie.data.download.fetch import DOWNLOADS, Download
 
 CONTENT = bytes(range(64))
 

@@ -15,14 +15,14 @@ from coterie.core.config import override
 from coterie.core.errors import CoterieError, DataError
 from coterie.core.folder import MANIFEST
 from coterie.data import SOURCES, Subset, build_source
-from coterie.data.cache import problem, save_array, write_folder
+from coterie.data.download.cache import problem, save_array, write_folder
 from coterie.data.listing import DataWarning
 from coterie.data.source import changed, identity
 from coterie.recipes import get_recipe
+from coterie.runs.islands.partition import PartitionConfig, partition_of
+from coterie.runs.measure.evaluate import held_out
+from coterie.runs.run import load_run, prepare, start
 from coterie.train import checkpoint
-from coterie.train.evaluate import held_out
-from coterie.train.islands.partition import PartitionConfig, partition_of
-from coterie.train.run import load_run, prepare, start
 
 LITTER = (".git", "__MACOSX", ".ipynb_checkpoints", ".thumbnails", "empty")
 

@@ -19,9 +19,9 @@ from PIL import Image
 import coterie
 from coterie.core.errors import DataError
 from coterie.data import build_source
+from coterie.data.images.pictures import MAX_PIXELS, Pictures, read_picture, read_size
 from coterie.data.listing import DataWarning
-from coterie.data.pictures import MAX_PIXELS, Pictures, read_picture, read_size
-from coterie.train import guided, restoring
+from coterie.runs.sample import guided, restoring
 
 RAMP = np.linspace(0, 65535, 64, dtype=np.uint16).reshape(8, 8)
 
@@ -103,7 +103,7 @@ def test_A7_every_picture_is_opened_by_one_reader() -> None:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
         if isinstance(node, ast.Call) and ast.unparse(node.func) in ("Image.open", "PIL.Image.open")
     ]
-    assert opens == ["data/pictures.py"]
+    assert opens == ["data/images/pictures.py"]
 
 
 def png_of(width: int, height: int) -> bytes:

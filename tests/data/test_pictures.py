@@ -14,11 +14,11 @@ from PIL import Image
 from coterie.core.batch import Source
 from coterie.core.errors import DataError
 from coterie.data import build_source
-from coterie.data.cache import open_array
-from coterie.data.emoji import CATEGORIES, VENDORS
-from coterie.data.fetch import DOWNLOADS, Download
-from coterie.data.image_downloads import read_idx
-from coterie.data.pictures import to_pixels
+from coterie.data.download.cache import open_array
+from coterie.data.download.fetch import DOWNLOADS, Download
+from coterie.data.images.emoji import CATEGORIES, VENDORS
+from coterie.data.images.image_downloads import read_idx
+from coterie.data.images.pictures import to_pixels
 
 
 def _png(image: Image.Image) -> bytes:
@@ -266,7 +266,7 @@ def test_emoji_source(tmp_path, monkeypatch):
     folder.mkdir()
     DOWNLOADS["emoji"].convert(files, folder)
     monkeypatch.setattr(Download, "folder", property(lambda self: folder))
-    monkeypatch.setattr("coterie.data.fetch.problem", lambda path, deep=False: None)
+    monkeypatch.setattr("coterie.data.download.fetch.problem", lambda path, deep=False: None)
 
     splits = [build_source("emoji"), build_source("emoji", "held_out")]
     assert sum(map(len, splits)) == 2 * (60 + 30) - 2

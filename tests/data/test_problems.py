@@ -11,7 +11,7 @@ import torch
 
 from coterie.core.errors import ConfigError, DataError
 from coterie.data import ByteTokenizer, build_source
-from coterie.data.problems import ArithmeticConfig, ProblemSource, evaluate, text_windows
+from coterie.data.text.problems import ArithmeticConfig, ProblemSource, evaluate, text_windows
 
 SMALL = {"count": 256, "context": 96}
 SPLITS = ("train", "held_out")
@@ -74,7 +74,7 @@ def test_held_out_lines_do_not_occur_in_training(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ["arithmetic", "mixed-difficulty"])
 def test_a_source_is_a_function_of_its_seed(kind: str) -> None:
-    from coterie.data import problems
+    from coterie.data.text import problems
 
     first = everything(source(kind))
     problems._arithmetic.cache_clear()

@@ -7,8 +7,8 @@ import torch
 from coterie.core.batch import Source
 from coterie.core.errors import ConfigError, DataError
 from coterie.data import build_source
-from coterie.data.movielens import FIELDS, read_table, year_group
-from coterie.data.ratings import (
+from coterie.data.ratings.movielens import FIELDS, read_table, year_group
+from coterie.data.ratings.ratings import (
     Feature,
     RatingSource,
     TaskToyConfig,

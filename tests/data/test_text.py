@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 
 from coterie.core.errors import DataError
 from coterie.data import ByteTokenizer, build_source
-from coterie.data.cache import open_array
-from coterie.data.fetch import DOWNLOADS
-from coterie.data.text import (
+from coterie.data.download.cache import open_array
+from coterie.data.download.fetch import DOWNLOADS
+from coterie.data.text.text import (
     Corpus,
     Document,
     TextSource,
@@ -19,7 +19,7 @@ from coterie.data.text import (
     pack_stream,
     stdlib_documents,
 )
-from coterie.data.topics import LEXICOGRAPHER_FILES, STDLIB_TOPICS, stdlib_topic
+from coterie.data.text.topics import LEXICOGRAPHER_FILES, STDLIB_TOPICS, stdlib_topic
 
 EOS = ByteTokenizer.EOS
 

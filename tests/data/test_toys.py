@@ -8,7 +8,7 @@ import torch
 
 from coterie.core.errors import ConfigError
 from coterie.data import SOURCES, Mixture, build_source
-from coterie.data.toys import GaussianConfig, GaussianMixtureConfig
+from coterie.data.worlds.toys import GaussianConfig, GaussianMixtureConfig
 
 
 def _mixture():

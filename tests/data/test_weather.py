@@ -9,10 +9,11 @@ import pytest
 from PIL import Image
 
 from coterie.core.errors import ConfigError
-from coterie.data import photos, weather
-from coterie.data.photos import CROP, HELD_OUT, PHOTOS
+from coterie.data.images import photos
+from coterie.data.images.photos import CROP, HELD_OUT, PHOTOS
 from coterie.data.source import ArraySource
-from coterie.data.weather import WEATHERS, WeatherConfig, WeatherSource
+from coterie.data.worlds import weather
+from coterie.data.worlds.weather import WEATHERS, WeatherConfig, WeatherSource
 
 WEATHER_NAMES = tuple(WEATHERS)
 

@@ -8,8 +8,8 @@ import torch
 from torch.nn import functional as F
 
 from coterie.core.errors import DataError
-from coterie.data.cache import problem
-from coterie.data.fetch import DOWNLOADS
+from coterie.data.download.cache import problem
+from coterie.data.download.fetch import DOWNLOADS
 from coterie.encoders import Features, Lite0, lite0_extractor, lite0_features, load_lite0
 from coterie.encoders.lite0 import SameConv, prepare
 

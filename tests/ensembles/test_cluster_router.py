@@ -17,9 +17,9 @@ from coterie.denoiser import MODELS, DenoiserConfig
 from coterie.ensembles import ClusterRouterConfig, ExactPosterior, MixtureConfig, split_mixture
 from coterie.hub import load_pretrained
 from coterie.process import PROCESSES, ExactDenoiser, Mixture
+from coterie.runs.run import RunConfig, load_run, start
 from coterie.train import TrainConfig, Trainer
 from coterie.train.objectives import OBJECTIVES, ClusterPosteriorConfig
-from coterie.train.run import RunConfig, load_run, start
 
 SHAPE = (1, 4, 4)
 MEANS = torch.randn(3, *SHAPE, generator=torch.Generator().manual_seed(5))

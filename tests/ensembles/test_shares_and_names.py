@@ -13,8 +13,8 @@ from coterie.core.errors import ConfigError
 from coterie.ensembles import NoiseRangesConfig
 from coterie.process import PROCESSES, ExactDenoiser, Mixture
 from coterie.process.ranges import RangesConfig, equal_ranges
-from coterie.train.composed import member_names
-from coterie.train.pretrained import WeightAverageConfig
+from coterie.runs.origins.composed import member_names
+from coterie.runs.origins.pretrained import WeightAverageConfig
 
 
 @pytest.mark.parametrize("shares", [(1, 1), (1.5, -0.5), (0.5,), (0.5, math.nan), (0.2, 0.2)])
@@ -44,7 +44,7 @@ def test_B7_boundaries_are_levels_of_the_process(boundary: float, unit: str) -> 
 
 def test_H_boundaries_that_are_no_time(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from coterie.cli.main import run
-    from coterie.train.run import start
+    from coterie.runs.run import start
     from small_models import small
 
     one = str(

@@ -10,7 +10,7 @@ from coterie.core.context import Context
 from coterie.core.routing import Routing
 from coterie.experts import ExpertLayerConfig, ExpertPool, dispatch, plan
 from coterie.experts.dispatch import BACKENDS, available, choose
-from coterie.experts.dispatch.backends import SortedExperts
+from coterie.experts.dispatch.expert_weights import SortedExperts
 from coterie.experts.kinds import Affine, SwiGLU
 
 BACKENDS_OF_A_CONFIG = ("dense", "sorted", "grouped", "native", "auto")

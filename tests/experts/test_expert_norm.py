@@ -12,13 +12,8 @@ from coterie.core.errors import ConfigError
 from coterie.experts import ExpertLayerConfig, ExpertPool
 from coterie.experts.dispatch import DispatchPlan, plan
 from coterie.experts.dispatch.auto import dispatch
-from coterie.experts.dispatch.backends import (
-    BACKENDS,
-    BatchedExperts,
-    available,
-    experts_of,
-    run_once,
-)
+from coterie.experts.dispatch.backends import BACKENDS, available, run_once
+from coterie.experts.dispatch.expert_weights import BatchedExperts, experts_of
 from coterie.experts.dispatch.plan import plan_choices
 from coterie.experts.kinds import NormMLP
 

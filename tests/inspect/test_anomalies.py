@@ -24,7 +24,7 @@ from coterie.inspect import (
     verdicts,
     write_report,
 )
-from coterie.inspect.anomaly_verdicts import summary
+from coterie.inspect.page.anomaly_verdicts import summary
 
 HERE = Place("ffn", 0, 0)
 TASKS = ("like", "follow", "share")

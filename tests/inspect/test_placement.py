@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from coterie.core.errors import ConfigError
-from coterie.inspect.placement import (
+from coterie.inspect.statistics.placement import (
     STRATEGIES,
     Placement,
     RowCost,

@@ -19,13 +19,12 @@ from coterie.inspect import (
     analyse_amounts,
     analyse_pairs,
     analyse_pools,
-    pairs,
-    report,
     sentences,
-    stats,
     write_report,
 )
+from coterie.inspect.page import report
 from coterie.inspect.plots import style
+from coterie.inspect.statistics import pairs, stats
 
 LOG2_4 = 2.0
 

@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from coterie.core.errors import DataError
-from coterie.inspect import stats
+from coterie.inspect.statistics import stats
 
 
 def test_load_statistics_of_a_uniform_and_of_a_collapsed_load():

@@ -6,11 +6,11 @@ import torch
 from synthetic_routings import known_truth, routing
 
 from coterie.core.errors import DataError
-from coterie.inspect import stats
-from coterie.inspect.findings import bits, findings, layers, sentences
-from coterie.inspect.routers import analyse
-from coterie.inspect.summary import text_summary
-from coterie.inspect.trace import Trace
+from coterie.inspect.page.findings import bits, findings, layers, sentences
+from coterie.inspect.page.summary import text_summary
+from coterie.inspect.statistics import stats
+from coterie.inspect.statistics.routers import analyse
+from coterie.inspect.statistics.trace import Trace
 
 
 def traced(*batches, **options):

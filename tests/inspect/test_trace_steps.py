@@ -6,7 +6,7 @@ import torch
 from synthetic_routings import routing
 
 from coterie.core.errors import DataError
-from coterie.inspect.trace import Trace
+from coterie.inspect.statistics.trace import Trace
 
 
 def test_step_consistency_of_kept_half_kept_and_changed_choices():

@@ -20,16 +20,17 @@ from coterie.cli.output import printable
 from coterie.core.prediction import Condition
 from coterie.core.routing import ENSEMBLE, Routing
 from coterie.ensembles import ENSEMBLES
-from coterie.inspect import ReportData, Trace, analyse, findings, write_report
-from coterie.inspect.anomalies import analyse_anomalies
-from coterie.inspect.metric_names import NAMES
+from coterie.inspect import ReportData, Trace, analyse, write_report
+from coterie.inspect.page import findings
+from coterie.inspect.page.metric_names import NAMES
+from coterie.inspect.page.words import bits, fixed
 from coterie.inspect.plots.anomalies import _name_dots, plot_one_sided
 from coterie.inspect.plots.balance import plot_load
 from coterie.inspect.plots.routing import plot_classes, plot_noise
 from coterie.inspect.plots.style import Plot, figure, in_lines, render
-from coterie.inspect.words import bits, fixed
+from coterie.inspect.statistics.anomalies import analyse_anomalies
 from coterie.process import PROCESSES, ExactDenoiser, Mixture
-from coterie.train import judges
+from coterie.runs import judges
 
 
 def test_D12_numbers_that_are_only_rounding_are_zero() -> None:

@@ -23,8 +23,8 @@ from coterie.ensembles import AggregateConfig, EnsembleModelConfig, MemberConfig
 from coterie.hub import load_member, load_pretrained, save_ensemble
 from coterie.interop.diffusers import DiffusersConfig, DiffusersNetworkConfig
 from coterie.process import PROCESSES
+from coterie.runs.run import load_run
 from coterie.solvers import GRIDS, SOLVERS, sample
-from coterie.train.run import load_run
 
 SMALL = {"sample_size": 8, "in_channels": 1, "out_channels": 1}
 UNET = {**SMALL, "block_out_channels": (8, 16), "layers_per_block": 1, "norm_num_groups": 4}

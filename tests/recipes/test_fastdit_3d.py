@@ -15,8 +15,8 @@ from coterie.core.rng import generator
 from coterie.denoiser import Denoiser
 from coterie.metrics import score_points
 from coterie.recipes import fastdit_3d
-from coterie.train.run import RunConfig, build_model, build_source, load_run, start
-from coterie.train.sampling import generate
+from coterie.runs.run import RunConfig, build_model, build_source, load_run, start
+from coterie.runs.sample.sampling import generate
 
 SHORT = {
     "data.num_points": 40,

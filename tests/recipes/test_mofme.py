@@ -12,12 +12,12 @@ import torch
 from coterie.core.config import override
 from coterie.core.prediction import Condition
 from coterie.core.rng import generator
-from coterie.data.photos import CROP, PhotosConfig
+from coterie.data.images.photos import CROP, PhotosConfig
 from coterie.data.source import ArraySource
 from coterie.denoiser import Denoiser
 from coterie.recipes import mofme
-from coterie.train.active import slot_parameters
-from coterie.train.run import RunConfig, build_model, build_source, load_run, plan, start
+from coterie.runs.measure.active import slot_parameters
+from coterie.runs.run import RunConfig, build_model, build_source, load_run, plan, start
 
 SHORT = {
     "data": {"kind": "weather", "size": 16, "count": 40},

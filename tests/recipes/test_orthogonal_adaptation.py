@@ -11,7 +11,7 @@ from coterie.core.config import override
 from coterie.core.cost import count_parameters
 from coterie.recipes import get_recipe, orthogonal_adaptation
 from coterie.recipes.verify import job_of
-from coterie.train.run import RunConfig, build_model, load_run, start
+from coterie.runs.run import RunConfig, build_model, load_run, start
 
 RECIPE = get_recipe("orthogonal-adaptation")
 ARMS = RECIPE.arms()

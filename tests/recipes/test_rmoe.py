@@ -17,7 +17,7 @@ from coterie.core.rng import generator
 from coterie.experts import ExpertLayer, Router
 from coterie.recipes import get_recipe
 from coterie.recipes.rmoe import paper, slot, text, tiny
-from coterie.train.run import RunConfig, build_model
+from coterie.runs.run import RunConfig, build_model
 from small_models import images, small, times, with_slots, woken, words
 
 STATE = 5

@@ -15,7 +15,7 @@ from coterie.core.errors import ConfigError
 from coterie.recipes import get_recipe, verify
 from coterie.recipes.base import Recipe
 from coterie.recipes.verify import job_of, run_arm
-from coterie.train.run import RunConfig, build_model, load_run
+from coterie.runs.run import RunConfig, build_model, load_run
 from small_models import IMAGE
 
 SHORT = {
@@ -140,13 +140,13 @@ def stub_answer(seed: int) -> dict[str, float]:
 def test_what_an_arm_starts_from_is_measured_before_it_trains(
     recipe: Recipe, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    import coterie.train.evaluate
+    from coterie.runs.measure import evaluate
 
     def measure(run: Any) -> dict[str, float]:
         is_first = run.config.init is None
-        return {"held_out_loss": coterie.train.evaluate.held_out(run).loss} if is_first else {}
+        return {"held_out_loss": evaluate.held_out(run).loss} if is_first else {}
 
-    monkeypatch.setattr(coterie.train.evaluate, "measure", measure)
+    monkeypatch.setattr(evaluate, "measure", measure)
     found = {}
     for arm in ("dense", "slice-copy"):
         job = job_of(recipe, arm, 0, tmp_path)

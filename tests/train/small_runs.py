@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from coterie.core.config import override
-from coterie.train.run import RunConfig, start
+from coterie.runs.run import RunConfig, start
 from small_models import small
 
 SHORT: dict[str, Any] = {

@@ -13,17 +13,17 @@ from PIL import Image
 from coterie.core.config import override
 from coterie.core.errors import CheckpointError, ConfigError, DataError
 from coterie.core.prediction import Condition
-from coterie.data.obstacle import ObstacleSimulator
+from coterie.data.worlds.obstacle import ObstacleSimulator
 from coterie.hub import load_pretrained
 from coterie.recipes import get_recipe
+from coterie.runs.judges import judge_of
+from coterie.runs.judges.action import ActionJudge
+from coterie.runs.measure.evaluate import measure
+from coterie.runs.measure.report import report_run
+from coterie.runs.run import LoadedRun, RunConfig, build_model, build_source, load_run, start
+from coterie.runs.sample.rollouts import RolledOut, both_ways, demonstrator, roll_out
+from coterie.runs.sample.samples import sample_run
 from coterie.train import TrainConfig, Trainer
-from coterie.train.evaluate import measure
-from coterie.train.judges import judge_of
-from coterie.train.judges.action import ActionJudge
-from coterie.train.report import report_run
-from coterie.train.rollouts import RolledOut, both_ways, demonstrator, roll_out
-from coterie.train.run import LoadedRun, RunConfig, build_model, build_source, load_run, start
-from coterie.train.samples import sample_run
 
 SHORT = {
     "data.episodes": 16,
@@ -51,7 +51,7 @@ def judge(run: LoadedRun) -> ActionJudge:
 
 
 def test_the_numbers_of_a_run(run: LoadedRun, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("coterie.train.judges.action.MOST", 12)
+    monkeypatch.setattr("coterie.runs.judges.action.MOST", 12)
     found = measure(run)
     assert found["success_floor"] == 1.0
     assert 0 <= found["success_low"] <= found["success"] <= found["success_high"] <= 1

@@ -14,10 +14,10 @@ from torch._inductor.utils import fresh_cache
 
 from coterie.cli.main import run as coterie
 from coterie.core.errors import ConfigError
+from coterie.runs.run import LoadedRun, load_run
+from coterie.runs.sample.cached import cached, compiled
+from coterie.runs.sample.sampling import generate
 from coterie.solvers import SOLVERS
-from coterie.train.cached import cached, compiled
-from coterie.train.run import LoadedRun, load_run
-from coterie.train.sampling import generate
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +86,7 @@ def test_a_compiled_run_draws_the_same_samples_and_compiles_once_for_all_batches
 ) -> None:
     made, counter, compile_module = finished("dit", tmp_path), CompileCounter(), nn.Module.compile
     plain = generate(load_run(made), 5, steps=3).x
-    monkeypatch.setattr("coterie.train.cached._check_compiler", lambda device: None)
+    monkeypatch.setattr("coterie.runs.sample.cached._check_compiler", lambda device: None)
     monkeypatch.setattr(
         nn.Module, "compile", lambda *a, **k: compile_module(*a, backend=counter, **k)
     )

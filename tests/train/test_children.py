@@ -16,11 +16,12 @@ from small_runs import short
 
 from coterie.cli.main import run
 from coterie.core.errors import ConfigError
-from coterie.train.islands.partition import PartitionConfig
-from coterie.train.islands.plan import make_plan
-from coterie.train.islands.work import job_files
-from coterie.train.parallel import ParallelConfig, launch, planned, supervisor, worker
-from coterie.train.parallel.supervisor import PER_CORE, meeting_place
+from coterie.runs.islands.partition import PartitionConfig
+from coterie.runs.islands.plan import make_plan
+from coterie.runs.islands.work import job_files
+from coterie.runs.launch import launch, planned, supervisor, worker
+from coterie.runs.launch.supervisor import PER_CORE, meeting_place
+from coterie.train.parallel import ParallelConfig
 
 WITHIN = 60.0  # s
 CORES = os.cpu_count() or 1
@@ -80,7 +81,7 @@ def test_G2_a_child_in_foreign_code_ends_too() -> None:
     """It holds the interpreter, so no thread of its own can watch the pipe."""
     code = """
 import ctypes, os, sys
-from coterie.train.children import stop_with_parent
+from coterie.runs.launch.children import stop_with_parent
 stop_with_parent()
 os.write(1, b"ready %d\\n" % os.getpid())
 ctypes.PyDLL(None).sleep(600)
@@ -184,7 +185,7 @@ def test_H_what_a_killed_supervisor_left_goes_with_the_next(
     (tmp_path / "coterie-processes-theirs" / "thesis").write_text("theirs")
     code = """
 import os, signal
-from coterie.train.parallel.supervisor import meeting_place
+from coterie.runs.launch.supervisor import meeting_place
 with meeting_place():
     os.kill(os.getpid(), signal.SIGKILL)
 """

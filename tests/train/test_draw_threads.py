@@ -14,9 +14,9 @@ from coterie.cli.main import cli, run
 from coterie.core import threads as core
 from coterie.core.errors import ConfigError
 from coterie.core.threads import Choice, Watch
-from coterie.train import draw_threads as here
-from coterie.train.run import load_run, start
-from coterie.train.samples import sample_run
+from coterie.runs.run import load_run, start
+from coterie.runs.sample import draw_threads as here
+from coterie.runs.sample.samples import sample_run
 
 
 @pytest.fixture(scope="module")

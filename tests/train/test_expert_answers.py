@@ -11,8 +11,8 @@ from torch import Tensor
 from coterie.core.context import Context
 from coterie.experts import ExpertLayer, ExpertLayerConfig
 from coterie.inspect import Place
-from coterie.inspect.answers import zero_share
-from coterie.train.expert_answers import watched_answers
+from coterie.inspect.statistics.answers import zero_share
+from coterie.runs.measure.expert_answers import watched_answers
 
 
 def layer(**fields: object) -> ExpertLayer:

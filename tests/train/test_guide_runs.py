@@ -19,21 +19,21 @@ from coterie.core.errors import ConfigError, DataError
 from coterie.core.prediction import Condition
 from coterie.core.rng import generator
 from coterie.data import build_source
-from coterie.data.cache import cache_root
+from coterie.data.download.cache import cache_root
 from coterie.guides import Guide, height_map, pixel_classes
 from coterie.guides.tasks import distilled, supervised
 from coterie.recipes import ppap
+from coterie.runs.measure.evaluate import measure
+from coterie.runs.measure.guide_measures import measured
+from coterie.runs.measure.report import report_run
+from coterie.runs.origins.guide_runs import guide_run, reader_run
+from coterie.runs.origins.initial import find_origin
+from coterie.runs.origins.pretrained import PretrainedConfig
+from coterie.runs.run import LoadedRun, RunConfig, build_model, load_run, make_trainer, plan, start
+from coterie.runs.sample.guided import followed, read_picture, with_guide
+from coterie.runs.sample.sampling import generate
 from coterie.solvers.guided import GuidedConfig
-from coterie.train.evaluate import measure
-from coterie.train.guide_measures import measured
-from coterie.train.guide_runs import guide_run, reader_run
-from coterie.train.guided import followed, read_picture, with_guide
-from coterie.train.initial import find_origin
 from coterie.train.objectives import RecognitionConfig
-from coterie.train.pretrained import PretrainedConfig
-from coterie.train.report import report_run
-from coterie.train.run import LoadedRun, RunConfig, build_model, load_run, make_trainer, plan, start
-from coterie.train.sampling import generate
 from coterie.train.schedule import SCHEDULES, turn_at
 from small_guides import DDPM, guide, pictures, reader
 
@@ -250,8 +250,8 @@ def test_guided_samples_follow_their_seeds_labels_and_guide(home: Path, trained:
 def test_a_guided_run_measures_its_guide(
     home: Path, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("coterie.train.report.SCORED", 24)
-    monkeypatch.setattr("coterie.train.report.SHOWN", 10)
+    monkeypatch.setattr("coterie.runs.measure.report.SCORED", 24)
+    monkeypatch.setattr("coterie.runs.measure.report.SHOWN", 10)
     denoiser = PretrainedConfig(path=str(home / "denoiser"))
     model = GuidedConfig(denoiser=denoiser, guide=PretrainedConfig(path=str(trained)), scale=2.0)
     base = load_run(home / "denoiser").config

@@ -19,11 +19,10 @@ from coterie.core.config import override
 from coterie.core.errors import CheckpointError, ConfigError, TrainingError
 from coterie.core.folder import MANIFEST, file_digest
 from coterie.experts import Router
-from coterie.train import RunDir, Trainer, checkpoint, load_weights, read_metrics
-from coterie.train.evaluate import held_out
-from coterie.train.initial import InitConfig
-from coterie.train.pretrained import PretrainedConfig
-from coterie.train.run import (
+from coterie.runs.measure.evaluate import held_out
+from coterie.runs.origins.initial import InitConfig
+from coterie.runs.origins.pretrained import PretrainedConfig
+from coterie.runs.run import (
     RunConfig,
     build_model,
     load_run,
@@ -32,6 +31,7 @@ from coterie.train.run import (
     start,
     upcycled_run,
 )
+from coterie.train import RunDir, Trainer, checkpoint, load_weights, read_metrics
 from small_models import small, words
 
 FORK = multiprocessing.get_context("fork")

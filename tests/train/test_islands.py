@@ -14,9 +14,9 @@ import pytest
 from coterie.core.errors import CheckpointError, ConfigError, DataError, TrainingError
 from coterie.data import build_source
 from coterie.recipes.common import image_tiny
-from coterie.train.islands import IslandConfig, PartitionConfig, partition_of
-from coterie.train.islands.plan import make_plan, preview, read_plan, shared_budget
-from coterie.train.islands.work import job_files, run_all, run_island, status
+from coterie.runs.islands import IslandConfig, PartitionConfig, partition_of
+from coterie.runs.islands.plan import make_plan, preview, read_plan, shared_budget
+from coterie.runs.islands.work import job_files, run_all, run_island, status
 
 SMALL = {"depth": 1, "width": 16, "heads": 2}
 BY_CLASS = PartitionConfig(islands=2, by="labels")
@@ -171,7 +171,7 @@ def test_a_killed_island_leaves_the_others_alone_and_resumes(tmp_path):
     run_island(folder, 0, progress=False)
     before = files(folder / "island-0")
     code = (
-        f"from coterie.train.islands.work import run_island; run_island({str(folder)!r}, 1, False)"
+        f"from coterie.runs.islands.work import run_island; run_island({str(folder)!r}, 1, False)"
     )
     process = subprocess.Popen([sys.executable, "-c", code])
     while not list((folder / "island-1" / "checkpoints").glob("[!.]*")):

@@ -10,20 +10,20 @@ from coterie.core.errors import CheckpointError, ConfigError
 from coterie.core.prediction import Condition
 from coterie.ensembles import Mixture
 from coterie.recipes.common import image_tiny
-from coterie.train.evaluate import held_out, measured_active
-from coterie.train.islands import PartitionConfig
-from coterie.train.islands.plan import make_plan, read_plan
-from coterie.train.islands.together import (
+from coterie.runs.islands import PartitionConfig
+from coterie.runs.islands.plan import make_plan, read_plan
+from coterie.runs.islands.together import (
     assemble,
     distil,
     distilled_config,
     router_of,
     train_router,
 )
-from coterie.train.islands.work import run_island
-from coterie.train.judges import judge_of
-from coterie.train.run import load_run
-from coterie.train.samples import sample_run
+from coterie.runs.islands.work import run_island
+from coterie.runs.judges import judge_of
+from coterie.runs.measure.evaluate import held_out, measured_active
+from coterie.runs.run import load_run
+from coterie.runs.sample.samples import sample_run
 
 SMALL = {"depth": 2, "width": 16, "heads": 2}
 CUT = PartitionConfig(islands=2)

@@ -13,21 +13,21 @@ from PIL import Image
 from test_objectives_restoration import SMALL
 
 from coterie.core.errors import ConfigError
-from coterie.data import photos
-from coterie.data.photos import CROP, PhotosConfig
+from coterie.data.images import photos
+from coterie.data.images.photos import CROP, PhotosConfig
 from coterie.data.source import ArraySource
 from coterie.denoiser import DenoiserConfig
 from coterie.metrics.calibration import router_calibration
 from coterie.metrics.restoration import psnr
-from coterie.train import report
+from coterie.runs.judges import JUDGES, judge_of
+from coterie.runs.judges.base import by_class, judges
+from coterie.runs.judges.restoration import use_of, without_experts
+from coterie.runs.measure import report
+from coterie.runs.measure.evaluate import flat, measure
+from coterie.runs.run import LoadedRun, RunConfig, build_model, load_run, start
+from coterie.runs.sample.samples import sample_run
 from coterie.train.config import TrainConfig
-from coterie.train.evaluate import flat, measure
-from coterie.train.judges import JUDGES, judge_of
-from coterie.train.judges.base import by_class, judges
-from coterie.train.judges.restoration import use_of, without_experts
 from coterie.train.objectives import RestorationConfig
-from coterie.train.run import LoadedRun, RunConfig, build_model, load_run, start
-from coterie.train.samples import sample_run
 
 
 def smooth_photos(self: PhotosConfig, split: str = "train") -> ArraySource:

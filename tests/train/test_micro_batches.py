@@ -16,17 +16,17 @@ from coterie.core.batch import Batch, Losses
 from coterie.core.errors import ConfigError, TrainingError
 from coterie.core.prediction import Condition
 from coterie.core.share import Turns, largest, summed
-from coterie.data.ratings import TaskToyConfig
+from coterie.data.ratings.ratings import TaskToyConfig
 from coterie.denoiser import MODELS
 from coterie.experts.balance import BALANCES
 from coterie.guides import Guide, ReaderConfig, suggested
 from coterie.process import PROCESSES
 from coterie.process.ranges import equal_ranges
 from coterie.recipes import get_recipe
+from coterie.runs.run import build_model
 from coterie.train import TrainConfig, Trainer
 from coterie.train.objectives import OBJECTIVES
 from coterie.train.placement import Placement
-from coterie.train.run import build_model
 
 BATCH, PARTS = 8, 4
 IMAGE = {"kind": "dit", "image_size": 4, "patch": 2, "channels": 1, "num_classes": 3}

@@ -17,14 +17,14 @@ from coterie.core.batch import Batch
 from coterie.core.config import override
 from coterie.core.errors import ConfigError, DataError
 from coterie.core.prediction import Condition
-from coterie.data.ratings import TaskToyConfig
+from coterie.data.ratings.ratings import TaskToyConfig
 from coterie.hub import load_pretrained
 from coterie.metrics import auc, gauc
-from coterie.train.evaluate import measure
+from coterie.runs.measure.evaluate import measure
+from coterie.runs.measure.report import report_run
+from coterie.runs.run import LoadedRun, RunConfig, build_model, load_run, plan, start
+from coterie.runs.sample.samples import sample_run
 from coterie.train.objectives import OBJECTIVES
-from coterie.train.report import report_run
-from coterie.train.run import LoadedRun, RunConfig, build_model, load_run, plan, start
-from coterie.train.samples import sample_run
 
 TOY = TaskToyConfig(count=600, users=30, items=40, observed=(1.0, 1.0, 0.5, 0.5))
 LEVELS = [

@@ -9,7 +9,7 @@ from coterie.core import needs
 from coterie.core.config import override
 from coterie.core.errors import ConfigError
 from coterie.recipes import get_recipe
-from coterie.train.run import build_model, load_run, make_trainer, plan, start
+from coterie.runs.run import build_model, load_run, make_trainer, plan, start
 from small_models import small
 
 HUGE = {

@@ -20,18 +20,11 @@ from small_runs import short
 from together import in_processes
 
 from coterie.core.errors import CheckpointError, ConfigError, CoterieError, TrainingError
+from coterie.runs.launch import Hung, launch, supervisor
+from coterie.runs.run import RunConfig, load_run, make_trainer, start
 from coterie.train import Interrupted, Trainer, checkpoint, read_metrics
-from coterie.train.parallel import (
-    Hung,
-    ParallelConfig,
-    Processes,
-    Spread,
-    launch,
-    sharding,
-    supervisor,
-)
+from coterie.train.parallel import ParallelConfig, Processes, Spread, sharding
 from coterie.train.placement import ALONE, Placement
-from coterie.train.run import RunConfig, load_run, make_trainer, start
 from coterie.train.rundir import RunDir
 
 STEPS = 50
@@ -344,7 +337,7 @@ def test_nobody_outlives_a_supervisor_that_is_killed():
     """And whoever ends for another reason says so by its own code."""
     code = """
         import os, sys, time
-        from coterie.train.parallel.worker import stop_with_parent
+        from coterie.runs.launch.worker import stop_with_parent
         stop_with_parent()
         print(os.getpid(), flush=True)
         time.sleep(float(sys.argv[1]))

@@ -12,11 +12,11 @@ import torch
 from coterie.core.config import override
 from coterie.hub import load_pretrained
 from coterie.recipes import fastdit_3d
-from coterie.train.evaluate import measure
-from coterie.train.judges import judge_of
-from coterie.train.report import report_run
-from coterie.train.run import LoadedRun, load_run, start
-from coterie.train.samples import sample_run
+from coterie.runs.judges import judge_of
+from coterie.runs.measure.evaluate import measure
+from coterie.runs.measure.report import report_run
+from coterie.runs.run import LoadedRun, load_run, start
+from coterie.runs.sample.samples import sample_run
 
 SHORT = {
     "data.num_points": 24,

@@ -18,15 +18,15 @@ from coterie.core import outputs
 from coterie.core.config import override
 from coterie.core.folder import write_bytes
 from coterie.core.prediction import Condition
-from coterie.data import photos
-from coterie.data.photos import CROP, PhotosConfig
+from coterie.data.images import photos
+from coterie.data.images.photos import CROP, PhotosConfig
 from coterie.data.source import ArraySource
 from coterie.denoiser import DenoiserConfig
+from coterie.runs.run import RunConfig, load_run, start
+from coterie.runs.sample.restoring import corners, ramp, restore_tiled
 from coterie.train.config import TrainConfig
 from coterie.train.objectives import RestorationConfig
 from coterie.train.objectives.restoration import restore
-from coterie.train.restoring import corners, ramp, restore_tiled
-from coterie.train.run import RunConfig, load_run, start
 
 Line = Callable[..., tuple[int, str, str]]
 

@@ -19,12 +19,12 @@ from toy_training import ToyModel, ToyObjective, ToySource, toy_config
 from coterie.core.errors import CheckpointError, ConfigError, TrainingError
 from coterie.core.folder import FolderWarning
 from coterie.hub import save_pretrained
+from coterie.runs import run as run_module
+from coterie.runs.measure.report import report_run
+from coterie.runs.run import load_run, start
+from coterie.runs.sample.samples import sample_run
 from coterie.train import RunDir, Trainer, checkpoint, load_weights, store
-from coterie.train import run as run_module
 from coterie.train.checkpoint import CheckpointWarning
-from coterie.train.report import report_run
-from coterie.train.run import load_run, start
-from coterie.train.samples import sample_run
 
 
 @pytest.fixture(scope="module")
@@ -119,7 +119,7 @@ READERS: dict[str, Callable[[Path, Path], Any]] = {
     "init.path": lambda run, out: start(
         short("dit-moe", init__path=str(run)), out / "next", progress=False
     ),
-    "ensembles": lambda run, _: run_module.coterie.train.pretrained.PretrainedConfig(
+    "ensembles": lambda run, _: run_module.coterie.runs.origins.pretrained.PretrainedConfig(
         path=str(run)
     ).pinned(),
 }

@@ -16,10 +16,10 @@ from torch.nn import functional as F
 from coterie.core.rng import generator
 from coterie.core.routing import Routing
 from coterie.experts import Router
-from coterie.train import evaluate, features, probes, report
+from coterie.runs.judges import base, noise
+from coterie.runs.measure import evaluate, features, probes, report
+from coterie.runs.run import LoadedRun, build_source, load_run
 from coterie.train.config import TrainConfig
-from coterie.train.judges import base, noise
-from coterie.train.run import LoadedRun, build_source, load_run
 from small_models import images, small, times, woken
 
 QUICK = TrainConfig(steps=5, batch=32, lr=2e-3, ema=(0.9,), threads=1)

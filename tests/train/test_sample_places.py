@@ -12,8 +12,8 @@ from small_runs import finished
 from coterie.cli.main import run as coterie
 from coterie.core.config import override
 from coterie.core.errors import ConfigError
-from coterie.train.run import LoadedRun, load_run
-from coterie.train.sampling import generate
+from coterie.runs.run import LoadedRun, load_run
+from coterie.runs.sample.sampling import generate
 
 
 @pytest.fixture(scope="module")

@@ -19,14 +19,14 @@ from coterie.core.errors import ConfigError
 from coterie.hub import load_pretrained, save_pretrained
 from coterie.hub.load import load_expert
 from coterie.inspect import analyse
-from coterie.inspect.numbers import routing_numbers
+from coterie.inspect.page.numbers import routing_numbers
 from coterie.recipes import get_recipe
 from coterie.recipes.common import unet_tiny
+from coterie.runs.judges import noise
+from coterie.runs.measure.evaluate import held_out
+from coterie.runs.run import RunConfig, build_model, build_source, load_run, plan, start
+from coterie.runs.sample.sampling import generate
 from coterie.solvers import SOLVERS
-from coterie.train.evaluate import held_out
-from coterie.train.judges import noise
-from coterie.train.run import RunConfig, build_model, build_source, load_run, plan, start
-from coterie.train.sampling import generate
 from small_models import images, times
 
 SIZES = {"image_size": 8, "widths": (8, 16), "groups": 4}

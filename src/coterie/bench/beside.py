@@ -18,8 +18,8 @@ from typing import Any
 from coterie.bench.goals import goal
 from coterie.core.threads import candidates, most_threads
 from coterie.recipes.dit_moe import arms
+from coterie.runs.run import build_model, build_source
 from coterie.train.loop import Trainer
-from coterie.train.run import build_model, build_source
 
 CHOSEN = "chosen"
 BUSY = """

@@ -17,9 +17,9 @@ from coterie.experts import ExpertPool, plan
 from coterie.experts.dispatch import BACKENDS, DispatchPlan, available
 from coterie.experts.kinds import ExpertKind, GeluMLP, SwiGLU
 from coterie.recipes import get_recipe
+from coterie.runs.run import make_trainer
 from coterie.solvers.guidance import guide
 from coterie.solvers.sampling import initial_noise, sample
-from coterie.train.run import make_trainer
 
 TYPES = (torch.float32, torch.bfloat16, torch.float16)
 

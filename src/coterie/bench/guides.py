@@ -19,10 +19,10 @@ from coterie.bench.timing import Place, interleaved, milliseconds, ratio
 from coterie.core.prediction import Condition
 from coterie.guides import Guide, GuideConfig
 from coterie.recipes import ppap
+from coterie.runs.judges import judge_of
+from coterie.runs.origins.pretrained import PretrainedConfig
+from coterie.runs.run import RunConfig, load_run, start
 from coterie.solvers.guided import GuidedConfig, GuidedDenoiser
-from coterie.train.judges import judge_of
-from coterie.train.pretrained import PretrainedConfig
-from coterie.train.run import RunConfig, load_run, start
 
 BATCH, SAMPLES = 64, 300
 SCALES = {"classes": (4.0,), "map": (4.0, 16.0), "pixels": (0.5, 2.0)}

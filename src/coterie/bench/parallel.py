@@ -25,19 +25,19 @@ from coterie.bench.timing import ratio
 from coterie.core.errors import TrainingError
 from coterie.core.json_reader import read_object
 from coterie.core.rng import generator
+from coterie.runs.launch.supervisor import run_processes
+from coterie.runs.run import RunConfig, build_model, build_source
 from coterie.train.config import TrainConfig
 from coterie.train.loop import Trainer
 from coterie.train.parallel import ParallelConfig, Processes, Spread, joined
-from coterie.train.parallel.supervisor import run_processes
 from coterie.train.placement import ALONE, Placement
-from coterie.train.run import RunConfig, build_model, build_source
 
 ONE = "one process"
 PEER = "DistributedDataParallel"
 TIMEOUT = 300.0  # s
 WORKER = """
 from coterie.bench.parallel import work
-from coterie.train.parallel.worker import run
+from coterie.runs.launch.worker import run
 run(work)
 """
 COUNTERS = Path("/proc/net/dev")

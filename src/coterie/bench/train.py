@@ -23,13 +23,13 @@ from coterie.core.cost import count_parameters
 from coterie.core.errors import CoterieError
 from coterie.core.rng import derive
 from coterie.experts import ExpertLayer
-from coterie.experts.dispatch.backends import OneExpert
+from coterie.experts.dispatch.expert_weights import OneExpert
 from coterie.experts.dispatch.plan import DispatchPlan
 from coterie.experts.kinds.pool import ExpertPool
 from coterie.recipes.dit_moe import arms
+from coterie.runs.memory import training_memory
+from coterie.runs.run import RunConfig, build_model, build_source
 from coterie.train.loop import Trainer
-from coterie.train.memory import training_memory
-from coterie.train.run import RunConfig, build_model, build_source
 
 DENSE, OURS = "dense", "dit-moe"
 PACKAGE = "transformers"

@@ -16,7 +16,7 @@ from coterie.core.context import Context
 from coterie.core.errors import ConfigError, DataError, describe
 from coterie.core.routing import Routing
 from coterie.experts import ExpertLayer, SharedExperts, plan
-from coterie.experts.dispatch.backends import OneExpert
+from coterie.experts.dispatch.expert_weights import OneExpert
 from coterie.experts.dispatch.one import run_one
 
 NOISE_LEVEL = frozenset({"noise", "step_index", "time_embedding"})

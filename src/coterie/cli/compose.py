@@ -131,9 +131,9 @@ def command(
     """
     from coterie.data import SOURCES
     from coterie.ensembles.product import CompositionConfig
+    from coterie.runs.origins.composed import composed_run
+    from coterie.runs.run import start
     from coterie.solvers import FeynmanKacConfig
-    from coterie.train.composed import composed_run
-    from coterie.train.run import start
 
     composition = CompositionConfig.from_dict(
         {

@@ -47,7 +47,7 @@ def get(kinds: tuple[str, ...], refresh: bool) -> None:
     import coterie.encoders.lite0  # noqa: F401 (registers its download)
     from coterie.core.errors import ConfigError, unknown
     from coterie.data import SOURCES, describe_source
-    from coterie.data.fetch import DOWNLOADS, fetch
+    from coterie.data.download.fetch import DOWNLOADS, fetch
 
     known = {*SOURCES.kinds(), *DOWNLOADS}
     for kind in kinds:

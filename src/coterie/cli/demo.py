@@ -28,11 +28,11 @@ def command(ctx: click.Context, arguments: tuple[str, ...], out: Path, quiet: bo
     words, paths = split(arguments)
     if words:
         raise click.UsageError(f"unexpected: {' '.join(words)}")
-    from coterie.data.fetch import fetch
+    from coterie.data.download.fetch import fetch
     from coterie.recipes import get_recipe
-    from coterie.train.report import report_run
-    from coterie.train.run import load_run, start
-    from coterie.train.samples import sample_run
+    from coterie.runs.measure.report import report_run
+    from coterie.runs.run import load_run, start
+    from coterie.runs.sample.samples import sample_run
 
     recipe = get_recipe(RECIPE)
     config = apply(ctx, recipe.config("demo"), paths)

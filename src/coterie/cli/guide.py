@@ -11,7 +11,7 @@ from coterie.cli.output import OUT, facts, say, say_json
 from coterie.cli.overrides import ANY_FLAG, apply, split, takes_paths
 
 if TYPE_CHECKING:
-    from coterie.train.run import RunConfig
+    from coterie.runs.run import RunConfig
 
 
 @click.group("guide")
@@ -40,7 +40,7 @@ def reader(
 ) -> None:
     """Train a small network to read the clean pictures that DENOISER was trained on: their class, a
     height map, or a class per pixel."""
-    from coterie.train.guide_runs import reader_run
+    from coterie.runs.origins.guide_runs import reader_run
 
     words, paths = split(arguments)
     (denoiser,) = _words(words, "DENOISER")
@@ -71,7 +71,7 @@ def train(
 ) -> None:
     """Give the network of READER an expert for each range of DENOISER's noise levels, taught by its
     own answers to SAMPLES clean samples of the denoiser. No labels are used."""
-    from coterie.train.guide_runs import guide_run
+    from coterie.runs.origins.guide_runs import guide_run
 
     words, paths = split(arguments)
     denoiser, network = _words(words, "DENOISER READER")
@@ -94,7 +94,7 @@ def _start(
         planned = projection(config)
         say_json(planned) if as_json else say(facts(planned))
         return
-    from coterie.train.run import start
+    from coterie.runs.run import start
 
     run = start(config, out, progress=not quiet)
     if as_json:

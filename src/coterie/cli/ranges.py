@@ -59,7 +59,7 @@ def command(
         raise click.UsageError("give either --boundaries or --search")
     if out is None and not search:
         raise click.UsageError("missing --out, the run to write")
-    from coterie.train.noise_ranges import find_boundaries, join_ranges
+    from coterie.runs.origins.noise_ranges import find_boundaries, join_ranges
 
     levels = () if boundaries is None else _numbers("boundaries", boundaries)
     found: dict[str, Any] = {}

@@ -39,7 +39,7 @@ def command(
         return
     if dry_run:
         raise ConfigError(f"--dry-run: only for the folder of a Hugging Face model, not {run}")
-    from coterie.train.report import report_run
+    from coterie.runs.measure.report import report_run
 
     _say_report(report_run(run, out or run / "report", not quiet, citation_of(run)), as_json)
 

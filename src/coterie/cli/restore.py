@@ -37,8 +37,8 @@ def command(
     \b
       coterie restore runs/mofme holiday --out holiday-restored
     """
-    from coterie.train.restoring import plan_folder, restore_folder
-    from coterie.train.run import load_run
+    from coterie.runs.run import load_run
+    from coterie.runs.sample.restoring import plan_folder, restore_folder
 
     loaded = load_run(run, which=weights)
     plan = plan_folder(loaded, folder, out, overlap)

@@ -41,8 +41,8 @@ def command(
       coterie rollout runs/mode-policy --num 200
       coterie rollout runs/mode-policy --cached --labels 0,3
     """
-    from coterie.train.episodes import rollout_run
-    from coterie.train.run import load_run
+    from coterie.runs.run import load_run
+    from coterie.runs.sample.episodes import rollout_run
 
     loaded = load_run(run, which=weights)
     with progress_bar(num, "episodes", quiet) as advance:

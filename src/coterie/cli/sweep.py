@@ -52,7 +52,7 @@ def command(
     run = Path(one_word(words, "RUN"))
     if not paths:
         raise click.UsageError("missing a path with values, for example --select.k 1,2,4")
-    from coterie.inspect.sweep import values_of
+    from coterie.inspect.statistics.sweep import values_of
 
     values = {path: values_of(text) for path, text in paths.items()}
     given = given_of(reading, run, {"tokens_read": "tokens"})
@@ -73,8 +73,8 @@ def command(
 def _run(
     run: Path, values: Mapping[str, Any], limit: int, out: Path, quiet: bool
 ) -> tuple[Path, Sequence[Any]]:
-    from coterie.train.run import load_run
-    from coterie.train.sweep import check, sweep, sweep_outputs, write_sweep
+    from coterie.runs.measure.sweep import check, sweep, sweep_outputs, write_sweep
+    from coterie.runs.run import load_run
 
     loaded = load_run(run)
     points = check(loaded, values)
@@ -87,7 +87,7 @@ def _run(
 def _model(
     reading: Reading, values: Mapping[str, Any], out: Path, quiet: bool
 ) -> tuple[Path, Sequence[Any]]:
-    from coterie.inspect.sweep import sweep_outputs, write_rows
+    from coterie.inspect.statistics.sweep import sweep_outputs, write_rows
     from coterie.interop.transformers.sweep import UNIT, check_model, sweep_model
 
     points = check_model(reading, values)

@@ -77,7 +77,7 @@ def command(
         return
     run = out or folder
     if parallel is None:
-        from coterie.train.run import start
+        from coterie.runs.run import start
 
         start(config, run, progress=not quiet)
     elif not _in_processes(config, run, parallel, restarts, timeout, oversubscribe, quiet):
@@ -94,7 +94,8 @@ def _started(config: Any, degrees: str | None, oversubscribe: bool) -> dict[str,
     """What --parallel would start; refused as it would be."""
     if degrees is None:
         return {}
-    from coterie.train.parallel import ParallelConfig, planned
+    from coterie.runs.launch import planned
+    from coterie.train.parallel import ParallelConfig
 
     return planned(config, ParallelConfig.parse(degrees), oversubscribe)
 
@@ -109,8 +110,9 @@ def _in_processes(
     quiet: bool,
 ) -> bool:
     """Train in several processes, of which this starts all or is one; whether it is to report."""
-    from coterie.train.parallel import ParallelConfig, Spread, joined, launch, launched
-    from coterie.train.run import start
+    from coterie.runs.launch import launch
+    from coterie.runs.run import start
+    from coterie.train.parallel import ParallelConfig, Spread, joined, launched
 
     parallel = ParallelConfig.parse(degrees)
     if launched():

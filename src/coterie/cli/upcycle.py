@@ -125,7 +125,7 @@ def _run(
     from coterie.cli.size import projection, size_of
     from coterie.convert import check_preserved
     from coterie.data import order
-    from coterie.train.run import RunConfig, load_run, prepare, upcycled_run
+    from coterie.runs.run import RunConfig, load_run, prepare, upcycled_run
 
     before = RunConfig.load(source / "config.json")
     after = apply(ctx, upcycled_run(before, source, config), paths)
@@ -150,7 +150,7 @@ def _cost(size: dict[str, Any]) -> dict[str, Any]:
 def _model(source: Path, config: UpcycleConfig, out: Path | None) -> dict[str, Any]:
     from coterie.convert import check_preserved, upcycle, upcycled_config
     from coterie.hub import load_manifest, load_pretrained, save_pretrained
-    from coterie.train.initial import source_config
+    from coterie.runs.origins.initial import source_config
 
     manifest = load_manifest(source)
     dense = source_config(source)

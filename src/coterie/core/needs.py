@@ -2,7 +2,7 @@
 
 Weights, what the optimiser and the averages keep, and the least that one batch must hold. It is a
 lower limit: what is refused cannot run here, what passes may still be too much (``--dry-run`` and
-:mod:`coterie.train.memory` say more).
+:mod:`coterie.runs.memory` say more).
 """
 
 from __future__ import annotations

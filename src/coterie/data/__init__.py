@@ -1,36 +1,25 @@
 """Floor 1: data sources, the order in which they are seen, and islands cut from them."""
 
 # Importing a module registers its sources and downloads.
-from coterie.data import (
-    classes,
+from coterie.data.actions import demonstrations
+from coterie.data.catalog import SourceStatus, describe_source, status
+from coterie.data.download import fetch
+from coterie.data.images import (
     covered,
-    demonstrations,
     emoji,
-    fetch,
     folder,
     hub_datasets,
     image_downloads,
     images,
     latents,
-    metaworld,
-    movielens,
-    obstacle,
     pairs_folder,
     photos,
-    points_folder,
-    points_furniture,
-    points_solids,
-    problems,
-    ratings,
-    shard,
-    text,
-    text_downloads,
-    toys,
-    weather,
 )
-from coterie.data.catalog import SourceStatus, describe_source, status
 from coterie.data.ordering import order
-from coterie.data.partition import Compaction, Partition, Shard, kmeans_partition, shards_of
+from coterie.data.parts import classes, shard
+from coterie.data.parts.partition import Compaction, Partition, Shard, kmeans_partition, shards_of
+from coterie.data.points import points_folder, points_furniture
+from coterie.data.ratings import movielens, ratings
 from coterie.data.source import (
     SOURCES,
     ArraySource,
@@ -40,8 +29,10 @@ from coterie.data.source import (
     Subset,
     build_source,
 )
-from coterie.data.text import ByteTokenizer
-from coterie.data.toys import Mixture
+from coterie.data.text import problems, text, text_downloads
+from coterie.data.text.text import ByteTokenizer
+from coterie.data.worlds import metaworld, obstacle, points_solids, toys, weather
+from coterie.data.worlds.toys import Mixture
 
 __all__ = [
     "SOURCES",

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from coterie.data.cache import problem
-from coterie.data.fetch import DOWNLOADS
+from coterie.data.download.cache import problem
+from coterie.data.download.fetch import DOWNLOADS
 from coterie.data.source import SOURCES, SourceConfig, SourceInfo
 
 

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from coterie.core.errors import DataError
-from coterie.data.clients import Package, members
-from coterie.data.fetch import Download, Files, fetch, register_download
+from coterie.data.download.clients import Package, members
+from coterie.data.download.fetch import Download, Files, fetch, register_download
 from coterie.encoders.features import ModuleFeatures, check_images
 
 STAGES = (

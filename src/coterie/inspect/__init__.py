@@ -3,22 +3,22 @@
 Reads :class:`coterie.core.routing.Routing` records and nothing of a model.
 """
 
-from coterie.inspect.amounts import Amounts, analyse_amounts
-from coterie.inspect.anomalies import Anomalies, Answers, analyse_anomalies
-from coterie.inspect.anomaly_verdicts import Verdict, verdicts
-from coterie.inspect.answers import AnswerSums
-from coterie.inspect.content import ReportData
-from coterie.inspect.findings import Finding, findings, sentences
-from coterie.inspect.pairs import PairStats, analyse_pairs
+from coterie.inspect.page.anomaly_verdicts import Verdict, verdicts
+from coterie.inspect.page.content import ReportData
+from coterie.inspect.page.findings import Finding, findings, sentences
+from coterie.inspect.page.report import report_outputs, write_report
+from coterie.inspect.page.summary import text_summary
+from coterie.inspect.page.words import label_name, noise_name
 from coterie.inspect.plots.gates import GateMaps
-from coterie.inspect.pools import PoolStats, analyse_pools
-from coterie.inspect.report import report_outputs, write_report
-from coterie.inspect.routers import RouterStats, analyse
-from coterie.inspect.stats import off_diagonal_mean
-from coterie.inspect.summary import text_summary
-from coterie.inspect.tables import Place
-from coterie.inspect.trace import StepTrace, Trace
-from coterie.inspect.words import label_name, noise_name
+from coterie.inspect.statistics.amounts import Amounts, analyse_amounts
+from coterie.inspect.statistics.anomalies import Anomalies, Answers, analyse_anomalies
+from coterie.inspect.statistics.answers import AnswerSums
+from coterie.inspect.statistics.pairs import PairStats, analyse_pairs
+from coterie.inspect.statistics.pools import PoolStats, analyse_pools
+from coterie.inspect.statistics.routers import RouterStats, analyse
+from coterie.inspect.statistics.stats import off_diagonal_mean
+from coterie.inspect.statistics.tables import Place
+from coterie.inspect.statistics.trace import StepTrace, Trace
 
 __all__ = [
     "Amounts",

@@ -8,10 +8,10 @@ from coterie.core.registry import Part
 from coterie.ensembles import AggregateConfig, EnsembleModelConfig, MemberConfig
 from coterie.recipes.base import Claim, Paper
 from coterie.recipes.common import image_paper, image_trunk, unet_tiny
+from coterie.runs.origins.initial import InitConfig
+from coterie.runs.origins.pretrained import PretrainedConfig, WeightAverageConfig
+from coterie.runs.run import RunConfig
 from coterie.solvers import GuidanceConfig
-from coterie.train.initial import InitConfig
-from coterie.train.pretrained import PretrainedConfig, WeightAverageConfig
-from coterie.train.run import RunConfig
 
 PAPER = Paper(
     title="Ensembling Diffusion Models via Adaptive Feature Aggregation",

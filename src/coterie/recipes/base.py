@@ -11,11 +11,12 @@ import importlib
 import pkgutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import ModuleType
 from typing import Literal
 
 from coterie.core.errors import ConfigError, unknown
-from coterie.train.run import RunConfig
+from coterie.runs.run import RunConfig
 
 
 @dataclass(frozen=True)
@@ -95,8 +96,7 @@ PRESETS = ("tiny", "paper", "demo", "gpu", "text")
 
 def list_recipes() -> list[str]:
     """Names of all recipes, as used on the command line."""
-    package = importlib.import_module("coterie.recipes")
-    modules = [item.name for item in pkgutil.iter_modules(package.__path__)]
+    modules = [item.name for item in pkgutil.iter_modules([str(Path(__file__).parent)])]
     return sorted(name.replace("_", "-") for name in modules if name not in NO_RECIPES)
 
 

@@ -8,10 +8,10 @@ from coterie.backbones import DiTConfig, SlotConfig, TrunkConfig, UNetConfig
 from coterie.backbones.causal import TEXT_TRUNK, CausalConfig
 from coterie.core.registry import Part
 from coterie.denoiser import DenoiserConfig, TokenDenoiserConfig
+from coterie.runs.run import RunConfig, SampleConfig
 from coterie.solvers import GuidanceConfig, ThresholdConfig
 from coterie.train.config import TrainConfig
 from coterie.train.objectives import DenoisingConfig, NextTokenConfig
-from coterie.train.run import RunConfig, SampleConfig
 
 # depth, width, heads of the published sizes (DiT, arXiv:2212.09748; G: DiT-MoE).
 SIZES = {

@@ -8,13 +8,13 @@ from coterie.ensembles import MixtureConfig, Oracle
 from coterie.ensembles.model import EnsembleModelConfig, MemberConfig
 from coterie.recipes.base import Claim, Paper
 from coterie.recipes.common import image_paper, image_tiny, image_trunk
+from coterie.runs.islands import IslandConfig, PartitionConfig
+from coterie.runs.islands.plan import shared_budget
+from coterie.runs.islands.together import router_of
+from coterie.runs.origins.pretrained import PretrainedConfig
+from coterie.runs.run import RunConfig
 from coterie.solvers import GuidanceConfig
-from coterie.train.islands import IslandConfig, PartitionConfig
-from coterie.train.islands.plan import shared_budget
-from coterie.train.islands.together import router_of
 from coterie.train.objectives import DistillationConfig
-from coterie.train.pretrained import PretrainedConfig
-from coterie.train.run import RunConfig
 
 PAPER = Paper(
     title="Decentralized Diffusion Models",

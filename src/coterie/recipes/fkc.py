@@ -8,9 +8,9 @@ from coterie.ensembles.model import EnsembleModelConfig, MemberConfig
 from coterie.ensembles.product import CompositionConfig
 from coterie.recipes.base import Claim, Paper
 from coterie.recipes.common import image_paper, image_tiny, image_trunk
+from coterie.runs.origins.pretrained import PretrainedConfig
+from coterie.runs.run import RunConfig
 from coterie.solvers import GuidanceConfig
-from coterie.train.pretrained import PretrainedConfig
-from coterie.train.run import RunConfig
 
 PAPER = Paper(
     title="Feynman-Kac Correctors in Diffusion: Annealing, Guidance, and Product of Experts",

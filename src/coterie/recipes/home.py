@@ -9,14 +9,14 @@ from typing import Any
 
 from coterie.backbones import DiTConfig, FieldConfig, LevelConfig, MultiTaskConfig, SlotConfig
 from coterie.backbones.levels import lay_out
-from coterie.data.movielens import FIELDS
+from coterie.data.ratings.movielens import FIELDS
 from coterie.denoiser import DenoiserConfig, PredictorConfig
 from coterie.experts.kinds import NormMLP
 from coterie.recipes.base import Claim, Paper
 from coterie.recipes.common import RECTIFIED_FLOW, image_tiny, image_trunk
+from coterie.runs.run import RunConfig, SampleConfig
 from coterie.train.config import TrainConfig
 from coterie.train.objectives import DenoisingConfig, MultiTaskObjectiveConfig
-from coterie.train.run import RunConfig, SampleConfig
 
 PAPER = Paper(
     title="HoME: Hierarchy of Multi-Gate Experts for Multi-Task Learning at Kuaishou",

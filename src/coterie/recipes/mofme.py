@@ -10,9 +10,9 @@ from coterie.core.config import override
 from coterie.denoiser import DenoiserConfig
 from coterie.experts import ExpertLayerConfig
 from coterie.recipes.base import Claim, Paper
+from coterie.runs.run import RunConfig
 from coterie.train.config import TrainConfig
 from coterie.train.objectives import RestorationConfig
-from coterie.train.run import RunConfig
 
 PAPER = Paper(
     title="Efficient Deweather Mixture-of-Experts with Uncertainty-aware Feature-wise Linear "

@@ -8,9 +8,9 @@ from coterie.adapters import AdapterConfig, BasisConfig, LoraConfig
 from coterie.backbones import DiTConfig, TrunkConfig
 from coterie.recipes.base import Claim, Paper
 from coterie.recipes.common import image_paper, image_tiny, image_trunk
+from coterie.runs.origins.initial import InitConfig
+from coterie.runs.run import RunConfig
 from coterie.solvers import GuidanceConfig
-from coterie.train.initial import InitConfig
-from coterie.train.run import RunConfig
 
 PAPER = Paper(
     title="Orthogonal Adaptation for Modular Customization of Diffusion Models",

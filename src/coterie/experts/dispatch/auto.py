@@ -11,7 +11,8 @@ from torch import Tensor
 from coterie.core.errors import ConfigError, describe
 from coterie.core.graphs import recorded
 from coterie.experts.dispatch import native
-from coterie.experts.dispatch.backends import BACKENDS, OneExpert, available, run_fold, run_once
+from coterie.experts.dispatch.backends import BACKENDS, available, run_fold, run_once
+from coterie.experts.dispatch.expert_weights import OneExpert
 from coterie.experts.dispatch.one import run_one
 from coterie.experts.dispatch.plan import DispatchPlan
 from coterie.experts.dispatch.triton import serves

@@ -14,8 +14,7 @@ x is [R, D] for unit "token" and [B, N, D] or, for experts that read grids, [B, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping
 
 import torch
 import torch.nn.functional as F
@@ -23,100 +22,21 @@ from torch import Tensor
 
 from coterie.core.graphs import recorded
 from coterie.experts.dispatch import native
-from coterie.experts.dispatch.normalise import Statistics, normalise, normalise_segments
+from coterie.experts.dispatch.expert_weights import (
+    BatchedExperts,
+    OneExpert,
+    SortedExperts,
+    experts_of,
+)
 from coterie.experts.dispatch.plan import DispatchPlan, one_hot_rows, scale_rows
+from coterie.experts.dispatch.sorted_rows import sorted_rows, zeros
 from coterie.experts.dispatch.triton import run_triton, serves
-from coterie.experts.kinds.base import ExpertKind, Geometry
 from coterie.experts.kinds.pool import ExpertPool
-
-
-class OneExpert:
-    """Weights of a single expert (or of several with equal leading structure)."""
-
-    def __init__(
-        self,
-        parameters: Mapping[str, Tensor],
-        buffers: Mapping[str, Tensor],
-        training: bool = False,
-    ) -> None:
-        self.parameters = parameters
-        self.buffers = buffers
-        self.training = training
-
-    def linear(self, x: Tensor, weight: str, bias: str | None = None) -> Tensor:
-        return F.linear(
-            x,
-            self.parameters[weight].to(x.dtype),
-            None if bias is None else self.parameters[bias].to(x.dtype),
-        )
-
-    def conv(self, x: Tensor, weight: str, bias: str | None, geometry: Geometry) -> Tensor:
-        shift = None if bias is None else self.parameters[bias].to(x.dtype)
-        return F.conv2d(x, self.parameters[weight].to(x.dtype), shift, *geometry)
-
-    def vector(self, name: str, x: Tensor) -> Tensor:
-        return self.parameters[name].to(x.dtype)
-
-    def constant(self, name: str) -> Tensor:
-        return self.buffers[name]
-
-    def normalise(self, x: Tensor, momentum: float, eps: float) -> Tensor:
-        statistics = Statistics(self.buffers, self.training, momentum, eps)
-        return normalise(x.flatten(0, -2), statistics).view(x.shape)
-
-
-class BatchedExperts:
-    """An expert for each entry of x's first dimension, one mixed of others (``fold``) or one of the
-    pool: parameters [B, ...]."""
-
-    def __init__(
-        self,
-        parameters: Mapping[str, Tensor],
-        buffers: Mapping[str, Tensor] | None = None,
-        training: bool = False,
-    ) -> None:
-        self.parameters = parameters
-        self.buffers = buffers or {}
-        self.training = training
-
-    def linear(self, x: Tensor, weight: str, bias: str | None = None) -> Tensor:
-        """x [B, N, in]."""
-        matrices = self.parameters[weight].to(x.dtype).transpose(1, 2)
-        if bias is None:
-            return torch.bmm(x, matrices)
-        return torch.baddbmm(self.parameters[bias].to(x.dtype)[:, None, :], x, matrices)
-
-    def conv(self, x: Tensor, weight: str, bias: str | None, geometry: Geometry) -> Tensor:
-        """One convolution with as many groups as there are samples (CondConv, section 3.2)."""
-        kernels = self.parameters[weight].to(x.dtype)
-        shift = None if bias is None else self.parameters[bias].to(x.dtype).flatten()
-        whole = geometry._replace(groups=geometry.groups * len(x))
-        y = F.conv2d(x.flatten(0, 1)[None], kernels.flatten(0, 1), shift, *whole)
-        return y.view(len(x), -1, *y.shape[2:])
-
-    def vector(self, name: str, x: Tensor) -> Tensor:
-        return self.parameters[name].to(x.dtype)[:, None, :]
-
-    def constant(self, name: str) -> Tensor:
-        return self.buffers[name][:, None]
-
-    def normalise(self, x: Tensor, momentum: float, eps: float) -> Tensor:
-        return normalise(x, Statistics(self.buffers, self.training, momentum, eps))
-
-
-def experts_of(pool: ExpertPool) -> list[OneExpert]:
-    """The pool's experts, split with one backward per stack."""
-    pool = pool.adapted()
-    buffers = {name: table.unbind(0) for name, table in pool.named_buffers(recurse=False)}
-    return [
-        OneExpert(own, {name: rows[e] for name, rows in buffers.items()}, pool.training)
-        for e, own in enumerate(pool.unbind())
-    ]
 
 
 def run_loop(x: Tensor, plan: DispatchPlan, pool: ExpertPool, float32: bool) -> Tensor:
     """Plain loop over experts and masks: the definition."""
-    y = _zeros(x, pool.kind, float32)
+    y = zeros(x, pool.kind, float32)
     for e, weights in enumerate(experts_of(pool)):
         rows, slots = (plan.ids == e).nonzero(as_tuple=True)
         out = pool.kind.forward(x.index_select(0, rows), weights)
@@ -128,7 +48,7 @@ def run_dense(x: Tensor, plan: DispatchPlan, pool: ExpertPool, float32: bool) ->
     """Every expert on every row; rows that chose nobody are zeroed so that they cannot leak."""
     used = one_hot_rows(plan.ids, plan.num_experts).any(dim=1)
     x = torch.where(used.reshape(-1, *[1] * (x.dim() - 1)), x, torch.zeros_like(x))
-    y = _zeros(x, pool.kind, float32)
+    y = zeros(x, pool.kind, float32)
     for gate, weights in zip(plan.dense_gates().unbind(1), experts_of(pool)):
         y = y + scale_rows(pool.kind.forward(x, weights), gate, float32)
     return y
@@ -139,68 +59,6 @@ def run_sorted(x: Tensor, plan: DispatchPlan, pool: ExpertPool, float32: bool) -
     return sorted_rows(x, plan, pool.kind, experts_of(pool), float32)
 
 
-def sorted_rows(
-    x: Tensor, plan: DispatchPlan, kind: ExpertKind, experts: Sequence[OneExpert], float32: bool
-) -> Tensor:
-    """``run_sorted`` by experts that need not stand in a pool."""
-    segments = x.index_select(0, plan.rows).split(plan.counts)
-    outs = [
-        kind.forward(segment, weights)
-        for segment, weights in zip(segments, experts)
-        if segment.shape[0]
-    ]
-    values = scale_rows(torch.cat(outs), plan.sorted_gates, float32)
-    return _zeros(x, kind, float32).index_add(0, plan.rows, values)
-
-
-def _zeros(x: Tensor, kind: ExpertKind, float32: bool) -> Tensor:
-    dtype = torch.promote_types(x.dtype, torch.float32) if float32 else x.dtype
-    return x.new_zeros(kind.output_shape(x.shape), dtype=dtype)
-
-
-class _Contiguous(torch.autograd.Function):
-    """Identity whose gradient is contiguous: the grouped product's backward needs strides."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        return grad.contiguous()
-
-
-class SortedExperts:
-    """All experts at once on rows [A, in] sorted by expert."""
-
-    def __init__(self, pool: ExpertPool, plan: DispatchPlan, repeat: int) -> None:
-        self.stacks = pool.stacks()
-        self.ids = plan.sorted_ids.repeat_interleave(repeat) if repeat > 1 else plan.sorted_ids
-        self.offsets = plan.offsets * repeat
-        self.pool = pool
-
-    def conv(self, x: Tensor, weight: str, bias: str | None, geometry: Geometry) -> Tensor:
-        raise TypeError("rows of sorted tokens are no grids")
-
-    def linear(self, x: Tensor, weight: str, bias: str | None = None) -> Tensor:
-        stack = self.stacks[weight].to(x.dtype).transpose(-2, -1)
-        out: Tensor = _Contiguous.apply(F.grouped_mm(x, stack, offs=self.offsets))
-        if bias is not None:
-            out = out + self.stacks[bias].to(x.dtype).index_select(0, self.ids)
-        return out
-
-    def vector(self, name: str, x: Tensor) -> Tensor:
-        return self.stacks[name].to(x.dtype).index_select(0, self.ids)
-
-    def constant(self, name: str) -> Tensor:
-        table: Tensor = getattr(self.pool, name)
-        return table.index_select(0, self.ids)
-
-    def normalise(self, x: Tensor, momentum: float, eps: float) -> Tensor:
-        statistics = Statistics(self.pool.statistics(), self.pool.training, momentum, eps)
-        return normalise_segments(x, self.ids, statistics)
-
-
 def run_grouped(x: Tensor, plan: DispatchPlan, pool: ExpertPool, float32: bool) -> Tensor:
     """Gather rows by expert, one grouped product per weight, scatter-add."""
     taken = x.index_select(0, plan.rows)
@@ -209,7 +67,7 @@ def run_grouped(x: Tensor, plan: DispatchPlan, pool: ExpertPool, float32: bool) 
     out = pool.kind.forward(flat, SortedExperts(pool, plan, repeat))
     out = out.view(*taken.shape[:-1], out.shape[-1])
     values = scale_rows(out, plan.sorted_gates, float32)
-    return _zeros(x, pool.kind, float32).index_add(0, plan.rows, values)
+    return zeros(x, pool.kind, float32).index_add(0, plan.rows, values)
 
 
 def run_fold(

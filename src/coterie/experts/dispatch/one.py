@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from coterie.experts.dispatch import native
-from coterie.experts.dispatch.backends import OneExpert
+from coterie.experts.dispatch.expert_weights import OneExpert
 from coterie.experts.dispatch.plan import DispatchPlan
 from coterie.experts.kinds.base import ExpertKind
 

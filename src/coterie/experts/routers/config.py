@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Annotated, Literal, Self, cast
+from typing import Annotated, Literal, Self, cast
 
 from pydantic import NonNegativeFloat, SerializeAsAny, model_validator
 
@@ -12,11 +12,9 @@ from coterie.core.config import Config
 from coterie.core.errors import ConfigError, describe
 from coterie.core.registry import Part
 from coterie.experts.routers.base import EDITS, SCORES, SELECTS, EditPart, ScorePart, SelectPart
+from coterie.experts.routers.router import Router
 from coterie.experts.routers.scores import LinearScore
 from coterie.experts.routers.selections import TopK
-
-if TYPE_CHECKING:
-    from coterie.experts.routers.router import Router
 
 
 def within(path: str, check: Callable[[], None]) -> None:
@@ -155,7 +153,5 @@ class RouterConfig(Config):
 
     def build(self, width: int, num_experts: int, time_width: int | None = None) -> Router:
         """A router over ``num_experts`` candidates (the reserved expert not counted)."""
-        from coterie.experts.routers.router import Router
-
         self.check(num_experts, width)
         return Router(self, width, num_experts, time_width)

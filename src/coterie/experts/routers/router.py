@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, cast
+from typing import TYPE_CHECKING, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +12,9 @@ from coterie.core.context import NULL_LABEL, Context
 from coterie.core.routing import Routing
 from coterie.core.tensors import stands_still
 from coterie.experts.routers.base import EditPart, Scored, mean_tokens
-from coterie.experts.routers.config import RouterConfig
+
+if TYPE_CHECKING:
+    from coterie.experts.routers.config import RouterConfig
 
 
 class Router(nn.Module):

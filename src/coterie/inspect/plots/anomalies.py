@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 
-from coterie.inspect.anomalies import Anomalies, Collapse, Degradation, Underfitting
 from coterie.inspect.plots.style import (
     ALARM,
     FULL_WIDTH,
@@ -25,7 +24,8 @@ from coterie.inspect.plots.style import (
     pick,
     sparse_ticks,
 )
-from coterie.inspect.stats import Array
+from coterie.inspect.statistics.anomalies import Anomalies, Collapse, Degradation, Underfitting
+from coterie.inspect.statistics.stats import Array
 
 MAX_COLUMNS = 40
 MAX_NUMBERS = 12  # experts up to which the shares of few columns are written into the cells

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 
-from coterie.inspect import stats
 from coterie.inspect.plots.style import (
     ALARM,
     FULL_WIDTH,
@@ -25,10 +24,11 @@ from coterie.inspect.plots.style import (
     pick,
     sparse_ticks,
 )
-from coterie.inspect.routers import RouterStats
-from coterie.inspect.stats import Array
-from coterie.inspect.tables import RouterTrace
-from coterie.inspect.trace import Trace
+from coterie.inspect.statistics import stats
+from coterie.inspect.statistics.routers import RouterStats
+from coterie.inspect.statistics.stats import Array
+from coterie.inspect.statistics.tables import RouterTrace
+from coterie.inspect.statistics.trace import Trace
 
 
 def plot_load(items: Sequence[RouterStats], routers: Sequence[RouterTrace]) -> Plot | None:

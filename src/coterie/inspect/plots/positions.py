@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 
-from coterie.inspect import stats
 from coterie.inspect.plots.routing import heat_plot, share_panels
 from coterie.inspect.plots.style import (
     FULL_WIDTH,
@@ -22,8 +21,9 @@ from coterie.inspect.plots.style import (
     pick,
     sparse_ticks,
 )
-from coterie.inspect.stats import Array
-from coterie.inspect.tables import RouterTrace
+from coterie.inspect.statistics import stats
+from coterie.inspect.statistics.stats import Array
+from coterie.inspect.statistics.tables import RouterTrace
 
 MAX_TILES = 16
 MAX_POSITIONS = 64

@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 
-from coterie.inspect.pairs import PairStats
 from coterie.inspect.plots.style import (
     FULL_WIDTH,
     LIGHT,
@@ -22,9 +21,10 @@ from coterie.inspect.plots.style import (
     pick,
     sparse_ticks,
 )
-from coterie.inspect.pools import PoolStats
-from coterie.inspect.stats import Array, off_diagonal_mean
-from coterie.inspect.tables import Place
+from coterie.inspect.statistics.pairs import PairStats
+from coterie.inspect.statistics.pools import PoolStats
+from coterie.inspect.statistics.stats import Array, off_diagonal_mean
+from coterie.inspect.statistics.tables import Place
 
 MOST_OWNERS = 12  # owners up to which the shares are written into the cells
 

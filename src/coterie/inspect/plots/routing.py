@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from coterie.inspect import stats
+from coterie.inspect.page.words import listing
 from coterie.inspect.plots.style import (
     FULL_WIDTH,
     LIGHT,
@@ -22,11 +22,11 @@ from coterie.inspect.plots.style import (
     pick,
     sparse_ticks,
 )
-from coterie.inspect.routers import FACETS, RouterStats
-from coterie.inspect.stats import Array
-from coterie.inspect.tables import RouterTrace
-from coterie.inspect.trace import Trace
-from coterie.inspect.words import listing
+from coterie.inspect.statistics import stats
+from coterie.inspect.statistics.routers import FACETS, RouterStats
+from coterie.inspect.statistics.stats import Array
+from coterie.inspect.statistics.tables import RouterTrace
+from coterie.inspect.statistics.trace import Trace
 
 MAX_CLASSES = 40
 FACET_COLORS = dict(zip(FACETS, PALETTE))

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from coterie.inspect.page.words import label_name
 from coterie.inspect.plots.style import FULL_WIDTH, PALETTE, Plot, depth_colors, figure
-from coterie.inspect.words import label_name
 
 MAX_SAMPLES = 60
 MAX_CURVES = 6

@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from coterie.data.pictures import read_picture
-from coterie.inspect.stats import Array
+from coterie.data.images.pictures import read_picture
+from coterie.inspect.statistics.stats import Array
 
 CSS_PIXELS_PER_INCH = 96
 DPI = 160

@@ -9,7 +9,11 @@ from typing import Any
 from torch import Tensor
 
 from coterie.inspect import Trace, analyse
-from coterie.inspect.device_steps import measured_cost, placement_outputs, write_placement
+from coterie.inspect.statistics.device_steps import (
+    measured_cost,
+    placement_outputs,
+    write_placement,
+)
 from coterie.interop.transformers.losses import LEVELS
 from coterie.interop.transformers.report import Reading
 from coterie.interop.transformers.sites import find_moe_layers
@@ -23,7 +27,7 @@ def place_model(
     out: str | Path | None = None,
     progress: Callable[[int], Any] | None = None,
 ) -> Path:
-    """As :func:`coterie.train.expert_placement.place_run`, of a model that reads a text."""
+    """As :func:`coterie.runs.measure.expert_placement.place_run`, of a model that reads a text."""
     outputs = placement_outputs(out if out is not None else reading.folder.path / "placement")
     trace = Trace(noise_bins=LEVELS)
     for chosen, _ in reading.answers(trace):

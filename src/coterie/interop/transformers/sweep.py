@@ -16,7 +16,7 @@ from coterie.core.cost import count_parameters
 from coterie.core.errors import ConfigError
 from coterie.experts.rerouting import changed
 from coterie.inspect import Place, Trace, analyse
-from coterie.inspect.sweep import Rule, SweepRow, amounts_of, rows_of, settings_of
+from coterie.inspect.statistics.sweep import Rule, SweepRow, amounts_of, rows_of, settings_of
 from coterie.interop.transformers.losses import LEVELS
 from coterie.interop.transformers.report import Reading, Totals
 from coterie.interop.transformers.sites import MoESite, find_moe_layers

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from coterie.core.errors import ConfigError, describe
 from coterie.core.routing import Unit
 from coterie.experts.dispatch import DispatchPlan, dispatch, plan_choices
-from coterie.experts.dispatch.backends import OneExpert
+from coterie.experts.dispatch.expert_weights import OneExpert
 from coterie.experts.dispatch.plan import scale_rows
 from coterie.experts.kinds import ExpertPool
 from coterie.train.apart import routed_pools

@@ -16,9 +16,11 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from coterie.core.errors import ConfigError, describe
+from coterie.experts.dispatch.expert_weights import OneExpert
 from coterie.experts.dispatch.native.build import library
 from coterie.experts.dispatch.native.memory import kept
 from coterie.experts.dispatch.plan import DispatchPlan
+from coterie.experts.dispatch.sorted_rows import sorted_rows
 from coterie.experts.kinds.base import ExpertKind, FeedForward
 
 ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3}
@@ -250,8 +252,6 @@ def _place(
 
 
 def _differentiable(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    from coterie.experts.dispatch.backends import OneExpert, sorted_rows
-
     _, x, gates, ids, *weights = ctx.saved_tensors
     kind, names = ctx.expert
     stacks = {name: stack.unbind(0) for name, stack in zip(names, weights) if name is not None}

@@ -1,0 +1,1 @@
+"""Fetching packaged data once, into the user's cache."""

@@ -1,0 +1,1 @@
+"""Pictures: packaged sets, folders of one's own, latents."""

@@ -1,0 +1,1 @@
+"""Parts of other sources: some classes, the shard of an island."""

@@ -1,0 +1,1 @@
+"""Point clouds: packaged models, folders of one's own."""

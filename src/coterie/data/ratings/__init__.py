@@ -1,0 +1,1 @@
+"""Ratings: who judged what, with an answer per task."""

@@ -1,0 +1,1 @@
+"""Texts: one token per byte, packaged or made up, with their topics."""

@@ -1,0 +1,1 @@
+"""Simulators and renderers: sources that are computed, not fetched."""

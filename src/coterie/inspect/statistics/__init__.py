@@ -1,0 +1,1 @@
+"""What is computed: counts of routings and everything that follows from them."""

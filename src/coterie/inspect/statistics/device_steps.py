@@ -1,0 +1,102 @@
+"""What a step of expert-parallel layers lasts: simulated from loads and the cost of a row."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from coterie.core.machine import commit, hardware_line
+from coterie.core.outputs import Outputs, pair_at
+from coterie.inspect.plots.placement import draw_placement
+from coterie.inspect.statistics.placement import STRATEGIES, RowCost, fit_cost, strategies
+from coterie.inspect.statistics.routers import RouterStats
+
+ROWS = (64, 256, 1024)  # of one expert, at which its cost is measured
+REPEATS = 7
+
+
+def placement_outputs(folder: str | Path) -> Outputs:
+    """Where the files go, looked at before any work."""
+    return pair_at(folder, "placement", "cost")
+
+
+def write_placement(
+    origin: str,
+    routers: Sequence[RouterStats],
+    cost: RowCost,
+    devices: Sequence[int],
+    tokens: int,
+    spare: int,
+    outputs: Outputs,
+) -> Path:
+    """Simulate and write the numbers and the picture; the path of the former."""
+    rows = [row for count in devices for row in simulate(routers, count, tokens, spare, cost)]
+    result = {
+        "run": origin,
+        "commit": commit(),
+        "hardware": hardware_line(),
+        "tokens_per_device": tokens,
+        "spare_places": spare,
+        "cost": asdict(cost),
+        "layers": [{"name": r.name, "load": [round(float(v), 6) for v in r.load]} for r in routers],
+        "rows": rows,
+    }
+    with outputs.writing() as work:
+        draw_placement(rows, work / "placement.png")
+        (work / outputs.index).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    return outputs.folder / outputs.index
+
+
+def simulate(
+    routers: Sequence[RouterStats], devices: int, tokens: int, spare: int, cost: RowCost
+) -> list[dict[str, Any]]:
+    """One row per strategy; ``efficiency`` is the ideal time over the simulated one."""
+    seconds = dict.fromkeys(STRATEGIES, 0.0)
+    held, ideal = dict.fromkeys(STRATEGIES, 0), 0.0
+    for router in routers:
+        total = tokens * devices * router.choices_per_row
+        for name, placed in strategies(
+            np.asarray(router.load) * total, devices, spare, cost
+        ).items():
+            seconds[name] += float(cost.seconds(placed).max())
+            held[name] = max(held[name], int(placed.held.max()))
+        ideal += cost.per_row * total / devices
+    return [
+        {
+            "devices": devices,
+            "strategy": name,
+            "step_ms": round(1e3 * seconds[name], 4),
+            "ideal_ms": round(1e3 * ideal, 4),
+            "efficiency": round(ideal / seconds[name], 4),
+            "experts_per_device": held[name],
+        }
+        for name in STRATEGIES
+    ]
+
+
+@torch.no_grad()
+def measured_cost(expert: Callable[[Tensor], object], width: int, like: Tensor) -> RowCost:
+    """Forward time of one expert on this device, as a line over its rows (median of repeats).
+    ``like``: a tensor on the device and of the type of what it reads."""
+    rng = torch.Generator().manual_seed(0)
+    seconds = []
+    for count in ROWS:
+        x = torch.randn(count, width, generator=rng).to(like)
+        expert(x)
+        found = []
+        for _ in range(REPEATS):
+            start = time.process_time()
+            for _ in range(8):
+                expert(x)
+            found.append((time.process_time() - start) / 8)
+        seconds.append(statistics.median(found))
+    return fit_cost(ROWS, seconds)
