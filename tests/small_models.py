@@ -24,7 +24,8 @@ from coterie.recipes import (
     switch_dit,
 )
 from coterie.recipes.common import image_tiny, text_tiny
-from coterie.runs.run import RunConfig, build_model
+from coterie.runs.build import build_model
+from coterie.runs.config import RunConfig
 
 IMAGE = {
     "data": {"kind": "digits"},

@@ -24,7 +24,8 @@ from coterie.denoiser import MODELS
 from coterie.experts import BALANCES, EDITS, EXPERTS, SCORES, SELECTS
 from coterie.process import PROCESSES, TIMES, WEIGHTINGS
 from coterie.recipes import get_recipe, list_recipes
-from coterie.runs.run import RunConfig, check_fits
+from coterie.runs.build import check_fits
+from coterie.runs.config import RunConfig
 from coterie.solvers import GRIDS, SOLVERS
 from coterie.train import TrainConfig
 from coterie.train.objectives import OBJECTIVES

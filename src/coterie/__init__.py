@@ -39,10 +39,10 @@ if TYPE_CHECKING:  # the same names as in _HOME, for editors and type checkers
     from coterie.process import Process as Process
     from coterie.recipes import get_recipe as get_recipe
     from coterie.recipes import list_recipes as list_recipes
-    from coterie.runs.run import RunConfig as RunConfig
-    from coterie.runs.run import load_run as load_run
-    from coterie.runs.run import start as start
+    from coterie.runs.config import RunConfig as RunConfig
+    from coterie.runs.loading import load_run as load_run
     from coterie.runs.sample.samples import sample_run as sample_run
+    from coterie.runs.training import start as start
     from coterie.solvers import GuidanceConfig as GuidanceConfig
     from coterie.solvers import guide as guide
     from coterie.solvers import sample as sample
@@ -71,7 +71,7 @@ _HOME = {
     "Registry": "core.registry",
     "RouterConfig": "experts",
     "Routing": "core.routing",
-    "RunConfig": "runs.run",
+    "RunConfig": "runs.config",
     "Trace": "inspect",
     "TrainConfig": "train",
     "Trainer": "train",
@@ -82,11 +82,11 @@ _HOME = {
     "guide": "solvers",
     "list_recipes": "recipes",
     "load_pretrained": "hub",
-    "load_run": "runs.run",
+    "load_run": "runs.loading",
     "sample": "solvers",
     "sample_run": "runs.sample.samples",
     "save_pretrained": "hub",
-    "start": "runs.run",
+    "start": "runs.training",
     "upcycle": "convert",
 }
 """Public name -> the module that defines it."""

@@ -24,10 +24,13 @@ from coterie.core.config import override
 from coterie.core.errors import CheckpointError, ConfigError
 from coterie.core.tensors import read_tensors
 from coterie.hub import load_manifest, load_pretrained
+from coterie.runs.config import RunConfig
+from coterie.runs.cost import plan
+from coterie.runs.loading import load_run
 from coterie.runs.measure.report import report_run
 from coterie.runs.origins.initial import InitConfig
-from coterie.runs.run import RunConfig, load_run, plan, prepare, start
 from coterie.runs.sample.samples import sample_run
+from coterie.runs.training import prepare, start
 from coterie.train import checkpoint
 from small_models import images, small, times
 

@@ -15,7 +15,7 @@ from coterie.core.prediction import Condition
 from coterie.denoiser import DenoiserConfig
 from coterie.experts import ExpertLayerConfig
 from coterie.recipes import get_recipe
-from coterie.runs.run import build_model
+from coterie.runs.build import build_model
 
 WIDTH = 8
 SWIGLU = {"kind": "swiglu", "hidden": 6}

@@ -17,8 +17,9 @@ from coterie.core.errors import ConfigError
 from coterie.experts.dispatch import native as operator
 from coterie.experts.shared import SharedConfig
 from coterie.recipes.dit_moe import arms
+from coterie.runs.build import build_model
+from coterie.runs.config import RunConfig
 from coterie.runs.memory import expert_rows, training_memory
-from coterie.runs.run import RunConfig, build_model
 
 SMALL = {"model.backbone.trunk.depth": 2, "train.batch": 32, "train.threads": 1}
 

@@ -126,7 +126,9 @@ def _fakes(calls: Calls) -> list[ModuleType]:
             "coterie.recipes", get_recipe=recipe_stub, list_recipes=lambda: ["dit-moe", "other"]
         ),
         _module("coterie.recipes.verify", verify=verify),
-        _module("coterie.runs.run", start=start, load_run=load_run, plan=plan),
+        _module("coterie.runs.training", start=start),
+        _module("coterie.runs.loading", load_run=load_run),
+        _module("coterie.runs.cost", plan=plan),
         _module("coterie.runs.sample.samples", sample_run=sample_run),
         _module("coterie.bench.experts", run_benchmark=run_benchmark, CASES={"S2": 1, "B2": 2}),
         _module("coterie.runs.measure.report", report_run=report_run),

@@ -10,7 +10,7 @@ import pytest
 from coterie.cli.main import run
 from coterie.core.config import override
 from coterie.recipes.dit_moe import arms
-from coterie.runs.run import start
+from coterie.runs.training import start
 
 SMALL = {
     "data": {"kind": "digits"},

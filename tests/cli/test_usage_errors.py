@@ -15,7 +15,7 @@ from coterie.ensembles.product import CompositionConfig
 from coterie.process import PROCESSES, ContrastConfig
 from coterie.process.contrast import MOST
 from coterie.process.ranges import RangesConfig
-from coterie.runs.run import RunConfig
+from coterie.runs.config import RunConfig
 from coterie.train.rundir import RunDir
 
 

@@ -14,7 +14,8 @@ from coterie.core.errors import ConfigError
 from coterie.data import build_source
 from coterie.hub import load_pretrained, save_pretrained
 from coterie.recipes import home
-from coterie.runs.run import build_model, make_trainer
+from coterie.runs.build import build_model
+from coterie.runs.training import make_trainer
 from small_models import IMAGE, image_tiny, images, times
 
 SHORT = {"train.steps": 3, "train.batch": 64, "train.threads": 1}

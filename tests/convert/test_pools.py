@@ -16,7 +16,8 @@ from coterie.core.prediction import Condition
 from coterie.core.rng import generator
 from coterie.hub import load_pretrained, save_pretrained
 from coterie.recipes import rexmoe, rmoe
-from coterie.runs.run import RunConfig, build_model
+from coterie.runs.build import build_model
+from coterie.runs.config import RunConfig
 from coterie.train.objectives import NextTokenConfig
 from small_models import images, small, times, woken, words
 

@@ -38,9 +38,9 @@ from coterie.interop.diffusers.expert import DiffusersConfig
 from coterie.interop.transformers.load import ModelFolder
 from coterie.interop.transformers.text import read_tokens
 from coterie.interop.upcycled import load_upcycled, save_upcycled, upcycle_transformers
+from coterie.runs.config import RunConfig
 from coterie.runs.islands.partition import PartitionConfig, copy_partition, read_partition
 from coterie.runs.islands.plan import FILE, IslandEntry, IslandPlan, read_plan
-from coterie.runs.run import RunConfig
 from coterie.runs.sample.restoring import outputs_at as restored_at
 from coterie.runs.sample.samples import outputs_at
 from coterie.train import checkpoint, read_metrics

@@ -20,8 +20,9 @@ from coterie.data.listing import DataWarning
 from coterie.data.source import changed, identity
 from coterie.recipes import get_recipe
 from coterie.runs.islands.partition import PartitionConfig, partition_of
+from coterie.runs.loading import load_run
 from coterie.runs.measure.evaluate import held_out
-from coterie.runs.run import load_run, prepare, start
+from coterie.runs.training import prepare, start
 from coterie.train import checkpoint
 
 LITTER = (".git", "__MACOSX", ".ipynb_checkpoints", ".thumbnails", "empty")

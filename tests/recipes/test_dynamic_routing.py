@@ -17,7 +17,7 @@ from coterie.core.routing import Routing
 from coterie.experts import ExpertLayer, layer_cost, multiply_adds
 from coterie.recipes import dynamic_routing
 from coterie.recipes.dynamic_routing import slot
-from coterie.runs.run import RunConfig
+from coterie.runs.config import RunConfig
 from small_models import images, small, with_slots, woken, words
 
 WIDTH, ROWS, EXPERTS = 12, (3, 20), 6

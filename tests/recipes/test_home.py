@@ -11,8 +11,10 @@ from coterie.core.config import override
 from coterie.core.cost import count_parameters
 from coterie.core.routing import Routing
 from coterie.recipes import home
+from coterie.runs.build import build_model
+from coterie.runs.loading import load_run
 from coterie.runs.measure.evaluate import measure
-from coterie.runs.run import build_model, load_run, start
+from coterie.runs.training import start
 from small_models import IMAGE, images
 
 SHORT = {"train.steps": 2, "train.batch": 64, "train.threads": 1, "train.warmup": 0}

@@ -8,7 +8,7 @@ import torch
 from coterie.core.cost import count_parameters
 from coterie.core.prediction import Condition
 from coterie.recipes import mode_policy
-from coterie.runs.run import build_model
+from coterie.runs.build import build_model
 
 
 def test_published_sizes() -> None:

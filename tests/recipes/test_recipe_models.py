@@ -13,7 +13,7 @@ from coterie.core.config import override
 from coterie.core.context import NULL_LABEL
 from coterie.core.rng import generator
 from coterie.experts import ExpertLayer
-from coterie.runs.run import build_model
+from coterie.runs.build import build_model
 from small_models import IMAGES, TEXTS, images, small, woken, words
 
 

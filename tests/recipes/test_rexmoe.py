@@ -21,7 +21,10 @@ from coterie.experts import ExpertLayer, ExpertPool
 from coterie.hub import load_manifest, load_pretrained, save_pretrained
 from coterie.recipes import get_recipe
 from coterie.recipes.rexmoe import SIZES, paper, slot, text, tiny
-from coterie.runs.run import RunConfig, build_model, load_run, make_trainer, start
+from coterie.runs.build import build_model
+from coterie.runs.config import RunConfig
+from coterie.runs.loading import load_run
+from coterie.runs.training import make_trainer, start
 from coterie.train import TrainConfig
 from coterie.train.optim import build_optimizer, trainable
 from coterie.train.rundir import RunDir

@@ -17,7 +17,8 @@ from coterie.core.rng import generator
 from coterie.experts import ExpertLayer, Router
 from coterie.recipes import get_recipe
 from coterie.recipes.rmoe import paper, slot, text, tiny
-from coterie.runs.run import RunConfig, build_model
+from coterie.runs.build import build_model
+from coterie.runs.config import RunConfig
 from small_models import images, small, times, with_slots, woken, words
 
 STATE = 5

@@ -15,7 +15,9 @@ from coterie.core.errors import ConfigError
 from coterie.recipes import get_recipe, verify
 from coterie.recipes.base import Recipe
 from coterie.recipes.verify import job_of, run_arm
-from coterie.runs.run import RunConfig, build_model, load_run
+from coterie.runs.build import build_model
+from coterie.runs.config import RunConfig
+from coterie.runs.loading import load_run
 from small_models import IMAGE
 
 SHORT = {

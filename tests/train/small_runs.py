@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from coterie.core.config import override
-from coterie.runs.run import RunConfig, start
+from coterie.runs.config import RunConfig
+from coterie.runs.training import start
 from small_models import small
 
 SHORT: dict[str, Any] = {

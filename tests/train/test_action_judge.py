@@ -16,13 +16,16 @@ from coterie.core.prediction import Condition
 from coterie.data.worlds.obstacle import ObstacleSimulator
 from coterie.hub import load_pretrained
 from coterie.recipes import get_recipe
+from coterie.runs.build import build_model, build_source
+from coterie.runs.config import RunConfig
 from coterie.runs.judges import judge_of
 from coterie.runs.judges.action import ActionJudge
+from coterie.runs.loading import LoadedRun, load_run
 from coterie.runs.measure.evaluate import measure
 from coterie.runs.measure.report import report_run
-from coterie.runs.run import LoadedRun, RunConfig, build_model, build_source, load_run, start
 from coterie.runs.sample.rollouts import RolledOut, both_ways, demonstrator, roll_out
 from coterie.runs.sample.samples import sample_run
+from coterie.runs.training import start
 from coterie.train import TrainConfig, Trainer
 
 SHORT = {

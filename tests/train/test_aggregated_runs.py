@@ -18,9 +18,11 @@ from coterie.core.tensors import read_tensors
 from coterie.denoiser import DenoiserConfig
 from coterie.hub import load_manifest, load_pretrained
 from coterie.inspect import ReportData, Trace, write_report
+from coterie.runs.config import RunConfig
+from coterie.runs.loading import load_run
 from coterie.runs.measure.gate_maps import gate_maps
 from coterie.runs.origins.pretrained import WeightAverageConfig
-from coterie.runs.run import RunConfig, load_run, start
+from coterie.runs.training import start
 
 TRUNK = TrunkConfig(width=16, depth=1, heads=2)
 MODEL = DenoiserConfig(backbone=DiTConfig(image_size=8, patch=4, trunk=TRUNK))

@@ -14,7 +14,7 @@ from torch._inductor.utils import fresh_cache
 
 from coterie.cli.main import run as coterie
 from coterie.core.errors import ConfigError
-from coterie.runs.run import LoadedRun, load_run
+from coterie.runs.loading import LoadedRun, load_run
 from coterie.runs.sample.cached import cached, compiled
 from coterie.runs.sample.sampling import generate
 from coterie.solvers import SOLVERS

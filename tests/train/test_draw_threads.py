@@ -14,9 +14,10 @@ from coterie.cli.main import cli, run
 from coterie.core import threads as core
 from coterie.core.errors import ConfigError
 from coterie.core.threads import Choice, Watch
-from coterie.runs.run import load_run, start
+from coterie.runs.loading import load_run
 from coterie.runs.sample import draw_threads as here
 from coterie.runs.sample.samples import sample_run
+from coterie.runs.training import start
 
 
 @pytest.fixture(scope="module")

@@ -23,15 +23,19 @@ from coterie.data.download.cache import cache_root
 from coterie.guides import Guide, height_map, pixel_classes
 from coterie.guides.tasks import distilled, supervised
 from coterie.recipes import ppap
+from coterie.runs.build import build_model
+from coterie.runs.config import RunConfig
+from coterie.runs.cost import plan
+from coterie.runs.loading import LoadedRun, load_run
 from coterie.runs.measure.evaluate import measure
 from coterie.runs.measure.guide_measures import measured
 from coterie.runs.measure.report import report_run
 from coterie.runs.origins.guide_runs import guide_run, reader_run
 from coterie.runs.origins.initial import find_origin
 from coterie.runs.origins.pretrained import PretrainedConfig
-from coterie.runs.run import LoadedRun, RunConfig, build_model, load_run, make_trainer, plan, start
 from coterie.runs.sample.guided import followed, read_picture, with_guide
 from coterie.runs.sample.sampling import generate
+from coterie.runs.training import make_trainer, start
 from coterie.solvers.guided import GuidedConfig
 from coterie.train.objectives import RecognitionConfig
 from coterie.train.schedule import SCHEDULES, turn_at

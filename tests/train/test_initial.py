@@ -19,18 +19,13 @@ from coterie.core.config import override
 from coterie.core.errors import CheckpointError, ConfigError, TrainingError
 from coterie.core.folder import MANIFEST, file_digest
 from coterie.experts import Router
+from coterie.runs.build import build_model, upcycled_run
+from coterie.runs.config import RunConfig
+from coterie.runs.loading import load_run
 from coterie.runs.measure.evaluate import held_out
 from coterie.runs.origins.initial import InitConfig
 from coterie.runs.origins.pretrained import PretrainedConfig
-from coterie.runs.run import (
-    RunConfig,
-    build_model,
-    load_run,
-    make_trainer,
-    prepare,
-    start,
-    upcycled_run,
-)
+from coterie.runs.training import make_trainer, prepare, start
 from coterie.train import RunDir, Trainer, checkpoint, load_weights, read_metrics
 from small_models import small, words
 

@@ -21,8 +21,8 @@ from coterie.runs.islands.together import (
 )
 from coterie.runs.islands.work import run_island
 from coterie.runs.judges import judge_of
+from coterie.runs.loading import load_run
 from coterie.runs.measure.evaluate import held_out, measured_active
-from coterie.runs.run import load_run
 from coterie.runs.sample.samples import sample_run
 
 SMALL = {"depth": 2, "width": 16, "heads": 2}

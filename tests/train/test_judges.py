@@ -19,13 +19,16 @@ from coterie.data.source import ArraySource
 from coterie.denoiser import DenoiserConfig
 from coterie.metrics.calibration import router_calibration
 from coterie.metrics.restoration import psnr
+from coterie.runs.build import build_model
+from coterie.runs.config import RunConfig
 from coterie.runs.judges import JUDGES, judge_of
 from coterie.runs.judges.base import by_class, judges
 from coterie.runs.judges.restoration import use_of, without_experts
+from coterie.runs.loading import LoadedRun, load_run
 from coterie.runs.measure import report
 from coterie.runs.measure.evaluate import flat, measure
-from coterie.runs.run import LoadedRun, RunConfig, build_model, load_run, start
 from coterie.runs.sample.samples import sample_run
+from coterie.runs.training import start
 from coterie.train.config import TrainConfig
 from coterie.train.objectives import RestorationConfig
 

@@ -21,10 +21,12 @@ from coterie.core.prediction import Condition
 from coterie.core.routing import Routing
 from coterie.experts import ExpertLayer
 from coterie.inspect import Place, Trace
+from coterie.runs.build import build_source
+from coterie.runs.config import RunConfig
+from coterie.runs.loading import LoadedRun, load_run
 from coterie.runs.measure import active, evaluate, probes
 from coterie.runs.measure.answers import answer_measures, marks_answers, whole_answers
 from coterie.runs.measure.routing_measures import routing_measures
-from coterie.runs.run import LoadedRun, RunConfig, build_source, load_run
 from small_models import small, woken
 
 SLOT = "model.backbone.trunk.slots.0"
@@ -332,7 +334,7 @@ def test_padding_is_not_compared_and_noise_level_experts_are_left_out() -> None:
 def test_every_measure_is_a_finite_number_and_is_described(tmp_path: Path) -> None:
     paths = {"train.steps": 3, f"{SLOT}.reuse": 2, f"{SLOT}.expert.rounds": 2, **TOP_P}
     config = text_config(**paths)
-    from coterie.runs.run import start
+    from coterie.runs.training import start
 
     run = load_run(start(config, tmp_path / "run", progress=False))
     found = evaluate.measure(run)

@@ -23,7 +23,7 @@ from coterie.guides import Guide, ReaderConfig, suggested
 from coterie.process import PROCESSES
 from coterie.process.ranges import equal_ranges
 from coterie.recipes import get_recipe
-from coterie.runs.run import build_model
+from coterie.runs.build import build_model
 from coterie.train import TrainConfig, Trainer
 from coterie.train.objectives import OBJECTIVES
 from coterie.train.placement import Placement

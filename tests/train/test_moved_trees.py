@@ -17,11 +17,13 @@ from coterie.core.errors import CheckpointError, CoterieError, DataError
 from coterie.core.places import beside, placed, relative
 from coterie.data import SOURCES
 from coterie.ensembles import EnsembleModelConfig, MemberConfig
+from coterie.runs.config import RunConfig
 from coterie.runs.islands.partition import PartitionConfig
 from coterie.runs.islands.plan import FILE, make_plan, read_plan
 from coterie.runs.islands.work import run_island, status
+from coterie.runs.loading import load_run
 from coterie.runs.origins.pretrained import PretrainedConfig
-from coterie.runs.run import RunConfig, load_run, prepare, start
+from coterie.runs.training import prepare, start
 from coterie.train.rundir import RunDir, stored_hash
 from small_models import small
 

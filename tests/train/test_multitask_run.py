@@ -20,10 +20,14 @@ from coterie.core.prediction import Condition
 from coterie.data.ratings.ratings import TaskToyConfig
 from coterie.hub import load_pretrained
 from coterie.metrics import auc, gauc
+from coterie.runs.build import build_model
+from coterie.runs.config import RunConfig
+from coterie.runs.cost import plan
+from coterie.runs.loading import LoadedRun, load_run
 from coterie.runs.measure.evaluate import measure
 from coterie.runs.measure.report import report_run
-from coterie.runs.run import LoadedRun, RunConfig, build_model, load_run, plan, start
 from coterie.runs.sample.samples import sample_run
+from coterie.runs.training import start
 from coterie.train.objectives import OBJECTIVES
 
 TOY = TaskToyConfig(count=600, users=30, items=40, observed=(1.0, 1.0, 0.5, 0.5))

@@ -9,7 +9,10 @@ from coterie.core import needs
 from coterie.core.config import override
 from coterie.core.errors import ConfigError
 from coterie.recipes import get_recipe
-from coterie.runs.run import build_model, load_run, make_trainer, plan, start
+from coterie.runs.build import build_model
+from coterie.runs.cost import plan
+from coterie.runs.loading import load_run
+from coterie.runs.training import make_trainer, start
 from small_models import small
 
 HUGE = {

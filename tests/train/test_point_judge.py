@@ -13,10 +13,11 @@ from coterie.core.config import override
 from coterie.hub import load_pretrained
 from coterie.recipes import fastdit_3d
 from coterie.runs.judges import judge_of
+from coterie.runs.loading import LoadedRun, load_run
 from coterie.runs.measure.evaluate import measure
 from coterie.runs.measure.report import report_run
-from coterie.runs.run import LoadedRun, load_run, start
 from coterie.runs.sample.samples import sample_run
+from coterie.runs.training import start
 
 SHORT = {
     "data.num_points": 24,

@@ -22,8 +22,10 @@ from coterie.data.images import photos
 from coterie.data.images.photos import CROP, PhotosConfig
 from coterie.data.source import ArraySource
 from coterie.denoiser import DenoiserConfig
-from coterie.runs.run import RunConfig, load_run, start
+from coterie.runs.config import RunConfig
+from coterie.runs.loading import load_run
 from coterie.runs.sample.restoring import corners, ramp, restore_tiled
+from coterie.runs.training import start
 from coterie.train.config import TrainConfig
 from coterie.train.objectives import RestorationConfig
 from coterie.train.objectives.restoration import restore

@@ -14,9 +14,12 @@ from small_runs import finished, short
 
 from coterie.core.cost import count_parameters
 from coterie.core.errors import CheckpointError, ConfigError
-from coterie.runs.run import LoadedRun, build_model, build_source, load_run, plan, start
+from coterie.runs.build import build_model, build_source
+from coterie.runs.cost import plan
+from coterie.runs.loading import LoadedRun, load_run
 from coterie.runs.sample.samples import sample_run
 from coterie.runs.sample.sampling import balanced_labels, generate, grid_image, to_pixels
+from coterie.runs.training import start
 from small_models import images, small, times
 
 
@@ -73,7 +76,7 @@ def test_starting_again_changes_nothing(image_run: Path) -> None:
 
 
 def test_an_interrupted_run_ends_as_if_it_had_not_been(image_run: Path, tmp_path: Path) -> None:
-    from coterie.runs.run import make_trainer
+    from coterie.runs.training import make_trainer
     from coterie.train.rundir import RunDir
 
     config = load_run(image_run).config

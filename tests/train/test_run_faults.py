@@ -20,9 +20,10 @@ from coterie.core.errors import CheckpointError, ConfigError, TrainingError
 from coterie.core.folder import FolderWarning
 from coterie.hub import save_pretrained
 from coterie.runs import run as run_module
+from coterie.runs.loading import load_run
 from coterie.runs.measure.report import report_run
-from coterie.runs.run import load_run, start
 from coterie.runs.sample.samples import sample_run
+from coterie.runs.training import start
 from coterie.train import RunDir, Trainer, checkpoint, load_weights, store
 from coterie.train.checkpoint import CheckpointWarning
 

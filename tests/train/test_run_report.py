@@ -16,9 +16,10 @@ from torch.nn import functional as F
 from coterie.core.rng import generator
 from coterie.core.routing import Routing
 from coterie.experts import Router
+from coterie.runs.build import build_source
 from coterie.runs.judges import base, noise
+from coterie.runs.loading import LoadedRun, load_run
 from coterie.runs.measure import evaluate, features, probes, report
-from coterie.runs.run import LoadedRun, build_source, load_run
 from coterie.train.config import TrainConfig
 from small_models import images, small, times, woken
 

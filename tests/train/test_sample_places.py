@@ -12,7 +12,7 @@ from small_runs import finished
 from coterie.cli.main import run as coterie
 from coterie.core.config import override
 from coterie.core.errors import ConfigError
-from coterie.runs.run import LoadedRun, load_run
+from coterie.runs.loading import LoadedRun, load_run
 from coterie.runs.sample.sampling import generate
 
 

@@ -14,8 +14,9 @@ from coterie.core.config import override
 from coterie.core.errors import ConfigError
 from coterie.experts import ExpertLayer, Router, RouterConfig
 from coterie.inspect.plots.sweep import plot_sweep
+from coterie.runs.build import build_source
+from coterie.runs.loading import LoadedRun
 from coterie.runs.measure import active, evaluate, sweep
-from coterie.runs.run import LoadedRun, build_source
 from small_models import small, woken
 
 SELECT = "model.backbone.trunk.slots.0.expert.router.select"

@@ -22,10 +22,14 @@ from coterie.inspect import analyse
 from coterie.inspect.page.numbers import routing_numbers
 from coterie.recipes import get_recipe
 from coterie.recipes.common import unet_tiny
+from coterie.runs.build import build_model, build_source
+from coterie.runs.config import RunConfig
+from coterie.runs.cost import plan
 from coterie.runs.judges import noise
+from coterie.runs.loading import load_run
 from coterie.runs.measure.evaluate import held_out
-from coterie.runs.run import RunConfig, build_model, build_source, load_run, plan, start
 from coterie.runs.sample.sampling import generate
+from coterie.runs.training import start
 from coterie.solvers import SOLVERS
 from small_models import images, times
 

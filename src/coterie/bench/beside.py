@@ -18,7 +18,7 @@ from typing import Any
 from coterie.bench.goals import goal
 from coterie.core.threads import candidates, most_threads
 from coterie.recipes.dit_moe import arms
-from coterie.runs.run import build_model, build_source
+from coterie.runs.build import build_model, build_source
 from coterie.train.loop import Trainer
 
 CHOSEN = "chosen"

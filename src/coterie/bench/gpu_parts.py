@@ -17,7 +17,7 @@ from coterie.experts import ExpertPool, plan
 from coterie.experts.dispatch import BACKENDS, DispatchPlan, available
 from coterie.experts.kinds import ExpertKind, GeluMLP, SwiGLU
 from coterie.recipes import get_recipe
-from coterie.runs.run import make_trainer
+from coterie.runs.training import make_trainer
 from coterie.solvers.guidance import guide
 from coterie.solvers.sampling import initial_noise, sample
 

@@ -19,9 +19,11 @@ from coterie.bench.timing import Place, interleaved, milliseconds, ratio
 from coterie.core.prediction import Condition
 from coterie.guides import Guide, GuideConfig
 from coterie.recipes import ppap
+from coterie.runs.config import RunConfig
 from coterie.runs.judges import judge_of
+from coterie.runs.loading import load_run
 from coterie.runs.origins.pretrained import PretrainedConfig
-from coterie.runs.run import RunConfig, load_run, start
+from coterie.runs.training import start
 from coterie.solvers.guided import GuidedConfig, GuidedDenoiser
 
 BATCH, SAMPLES = 64, 300

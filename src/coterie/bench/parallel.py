@@ -25,8 +25,9 @@ from coterie.bench.timing import ratio
 from coterie.core.errors import TrainingError
 from coterie.core.json_reader import read_object
 from coterie.core.rng import generator
+from coterie.runs.build import build_model, build_source
+from coterie.runs.config import RunConfig
 from coterie.runs.launch.supervisor import run_processes
-from coterie.runs.run import RunConfig, build_model, build_source
 from coterie.train.config import TrainConfig
 from coterie.train.loop import Trainer
 from coterie.train.parallel import ParallelConfig, Processes, Spread, joined

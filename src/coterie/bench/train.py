@@ -27,8 +27,9 @@ from coterie.experts.dispatch.expert_weights import OneExpert
 from coterie.experts.dispatch.plan import DispatchPlan
 from coterie.experts.kinds.pool import ExpertPool
 from coterie.recipes.dit_moe import arms
+from coterie.runs.build import build_model, build_source
+from coterie.runs.config import RunConfig
 from coterie.runs.memory import training_memory
-from coterie.runs.run import RunConfig, build_model, build_source
 from coterie.train.loop import Trainer
 
 DENSE, OURS = "dense", "dit-moe"

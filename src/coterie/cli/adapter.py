@@ -31,7 +31,7 @@ def command() -> None:
 def merge(runs: tuple[Path, ...], out: Path, weight: tuple[float, ...], dry_run: bool) -> None:
     """The sum of the adapters of RUNs, as a run that trains nothing and copies nothing."""
     from coterie.runs.origins.merged import merged_run
-    from coterie.runs.run import start
+    from coterie.runs.training import start
 
     config = merged_run(runs, weight)
     say(config.to_json() if dry_run else str(start(config, out, progress=False)))

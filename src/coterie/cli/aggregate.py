@@ -80,7 +80,7 @@ def command(
         raise click.UsageError("missing --out, the run to write")
     from coterie.ensembles import AggregateConfig
     from coterie.runs.origins.aggregated import aggregated_run
-    from coterie.runs.run import start
+    from coterie.runs.training import start
 
     given = {name: value for name, value in sizes.items() if value is not None}
     patterns = [] if points == "answer" else points.split(",")

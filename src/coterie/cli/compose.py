@@ -132,7 +132,7 @@ def command(
     from coterie.data import SOURCES
     from coterie.ensembles.product import CompositionConfig
     from coterie.runs.origins.composed import composed_run
-    from coterie.runs.run import start
+    from coterie.runs.training import start
     from coterie.solvers import FeynmanKacConfig
 
     composition = CompositionConfig.from_dict(

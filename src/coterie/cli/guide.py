@@ -11,7 +11,7 @@ from coterie.cli.output import OUT, facts, say, say_json
 from coterie.cli.overrides import ANY_FLAG, apply, split, takes_paths
 
 if TYPE_CHECKING:
-    from coterie.runs.run import RunConfig
+    from coterie.runs.config import RunConfig
 
 
 @click.group("guide")
@@ -94,7 +94,7 @@ def _start(
         planned = projection(config)
         say_json(planned) if as_json else say(facts(planned))
         return
-    from coterie.runs.run import start
+    from coterie.runs.training import start
 
     run = start(config, out, progress=not quiet)
     if as_json:

@@ -10,7 +10,7 @@ import click
 
 if TYPE_CHECKING:
     from coterie.recipes import Recipe
-    from coterie.runs.run import RunConfig
+    from coterie.runs.config import RunConfig
 
 ANY_FLAG = {"ignore_unknown_options": True, "help_option_names": ["-h", "--help"]}
 """Context settings of a command that takes configuration paths as flags."""
@@ -96,7 +96,7 @@ def run_and_config(
     if not (path / "config.json").is_file():
         recipe, config = recipe_and_config(ctx, arguments, preset)
         return Path("runs") / recipe.name, config
-    from coterie.runs.run import RunConfig
+    from coterie.runs.config import RunConfig
 
     return path, apply(ctx, RunConfig.load(path / "config.json"), paths)
 

@@ -37,7 +37,7 @@ def command(
     \b
       coterie restore runs/mofme holiday --out holiday-restored
     """
-    from coterie.runs.run import load_run
+    from coterie.runs.loading import load_run
     from coterie.runs.sample.restoring import plan_folder, restore_folder
 
     loaded = load_run(run, which=weights)

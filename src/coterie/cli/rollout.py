@@ -41,7 +41,7 @@ def command(
       coterie rollout runs/mode-policy --num 200
       coterie rollout runs/mode-policy --cached --labels 0,3
     """
-    from coterie.runs.run import load_run
+    from coterie.runs.loading import load_run
     from coterie.runs.sample.episodes import rollout_run
 
     loaded = load_run(run, which=weights)

@@ -5,14 +5,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from coterie.runs.run import RunConfig
+    from coterie.runs.config import RunConfig
 
 BYTES_PER_PARAMETER = 20  # float32: weight, gradient, two moments of Adam, one running average
 
 
 def size_of(config: RunConfig) -> dict[str, Any]:
     """Parameters and FLOPs, without allocating a weight: published sizes fit few machines."""
-    from coterie.runs.run import plan
+    from coterie.runs.cost import plan
 
     size = plan(config, measure=False)
     if "parameters_total" not in size:  # a run that trains nothing
@@ -29,7 +29,7 @@ def projection(config: RunConfig) -> dict[str, Any]:
     """
     from coterie.core.errors import DataError
     from coterie.core.machine import hardware
-    from coterie.runs.run import plan
+    from coterie.runs.cost import plan
 
     size = size_of(config)
     if "parameters_total" not in size:

@@ -77,7 +77,7 @@ def command(
         return
     run = out or folder
     if parallel is None:
-        from coterie.runs.run import start
+        from coterie.runs.training import start
 
         start(config, run, progress=not quiet)
     elif not _in_processes(config, run, parallel, restarts, timeout, oversubscribe, quiet):
@@ -111,7 +111,7 @@ def _in_processes(
 ) -> bool:
     """Train in several processes, of which this starts all or is one; whether it is to report."""
     from coterie.runs.launch import launch
-    from coterie.runs.run import start
+    from coterie.runs.training import start
     from coterie.train.parallel import ParallelConfig, Spread, joined, launched
 
     parallel = ParallelConfig.parse(degrees)

@@ -125,7 +125,10 @@ def _run(
     from coterie.cli.size import projection, size_of
     from coterie.convert import check_preserved
     from coterie.data import order
-    from coterie.runs.run import RunConfig, load_run, prepare, upcycled_run
+    from coterie.runs.build import upcycled_run
+    from coterie.runs.config import RunConfig
+    from coterie.runs.loading import load_run
+    from coterie.runs.training import prepare
 
     before = RunConfig.load(source / "config.json")
     after = apply(ctx, upcycled_run(before, source, config), paths)

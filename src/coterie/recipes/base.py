@@ -16,7 +16,7 @@ from types import ModuleType
 from typing import Literal
 
 from coterie.core.errors import ConfigError, unknown
-from coterie.runs.run import RunConfig
+from coterie.runs.config import RunConfig
 
 
 @dataclass(frozen=True)

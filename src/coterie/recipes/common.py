@@ -8,7 +8,7 @@ from coterie.backbones import DiTConfig, SlotConfig, TrunkConfig, UNetConfig
 from coterie.backbones.causal import TEXT_TRUNK, CausalConfig
 from coterie.core.registry import Part
 from coterie.denoiser import DenoiserConfig, TokenDenoiserConfig
-from coterie.runs.run import RunConfig, SampleConfig
+from coterie.runs.config import RunConfig, SampleConfig
 from coterie.solvers import GuidanceConfig, ThresholdConfig
 from coterie.train.config import TrainConfig
 from coterie.train.objectives import DenoisingConfig, NextTokenConfig

@@ -8,11 +8,11 @@ from coterie.ensembles import MixtureConfig, Oracle
 from coterie.ensembles.model import EnsembleModelConfig, MemberConfig
 from coterie.recipes.base import Claim, Paper
 from coterie.recipes.common import image_paper, image_tiny, image_trunk
+from coterie.runs.config import RunConfig
 from coterie.runs.islands import IslandConfig, PartitionConfig
 from coterie.runs.islands.plan import shared_budget
 from coterie.runs.islands.together import router_of
 from coterie.runs.origins.pretrained import PretrainedConfig
-from coterie.runs.run import RunConfig
 from coterie.solvers import GuidanceConfig
 from coterie.train.objectives import DistillationConfig
 

@@ -11,7 +11,7 @@ from coterie.experts import RouterConfig, Segmentation
 from coterie.experts.kinds import SwiGLU
 from coterie.recipes.base import Claim, Paper
 from coterie.recipes.common import image_tiny, text_tiny
-from coterie.runs.run import RunConfig
+from coterie.runs.config import RunConfig
 
 PAPER = Paper(
     title="DeepSeekMoE: Towards Ultimate Expert Specialization in Mixture-of-Experts "

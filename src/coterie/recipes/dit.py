@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from coterie.recipes.base import Claim, Paper
 from coterie.recipes.common import image_paper, image_tiny, image_trunk
-from coterie.runs.run import RunConfig
+from coterie.runs.config import RunConfig
 
 PAPER = Paper(
     title="Scalable Diffusion Models with Transformers",

@@ -6,7 +6,7 @@ from coterie.backbones import SlotConfig
 from coterie.experts import ExpertLayerConfig, RouterConfig, SharedConfig
 from coterie.recipes.base import Claim, Paper
 from coterie.recipes.common import SIZES, image_paper, image_tiny, image_trunk
-from coterie.runs.run import RunConfig
+from coterie.runs.config import RunConfig
 
 PAPER = Paper(
     title="Scaling Diffusion Transformers to 16 Billion Parameters",

@@ -9,7 +9,7 @@ from coterie.denoiser import DenoiserConfig
 from coterie.experts import ExpertLayerConfig, RouterConfig
 from coterie.recipes.base import Claim, Paper
 from coterie.recipes.common import RECTIFIED_FLOW, SIZES
-from coterie.runs.run import RunConfig, SampleConfig
+from coterie.runs.config import RunConfig, SampleConfig
 from coterie.train.config import TrainConfig
 from coterie.train.objectives import DenoisingConfig
 

@@ -8,8 +8,8 @@ from coterie.ensembles.model import EnsembleModelConfig, MemberConfig
 from coterie.ensembles.product import CompositionConfig
 from coterie.recipes.base import Claim, Paper
 from coterie.recipes.common import image_paper, image_tiny, image_trunk
+from coterie.runs.config import RunConfig
 from coterie.runs.origins.pretrained import PretrainedConfig
-from coterie.runs.run import RunConfig
 from coterie.solvers import GuidanceConfig
 
 PAPER = Paper(

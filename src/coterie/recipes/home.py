@@ -14,7 +14,7 @@ from coterie.denoiser import DenoiserConfig, PredictorConfig
 from coterie.experts.kinds import NormMLP
 from coterie.recipes.base import Claim, Paper
 from coterie.recipes.common import RECTIFIED_FLOW, image_tiny, image_trunk
-from coterie.runs.run import RunConfig, SampleConfig
+from coterie.runs.config import RunConfig, SampleConfig
 from coterie.train.config import TrainConfig
 from coterie.train.objectives import DenoisingConfig, MultiTaskObjectiveConfig
 

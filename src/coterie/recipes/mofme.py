@@ -10,7 +10,7 @@ from coterie.core.config import override
 from coterie.denoiser import DenoiserConfig
 from coterie.experts import ExpertLayerConfig
 from coterie.recipes.base import Claim, Paper
-from coterie.runs.run import RunConfig
+from coterie.runs.config import RunConfig
 from coterie.train.config import TrainConfig
 from coterie.train.objectives import RestorationConfig
 

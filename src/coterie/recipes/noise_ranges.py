@@ -7,9 +7,9 @@ from typing import Any
 from coterie.ensembles import EnsembleModelConfig, MemberConfig, NoiseRangesConfig
 from coterie.recipes.base import Claim, Paper
 from coterie.recipes.common import image_paper, image_tiny, image_trunk
+from coterie.runs.config import RunConfig
 from coterie.runs.origins.initial import InitConfig
 from coterie.runs.origins.pretrained import PretrainedConfig
-from coterie.runs.run import RunConfig
 
 PAPER = Paper(
     title="eDiff-I: Text-to-Image Diffusion Models with an Ensemble of Expert Denoisers",

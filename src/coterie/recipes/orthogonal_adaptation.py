@@ -8,8 +8,8 @@ from coterie.adapters import AdapterConfig, BasisConfig, LoraConfig
 from coterie.backbones import DiTConfig, TrunkConfig
 from coterie.recipes.base import Claim, Paper
 from coterie.recipes.common import image_paper, image_tiny, image_trunk
+from coterie.runs.config import RunConfig
 from coterie.runs.origins.initial import InitConfig
-from coterie.runs.run import RunConfig
 from coterie.solvers import GuidanceConfig
 
 PAPER = Paper(

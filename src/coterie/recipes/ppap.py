@@ -9,9 +9,9 @@ from coterie.core.registry import Part
 from coterie.guides import GuideConfig, ReaderConfig
 from coterie.recipes.base import Claim, Paper
 from coterie.recipes.common import image_tiny
+from coterie.runs.config import RunConfig
 from coterie.runs.origins.generated import GeneratedConfig
 from coterie.runs.origins.pretrained import PretrainedConfig
-from coterie.runs.run import RunConfig
 from coterie.solvers import GuidanceConfig
 from coterie.solvers.guided import GuidedConfig
 from coterie.train.objectives import RecognitionConfig

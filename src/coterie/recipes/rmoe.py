@@ -8,7 +8,7 @@ from coterie.backbones import SlotConfig
 from coterie.experts import ExpertLayerConfig, RouterConfig, SharedConfig
 from coterie.recipes.base import Claim, Paper
 from coterie.recipes.common import image_tiny, text_paper, text_tiny
-from coterie.runs.run import RunConfig
+from coterie.runs.config import RunConfig
 
 PAPER = Paper(
     title="Layerwise Recurrent Router for Mixture-of-Experts",

@@ -32,7 +32,7 @@ from coterie.core.folder import digest, write_text
 from coterie.core.json_reader import read_object
 from coterie.core.machine import commit, hardware
 from coterie.recipes.base import Claim, Recipe, get_recipe
-from coterie.runs.run import RunConfig
+from coterie.runs.config import RunConfig
 
 ARM = "arm:"
 RULE = "paired by seed: right sign in every seed, and mean difference above one standard deviation"
@@ -109,7 +109,7 @@ def _budgets_of(claim: Claim, budgets: dict[str, dict[str, Any]]) -> dict[str, A
 
 def _budget(config: RunConfig) -> dict[str, Any]:
     """What an arm may use: steps, batch, parameters (all and active), FLOPs per step."""
-    from coterie.runs.run import plan
+    from coterie.runs.cost import plan
 
     found = plan(config, measure=False)
     return {key: value for key, value in found.items() if key not in ("recipe", "preset")}
@@ -208,7 +208,7 @@ def train_part(config_json: str, folder: str) -> dict[str, float]:
     """Train an arm that others are made of (in a worker process); nothing of it is measured."""
     import torch
 
-    from coterie.runs.run import start
+    from coterie.runs.training import start
 
     torch.set_num_threads(1)
     config = RunConfig.from_json(config_json)
@@ -221,8 +221,9 @@ def run_arm(config_json: str, folder: str) -> dict[str, float]:
     """Train, measure and store one arm (in a worker process). Finished work is not repeated."""
     import torch
 
+    from coterie.runs.loading import load_run
     from coterie.runs.measure.evaluate import measure
-    from coterie.runs.run import load_run, start
+    from coterie.runs.training import start
 
     torch.set_num_threads(1)
     config = RunConfig.from_json(config_json)
@@ -242,9 +243,10 @@ def run_arm(config_json: str, folder: str) -> dict[str, float]:
 
 def _initial(config: RunConfig, folder: Path) -> dict[str, float]:
     """Held-out loss and load of the weights an arm starts from; kept, as training moves on."""
+    from coterie.runs.loading import load_run
     from coterie.runs.measure.evaluate import held_out
     from coterie.runs.measure.routing_measures import routing_measures
-    from coterie.runs.run import load_run, prepare
+    from coterie.runs.training import prepare
 
     stored = folder / "initial.json"
     if not stored.is_file():

@@ -24,7 +24,7 @@ from coterie.denoiser import DenoiserConfig
 from coterie.experts import ExpertLayerConfig
 from coterie.experts.dispatch.native import library
 from coterie.train.precision import resolve_device
-from coterie.runs.run import RunConfig
+from coterie.runs.config import RunConfig
 
 ITEM = 4  # bytes of a float32
 

@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 
 from coterie.core.outputs import Outputs
-from coterie.inspect.page.page import page
 from coterie.inspect.page.anomaly_verdicts import verdicts
 from coterie.inspect.page.content import ReportData, check
 from coterie.inspect.page.numbers import (
@@ -25,6 +24,7 @@ from coterie.inspect.page.numbers import (
     similarity_numbers,
     to_json,
 )
+from coterie.inspect.page.page import page
 from coterie.inspect.page.sections import build_sections, footer, header
 from coterie.inspect.plots.amounts import (
     plot_amounts,

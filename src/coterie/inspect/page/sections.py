@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from coterie.inspect.page import page as html
 from coterie.inspect.page.anomaly_section import anomaly_section
 from coterie.inspect.page.anomaly_verdicts import summary as meters
 from coterie.inspect.page.anomaly_verdicts import verdicts
@@ -16,7 +17,6 @@ from coterie.inspect.page.findings import Finding, experts, findings, sentences,
 from coterie.inspect.page.metric_names import ARROWS, explained, metric_name
 from coterie.inspect.page.numbers import plain
 from coterie.inspect.page.page import Cell, Section
-from coterie.inspect.page import page as html
 from coterie.inspect.page.words import expert_name, fixed, listing
 from coterie.inspect.plots.style import Picture
 from coterie.inspect.statistics.amounts import Amounts, analyse_amounts

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from coterie.inspect.page.findings import Finding
 from coterie.inspect.page import page as html
+from coterie.inspect.page.findings import Finding
 from coterie.inspect.plots.style import FULL_WIDTH, PALETTE, Picture, Plot, figure
 
 if TYPE_CHECKING:

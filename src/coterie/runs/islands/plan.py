@@ -25,7 +25,9 @@ from coterie.data.parts.shard import ShardConfig, write_shard
 from coterie.data.source import SPLITS
 from coterie.runs.islands.partition import Islands, PartitionConfig, copy_partition, partition_of
 from coterie.runs.islands.source import IslandConfig
-from coterie.runs.run import RunConfig, build_source, plan
+from coterie.runs.build import build_source
+from coterie.runs.config import RunConfig
+from coterie.runs.cost import plan
 from coterie.train.rundir import RunDir
 
 FILE = "islands.json"

@@ -27,7 +27,8 @@ from coterie.runs.islands.source import IslandConfig
 from coterie.runs.islands.work import state_of
 from coterie.train.objectives import ClusterPosteriorConfig, DistillationConfig
 from coterie.runs.origins.pretrained import PretrainedConfig
-from coterie.runs.run import RunConfig, start
+from coterie.runs.config import RunConfig
+from coterie.runs.training import start
 from coterie.train.rundir import RunDir, differences
 
 ROUTER = "router"

@@ -15,7 +15,8 @@ from coterie.core.folder import open_own, write_text
 from coterie.train import checkpoint
 from coterie.runs.launch import children
 from coterie.runs.islands.plan import IslandPlan, read_plan
-from coterie.runs.run import RunConfig, start
+from coterie.runs.config import RunConfig
+from coterie.runs.training import start
 from coterie.train.rundir import RunDir, read_metrics
 from coterie.train.signals import Interrupted, StopSignals
 

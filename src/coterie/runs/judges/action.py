@@ -30,7 +30,8 @@ from coterie.runs.sample.rollouts import (
     policy,
     roll_out,
 )
-from coterie.runs.run import SampleConfig, build_source
+from coterie.runs.build import build_source
+from coterie.runs.config import SampleConfig
 from coterie.runs.sample.sampling import (
     Samples,
     balanced_labels,

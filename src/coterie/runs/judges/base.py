@@ -22,7 +22,8 @@ from coterie.core.routing import Routing
 from coterie.data import order
 from coterie.inspect import Trace, label_name
 from coterie.metrics import NoiseBins
-from coterie.runs.run import LoadedRun, build_source
+from coterie.runs.build import build_source
+from coterie.runs.loading import LoadedRun
 from coterie.runs.sample.sampling import Samples, conditional, generate
 
 LEVELS = 10  # noise levels at which held-out data are looked at

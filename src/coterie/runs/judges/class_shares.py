@@ -9,7 +9,8 @@ from torch import Tensor
 
 from coterie.runs.measure.features import read_labels
 from coterie.runs.judges.base import batches
-from coterie.runs.run import LoadedRun, build_source
+from coterie.runs.build import build_source
+from coterie.runs.loading import LoadedRun
 
 REAL = 1000  # real pictures that are read for the floor
 

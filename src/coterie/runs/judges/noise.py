@@ -32,7 +32,7 @@ from coterie.runs.judges.base import (
     make_trace,
 )
 from coterie.runs.judges.class_shares import class_shares
-from coterie.runs.run import build_source
+from coterie.runs.build import build_source
 from coterie.runs.sample.sampling import Samples, conditional, grid_image, to_pixels
 
 MIDDLE = 0.5  # noise level at which a denoiser is probed

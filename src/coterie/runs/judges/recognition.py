@@ -15,7 +15,7 @@ from coterie.metrics import NoiseBins
 from coterie.runs.measure.guide_measures import measured
 from coterie.runs.judges.base import LEVELS, HeldOut, Judge, batches, judges, loss_bins, make_trace
 from coterie.train.objectives.recognition import Recognition
-from coterie.runs.run import build_source
+from coterie.runs.build import build_source
 
 LOOKED_AT = 512  # held-out pictures
 

@@ -17,7 +17,7 @@ from coterie.metrics.restoration import psnr, ssim
 from coterie.runs.judges.base import Judge, batches, judges
 from coterie.runs.judges.noise import ImageJudge
 from coterie.train.objectives.restoration import restore
-from coterie.runs.run import build_model, build_source
+from coterie.runs.build import build_model, build_source
 from coterie.runs.sample.sampling import Samples, to_pixels
 
 SIZE = 100  # pictures restored at once

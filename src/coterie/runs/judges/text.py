@@ -8,7 +8,7 @@ from typing import Any
 from coterie.runs.measure.answers import answer_measures, marks_answers
 from coterie.runs.judges.base import Judge, batches, judges
 from coterie.train.objectives.text import BITS
-from coterie.runs.run import build_source
+from coterie.runs.build import build_source
 from coterie.runs.sample.sampling import Samples
 
 ANSWERS = {

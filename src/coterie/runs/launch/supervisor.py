@@ -30,7 +30,8 @@ from coterie.train.parallel.exchange import check_enough
 from coterie.train.parallel.processes import BEATS, STORE, read_beats
 from coterie.train.parallel.spread import check_divides
 from coterie.runs.launch.worker import USER_ERROR
-from coterie.runs.run import RunConfig, build_model
+from coterie.runs.build import build_model
+from coterie.runs.config import RunConfig
 from coterie.train.signals import Interrupted, StopSignals
 
 POLL = 0.1  # s between looks at the processes

@@ -31,7 +31,8 @@ _LOST = re.compile(r"gloo|nccl|Connection (closed|reset|refused)|Broken pipe", r
 
 def train(work: dict[str, Any]) -> None:
     """Join the others and train; every process of the layout calls this."""
-    from coterie.runs.run import RunConfig, start
+    from coterie.runs.config import RunConfig
+    from coterie.runs.training import start
 
     config = RunConfig.model_validate(work["config"])
     with joined(ParallelConfig.model_validate(work["parallel"]), work["timeout"]) as processes:

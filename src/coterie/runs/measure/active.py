@@ -18,7 +18,7 @@ from coterie.ensembles import Ensemble
 from coterie.experts import ExpertLayer, ExpertPool, multiply_adds
 from coterie.inspect import Place, Trace, analyse
 from coterie.runs.measure.probes import observed, probe_loss
-from coterie.runs.run import LoadedRun
+from coterie.runs.loading import LoadedRun
 
 Sites = Mapping[ExpertLayer, tuple[str, int]]
 """Expert layer -> the slot and the layer it sits in."""

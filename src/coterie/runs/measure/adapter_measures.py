@@ -21,7 +21,8 @@ from coterie.core.rng import generator
 from coterie.runs.judges import judge_of
 from coterie.runs.judges.base import batches
 from coterie.runs.judges.noise import MIDDLE, NoiseJudge
-from coterie.runs.run import LoadedRun, build_source
+from coterie.runs.build import build_source
+from coterie.runs.loading import LoadedRun
 
 LOOKED_AT = 128  # held-out samples per adapter
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from coterie.core.batch import Batch, Source
 from coterie.train.objectives.text import BITS, token_nats
-from coterie.runs.run import LoadedRun
+from coterie.runs.loading import LoadedRun
 
 
 def marks_answers(run: LoadedRun, source: Source) -> bool:

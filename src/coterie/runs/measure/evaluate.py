@@ -21,7 +21,7 @@ from coterie.runs.measure.active import (
 from coterie.runs.measure.adapter_measures import adapter_measures
 from coterie.runs.judges import HeldOut, judge_of
 from coterie.runs.measure.routing_measures import routing_measures
-from coterie.runs.run import LoadedRun
+from coterie.runs.loading import LoadedRun
 from coterie.train.rundir import RunDir, read_metrics
 
 

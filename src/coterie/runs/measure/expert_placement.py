@@ -10,7 +10,7 @@ from coterie.experts import ExpertLayer
 from coterie.inspect.statistics.device_steps import measured_cost, placement_outputs, write_placement
 from coterie.inspect.statistics.routers import analyse
 from coterie.runs.judges import judge_of
-from coterie.runs.run import load_run
+from coterie.runs.loading import load_run
 
 
 def place_run(

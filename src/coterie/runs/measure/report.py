@@ -20,7 +20,7 @@ from coterie.runs.judges.base import make_trace
 from coterie.runs.judges.text import ANSWERS
 from coterie.runs.measure.probes import expert_cosines
 from coterie.train.progress import stages
-from coterie.runs.run import LoadedRun, load_run
+from coterie.runs.loading import LoadedRun, load_run
 from coterie.train.rundir import RunDir, read_metrics
 
 SHOWN = 64  # samples on the page; the routing of images is followed step by step

@@ -32,7 +32,7 @@ from coterie.runs.measure.active import (
 )
 from coterie.runs.measure.evaluate import held_out
 from coterie.runs.judges import judge_of
-from coterie.runs.run import LoadedRun
+from coterie.runs.loading import LoadedRun
 
 __all__ = ["SweepRow", "check", "sweep", "sweep_outputs", "values_of", "write_sweep"]
 

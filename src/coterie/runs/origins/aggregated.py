@@ -15,7 +15,8 @@ from coterie.process import PROCESSES
 from coterie.runs.origins.composed import check_data_named, first_run, members_at
 from coterie.train.config import TrainConfig
 from coterie.runs.judges.base import batches
-from coterie.runs.run import RunConfig, build_source
+from coterie.runs.build import build_source
+from coterie.runs.config import RunConfig
 
 STEPS = 1000
 

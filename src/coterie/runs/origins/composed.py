@@ -19,7 +19,8 @@ from coterie.solvers import FeynmanKacConfig, GuidanceConfig
 from coterie.train.config import TrainConfig
 from coterie.runs.origins.initial import KINDS
 from coterie.runs.origins.pretrained import PretrainedConfig
-from coterie.runs.run import LoadedRun, RunConfig
+from coterie.runs.config import RunConfig
+from coterie.runs.loading import LoadedRun
 
 
 def composed_run(

@@ -43,7 +43,7 @@ class GeneratedConfig(SourceConfig):
     @property
     def whole(self) -> SourceConfig:
         """The data of the run."""
-        from coterie.runs.run import RunConfig
+        from coterie.runs.config import RunConfig
 
         config = Path(self.path) / "config.json"
         if not config.is_file():
@@ -80,7 +80,7 @@ class GeneratedConfig(SourceConfig):
         return open_array(folder, "x")
 
     def _draw(self, split: Split) -> np.ndarray:
-        from coterie.runs.run import load_run
+        from coterie.runs.loading import load_run
         from coterie.runs.sample.sampling import conditional, generate
 
         run = load_run(self.path, which=self.weights)

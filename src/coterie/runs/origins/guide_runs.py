@@ -11,7 +11,7 @@ from coterie.runs.origins.generated import GeneratedConfig
 from coterie.runs.origins.initial import InitConfig, find_origin
 from coterie.train.objectives import RecognitionConfig
 from coterie.runs.origins.pretrained import PretrainedConfig
-from coterie.runs.run import RunConfig
+from coterie.runs.config import RunConfig
 from coterie.train.rundir import RunDir
 
 STEPS = 1000

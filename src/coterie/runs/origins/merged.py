@@ -13,7 +13,9 @@ from coterie.adapters.reach import share
 from coterie.core.errors import ConfigError, describe
 from coterie.runs.measure.adapter_measures import adapter_measures
 from coterie.runs.origins.initial import InitConfig
-from coterie.runs.run import LoadedRun, RunConfig, based_model, build_source, load_run
+from coterie.runs.build import based_model, build_source
+from coterie.runs.config import RunConfig
+from coterie.runs.loading import LoadedRun, load_run
 from coterie.train.rundir import RunDir
 
 

@@ -14,7 +14,9 @@ from coterie.ensembles import EnsembleModelConfig, MemberConfig, NoiseRangesConf
 from coterie.ensembles.boundaries import Cut, losses_per_bin, search_boundaries
 from coterie.runs.judges.base import batches
 from coterie.runs.origins.pretrained import PretrainedConfig
-from coterie.runs.run import RunConfig, build_source, start
+from coterie.runs.build import build_source
+from coterie.runs.config import RunConfig
+from coterie.runs.training import start
 from coterie.train.rundir import RunDir
 
 SAMPLES = 256  # held-out samples on which boundaries are searched

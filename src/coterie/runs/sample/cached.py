@@ -14,7 +14,7 @@ from coterie.cache import Cache, CacheCost, compile_network, cost
 from coterie.cache import cached as cached_denoiser
 from coterie.core.errors import ConfigError, describe
 from coterie.solvers import asked_times
-from coterie.runs.run import LoadedRun
+from coterie.runs.loading import LoadedRun
 
 
 def cached(

@@ -15,7 +15,7 @@ from coterie.runs.sample.cached import cached
 from coterie.runs.judges import judge_of
 from coterie.runs.judges.action import ActionJudge
 from coterie.runs.sample.rollouts import RolledOut, Rollouts
-from coterie.runs.run import LoadedRun
+from coterie.runs.loading import LoadedRun
 from coterie.runs.sample.samples import outputs_at, write_samples
 
 

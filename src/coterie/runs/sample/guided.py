@@ -22,7 +22,7 @@ from coterie.guides.tasks import target_of
 from coterie.solvers.guided import GuidedConfig, GuidedDenoiser, reads_label
 from coterie.runs.measure.features import read_labels
 from coterie.runs.origins.pretrained import PretrainedConfig
-from coterie.runs.run import LoadedRun
+from coterie.runs.loading import LoadedRun
 
 
 def with_guide(

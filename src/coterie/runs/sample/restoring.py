@@ -28,7 +28,7 @@ from coterie.core.prediction import Condition
 from coterie.data.listing import existing_folder, files_below
 from coterie.data.images.pictures import SUFFIXES, Dark, read_picture
 from coterie.train.objectives.restoration import restore
-from coterie.runs.run import LoadedRun
+from coterie.runs.loading import LoadedRun
 from coterie.runs.sample.sampling import to_pixels
 
 RECORD = "restored.json"

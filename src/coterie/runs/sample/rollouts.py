@@ -19,7 +19,7 @@ from coterie.core.prediction import Condition, DenoiserLike
 from coterie.core.rng import SampleNoise, derive
 from coterie.data.actions.actions import KEPT, Scene, Simulator
 from coterie.solvers import initial_noise, sample
-from coterie.runs.run import SampleConfig
+from coterie.runs.config import SampleConfig
 from coterie.runs.sample.sampling import Samples
 
 Plan = Callable[[np.ndarray, int], np.ndarray]

@@ -13,7 +13,7 @@ from coterie.core.errors import ConfigError, describe
 from coterie.core.outputs import Outputs
 from coterie.runs.sample.draw_threads import counted, draw_threads
 from coterie.runs.judges import Judge, judge_of
-from coterie.runs.run import LoadedRun
+from coterie.runs.loading import LoadedRun
 from coterie.runs.sample.sampling import Samples
 
 PARTICLES = "particles.json"

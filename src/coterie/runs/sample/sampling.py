@@ -29,7 +29,7 @@ from coterie.solvers import (
 from coterie.solvers.text import generate_text
 from coterie.runs.sample import guided
 from coterie.runs.sample.nonfinite_samples import explained
-from coterie.runs.run import LoadedRun
+from coterie.runs.loading import LoadedRun
 
 MOST = 1_000_000  # samples of one draw
 
