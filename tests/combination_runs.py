@@ -19,7 +19,7 @@ from coterie.experts import plan
 from coterie.experts.dispatch import BACKENDS, available
 from coterie.hub import load_pretrained, save_pretrained
 from coterie.inspect import Trace, analyse
-from coterie.inspect.page.numbers import routing_numbers
+from coterie.inspect.page.report_json import routing_numbers
 from coterie.train import TrainConfig, Trainer
 from coterie.train.objectives import OBJECTIVES
 

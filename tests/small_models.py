@@ -36,6 +36,32 @@ IMAGE = {
 TEXT = {"data": {"kind": "pydoc-topics", "context": 24}, "model.backbone.context": 24}
 
 
+SMALL_RESTORER = {
+    "kind": "restorer",
+    "image_size": 16,
+    "stem": 4,
+    "tail": 8,
+    "trunk": {
+        "modulation": "none",
+        "width": 16,
+        "depth": 1,
+        "heads": 2,
+        "slots": [
+            {
+                "expert": {
+                    "num_experts": 3,
+                    "experts": "modulation",
+                    "stem": "star",
+                    "adaptor": 2.0,
+                    "router_reads": "stream",
+                    "router": {"when": "after", "score": "uncertain"},
+                }
+            }
+        ],
+    },
+}
+
+
 VARIANTS: dict[str, Callable[[], RunConfig]] = {
     "dense-ddpm": lambda: image_tiny("dit", flow=False),
     "dit-moe:no-balance": lambda: image_tiny("dit-moe", dit_moe.slot(64, ratio=1.0, balance=0.0)),

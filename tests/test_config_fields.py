@@ -28,8 +28,8 @@ from coterie.runs.build import check_fits
 from coterie.runs.config import RunConfig
 from coterie.solvers import GRIDS, SOLVERS
 from coterie.train import TrainConfig
+from coterie.train.learning_rate import SCHEDULES
 from coterie.train.objectives import OBJECTIVES
-from coterie.train.schedule import SCHEDULES
 from fuzz_budget import Outcomes, first_seed, is_long, seconds
 from small_models import small
 

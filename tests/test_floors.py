@@ -1,14 +1,28 @@
-"""The house: a module imports only from lower floors or its own folder."""
+"""The house: a module imports only from lower floors or its own folder, and never in a circle."""
 
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator
+import importlib.util
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
-SOURCE = Path(__file__).resolve().parents[1] / "src" / "coterie"
+ROOT = Path(__file__).resolve().parents[1]
+SOURCE = ROOT / "src" / "coterie"
+
+
+def tool(name: str) -> ModuleType:
+    """A script of ``tools/`` as a module."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "tools" / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+structure = tool("structure")
 
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("core",),
@@ -29,22 +43,6 @@ NEIGHBOURS = {("denoiser", "backbones")}
 
 # What anyone may take from the package itself; everything there is only a shorter name.
 ROOT_NAMES = {"__version__"}
-
-
-def modules_named(node: ast.AST, package: str) -> Iterator[str]:
-    """Absolute dotted names that an import, of any form and anywhere in the file, asks for."""
-    if isinstance(node, ast.Import):
-        yield from (alias.name for alias in node.names)
-    elif isinstance(node, ast.ImportFrom):
-        base = node.module or ""
-        if node.level:
-            above = package.split(".")[: len(package.split(".")) - node.level + 1]
-            base = ".".join([*above, *([node.module] if node.module else [])])
-        yield from (f"{base}.{alias.name}" for alias in node.names)
-    elif isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant):
-        name = getattr(node.func, "attr", getattr(node.func, "id", ""))
-        if name in {"import_module", "__import__"} and isinstance(node.args[0].value, str):
-            yield node.args[0].value
 
 
 def area_of(path: Path, source: Path) -> str:
@@ -80,7 +78,7 @@ def violations(source: Path) -> list[str]:
             continue
         package = ".".join(["coterie", *path.relative_to(source).parent.parts])
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"), filename=str(path))):
-            for name in modules_named(node, package):
+            for name in structure.names_imported(node, package):
                 parts = name.split(".")
                 if parts[0] != "coterie":
                     continue
@@ -96,6 +94,48 @@ def test_no_import_runs_up_or_sideways() -> None:
 
 def test_the_tree_is_there() -> None:
     assert (SOURCE / "core" / "routing.py").is_file()
+
+
+def test_no_two_files_import_each_other_in_a_circle() -> None:
+    assert structure.circles(structure.imports(structure.sources_in(SOURCE))) == []
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "circle"),
+    [
+        ("from coterie.core.b import x", "from coterie.core.a import y", True),
+        ("def f():\n    from coterie.core import b", "from coterie.core.a import y", True),
+        ("from coterie.core.b import x", "def f():\n    from .a import y", True),
+        (
+            "import coterie.core.b",
+            "import importlib\nimportlib.import_module('coterie.core.a')",
+            True,
+        ),
+        (
+            "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from coterie.core.b import x",
+            "from coterie.core.a import y",
+            False,
+        ),
+        ("from coterie.core.b import x", "import os", False),
+    ],
+)
+def test_a_circle_is_found_wherever_the_import_stands(a: str, b: str, circle: bool) -> None:
+    sources = {"coterie.core": "", "coterie.core.a": a, "coterie.core.b": b}
+    arrows = structure.imports(sources)
+    assert structure.circles(arrows) == ([["coterie.core.a", "coterie.core.b"]] if circle else [])
+    assert max(structure.levels(arrows).values()) == (1 if circle else 2)
+
+
+def test_a_package_that_hands_on_names_is_part_of_a_circle() -> None:
+    sources = {
+        "coterie.core": "from coterie.core.a import y",
+        "coterie.core.a": "import coterie.core",
+    }
+    arrows = structure.imports(sources)
+    assert structure.circles(arrows) == [["coterie.core", "coterie.core.a"]]
+    measured = structure.measured(sources)
+    assert measured["folders"]["core/"] == {"files": 2, "lines": 0, "levels": 1}
+    assert "coterie.core <-> coterie.core.a" in structure.table({"now": measured})
 
 
 @pytest.mark.parametrize(

@@ -41,7 +41,7 @@ if TYPE_CHECKING:  # the same names as in _HOME, for editors and type checkers
     from coterie.recipes import list_recipes as list_recipes
     from coterie.runs.config import RunConfig as RunConfig
     from coterie.runs.loading import load_run as load_run
-    from coterie.runs.sample.samples import sample_run as sample_run
+    from coterie.runs.sample.sample_files import sample_run as sample_run
     from coterie.runs.training import start as start
     from coterie.solvers import GuidanceConfig as GuidanceConfig
     from coterie.solvers import guide as guide
@@ -84,7 +84,7 @@ _HOME = {
     "load_pretrained": "hub",
     "load_run": "runs.loading",
     "sample": "solvers",
-    "sample_run": "runs.sample.samples",
+    "sample_run": "runs.sample.sample_files",
     "save_pretrained": "hub",
     "start": "runs.training",
     "upcycle": "convert",

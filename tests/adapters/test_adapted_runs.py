@@ -28,8 +28,8 @@ from coterie.runs.config import RunConfig
 from coterie.runs.cost import plan
 from coterie.runs.loading import load_run
 from coterie.runs.measure.report import report_run
-from coterie.runs.origins.initial import InitConfig
-from coterie.runs.sample.samples import sample_run
+from coterie.runs.origins.first_weights import InitConfig
+from coterie.runs.sample.sample_files import sample_run
 from coterie.runs.training import prepare, start
 from coterie.train import checkpoint
 from small_models import images, small, times

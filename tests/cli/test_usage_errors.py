@@ -16,7 +16,7 @@ from coterie.process import PROCESSES, ContrastConfig
 from coterie.process.contrast import MOST
 from coterie.process.ranges import RangesConfig
 from coterie.runs.config import RunConfig
-from coterie.train.rundir import RunDir
+from coterie.train.run_directory import RunDir
 
 
 @pytest.fixture
@@ -81,7 +81,7 @@ def test_C6_advice_on_a_composition_names_its_betas() -> None:
     import torch
     from torch import nn
 
-    from coterie.runs.sample.nonfinite_samples import explained
+    from coterie.runs.sample.nonfinite import explained
 
     class Model(nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:

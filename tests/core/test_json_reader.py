@@ -14,7 +14,7 @@ import coterie
 from coterie.core.config import Config, override
 from coterie.core.errors import CheckpointError, ConfigError, CoterieError
 from coterie.core.json_reader import MAX_BYTES, literal, parse_json, read_json, read_object
-from coterie.train.rundir import RunDir, read_metrics
+from coterie.train.run_directory import RunDir, read_metrics
 
 
 class Inner(Config):

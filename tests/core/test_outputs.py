@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from coterie.core import outputs as module
+from coterie.core import outputs
 from coterie.core.errors import CheckpointError, ConfigError
 from coterie.core.folder import FolderWarning, atomic_folder, clean, seal, verify_folder, write_text
 from coterie.core.outputs import Outputs, writable
@@ -188,7 +188,7 @@ def test_G5_a_disk_that_is_full_already_is_found_before_the_work(
     def failing(handle: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(module.os, "fsync", failing)
+    monkeypatch.setattr(outputs.os, "fsync", failing)
     with pytest.raises(ConfigError, match=r"written to \(No space left on device\); choose"):
         writable(tmp_path / "new")
     assert list(tmp_path.iterdir()) == []

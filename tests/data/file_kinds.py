@@ -24,10 +24,10 @@ from coterie.core.errors import CheckpointError, DataError
 from coterie.core.tensors import module_tensors, read_tensors, write_tensors
 from coterie.data import Subset, build_source
 from coterie.data.download.cache import open_array, problem, save_array, write_folder
-from coterie.data.images.image_downloads import read_idx
+from coterie.data.images.downloads import read_idx
 from coterie.data.images.pictures import read_picture
 from coterie.data.parts.shard import write_shard
-from coterie.data.points.points_meshes import read_obj, sample_surface
+from coterie.data.points.meshes import read_obj, sample_surface
 from coterie.data.ratings.movielens import read_table
 from coterie.data.source import SPLITS
 from coterie.ensembles import NoiseRangesConfig
@@ -41,8 +41,8 @@ from coterie.interop.upcycled import load_upcycled, save_upcycled, upcycle_trans
 from coterie.runs.config import RunConfig
 from coterie.runs.islands.partition import PartitionConfig, copy_partition, read_partition
 from coterie.runs.islands.plan import FILE, IslandEntry, IslandPlan, read_plan
-from coterie.runs.sample.restoring import outputs_at as restored_at
-from coterie.runs.sample.samples import outputs_at
+from coterie.runs.sample.restoration import outputs_at as restored_at
+from coterie.runs.sample.sample_files import outputs_at
 from coterie.train import checkpoint, read_metrics
 from small_models import small, woken
 

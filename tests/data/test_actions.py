@@ -12,7 +12,7 @@ import torch
 from coterie.core.context import NULL_LABEL
 from coterie.core.errors import DataError
 from coterie.data import build_source
-from coterie.data.actions.actions import ActionSource, Demonstrations, demonstrate
+from coterie.data.actions.chunks import ActionSource, Demonstrations, demonstrate
 from coterie.data.worlds.obstacle import RADIUS, ObstacleSimulator
 
 SMALL = {"kind": "obstacle", "episodes": 40}

@@ -19,7 +19,7 @@ from coterie.core.config import override
 from coterie.core.errors import ConfigError, DataError
 from coterie.data import arrays, build_source
 from coterie.data.arrays import open_npy, read_npz
-from coterie.data.ratings.ratings import Feature, RatingSource
+from coterie.data.ratings.rating_rows import Feature, RatingSource
 from coterie.runs.build import build_source as run_source
 from coterie.train.objectives.multitask import MultiTaskObjective, MultiTaskObjectiveConfig
 from small_models import small

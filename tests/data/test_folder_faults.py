@@ -16,12 +16,12 @@ from coterie.core.errors import CoterieError, DataError
 from coterie.core.folder import MANIFEST
 from coterie.data import SOURCES, Subset, build_source
 from coterie.data.download.cache import problem, save_array, write_folder
-from coterie.data.listing import DataWarning
+from coterie.data.sample_files import DataWarning
 from coterie.data.source import changed, identity
 from coterie.recipes import get_recipe
 from coterie.runs.islands.partition import PartitionConfig, partition_of
 from coterie.runs.loading import load_run
-from coterie.runs.measure.evaluate import held_out
+from coterie.runs.measure.evaluation import held_out
 from coterie.runs.training import prepare, start
 from coterie.train import checkpoint
 

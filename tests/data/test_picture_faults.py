@@ -20,8 +20,8 @@ import coterie
 from coterie.core.errors import DataError
 from coterie.data import build_source
 from coterie.data.images.pictures import MAX_PIXELS, Pictures, read_picture, read_size
-from coterie.data.listing import DataWarning
-from coterie.runs.sample import guided, restoring
+from coterie.data.sample_files import DataWarning
+from coterie.runs.sample import guides, restoration
 
 RAMP = np.linspace(0, 65535, 64, dtype=np.uint16).reshape(8, 8)
 
@@ -88,10 +88,10 @@ def test_A7_a_target_is_read_as_pictures_of_a_folder_are(tmp_path: Path) -> None
     for index in range(30):
         odd_picture(tmp_path / "set" / "a" / f"{index}.png")
     source = build_source({"kind": "image-folder", "path": str(tmp_path / "set"), "size": 8})
-    target = guided.read_picture(tmp_path / "set" / "a" / "0.png", (3, 8, 8))
+    target = guides.read_picture(tmp_path / "set" / "a" / "0.png", (3, 8, 8))
     np.testing.assert_array_equal(target.numpy(), source.get([0]).x[0].numpy())
     assert target.numpy()[:, :3].max() < 0.9 and (target.numpy()[:, -3:] == 1).all()
-    assert guided.read_picture(tmp_path / "set" / "a" / "0.png", (1, 4, 8)).shape == (1, 4, 8)
+    assert guides.read_picture(tmp_path / "set" / "a" / "0.png", (1, 4, 8)).shape == (1, 4, 8)
 
 
 def test_A7_every_picture_is_opened_by_one_reader() -> None:
@@ -164,7 +164,7 @@ def test_H_pipes_are_refused_before_they_are_opened(tmp_path: Path) -> None:
 def test_size_is_read_upright_from_the_header(tmp_path: Path) -> None:
     odd_picture(tmp_path / "x.png")
     assert read_size(tmp_path / "x.png") == (20, 60) == read_picture(tmp_path / "x.png").shape[1:]
-    assert restoring.read_picture is read_picture
+    assert restoration.read_picture is read_picture
 
 
 @pytest.mark.parametrize("bits", [10, 12, 14])

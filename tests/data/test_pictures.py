@@ -16,8 +16,8 @@ from coterie.core.errors import DataError
 from coterie.data import build_source
 from coterie.data.download.cache import open_array
 from coterie.data.download.fetch import DOWNLOADS, Download
+from coterie.data.images.downloads import read_idx
 from coterie.data.images.emoji import CATEGORIES, VENDORS
-from coterie.data.images.image_downloads import read_idx
 from coterie.data.images.pictures import to_pixels
 
 

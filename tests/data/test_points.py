@@ -9,8 +9,8 @@ import pytest
 
 from coterie.core.errors import ConfigError, DataError
 from coterie.data import build_source
-from coterie.data.points.points import MadeClouds, to_unit_ball
-from coterie.data.worlds.points_solids import SOLIDS, Part, sample_union, turn
+from coterie.data.points.clouds import MadeClouds, to_unit_ball
+from coterie.data.worlds.solids import SOLIDS, Part, sample_union, turn
 
 COUNT = 20_000
 

@@ -12,8 +12,8 @@ import pytest
 from coterie.core.errors import ConfigError, DataError
 from coterie.data import build_source
 from coterie.data.download.cache import open_array
-from coterie.data.points import points_furniture as furniture
-from coterie.data.points.points_meshes import read_obj, sample_surface
+from coterie.data.points import furniture
+from coterie.data.points.meshes import read_obj, sample_surface
 
 CUBE = b"""
 # a cube of side 2, two of its faces cut, one counted from the end

@@ -8,7 +8,7 @@ from coterie.core.batch import Source
 from coterie.core.errors import ConfigError, DataError
 from coterie.data import build_source
 from coterie.data.ratings.movielens import FIELDS, read_table, year_group
-from coterie.data.ratings.ratings import (
+from coterie.data.ratings.rating_rows import (
     Feature,
     RatingSource,
     TaskToyConfig,

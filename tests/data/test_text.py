@@ -11,7 +11,7 @@ from coterie.core.errors import DataError
 from coterie.data import ByteTokenizer, build_source
 from coterie.data.download.cache import open_array
 from coterie.data.download.fetch import DOWNLOADS
-from coterie.data.text.text import (
+from coterie.data.text.packaged import (
     Corpus,
     Document,
     TextSource,

@@ -13,8 +13,8 @@ from coterie.core.errors import ConfigError
 from coterie.ensembles import NoiseRangesConfig
 from coterie.process import PROCESSES, ExactDenoiser, Mixture
 from coterie.process.ranges import RangesConfig, equal_ranges
-from coterie.runs.origins.composed import member_names
-from coterie.runs.origins.pretrained import WeightAverageConfig
+from coterie.runs.origins.composition import member_names
+from coterie.runs.origins.trained_model import WeightAverageConfig
 
 
 @pytest.mark.parametrize("shares", [(1, 1), (1.5, -0.5), (0.5,), (0.5, math.nan), (0.2, 0.2)])

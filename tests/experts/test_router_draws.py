@@ -23,7 +23,7 @@ from coterie.core.rng import PassSeed
 from coterie.core.routing import Routing
 from coterie.denoiser import DenoiserConfig
 from coterie.experts import EDITS, SCORES, SELECTS, ExpertLayer, ExpertLayerConfig, RouterConfig
-from coterie.train.optim import freeze
+from coterie.train.optimizer import freeze
 
 WIDTH, EXPERTS, BATCH, TOKENS = 8, 4, 3, 5
 REGISTRIES = {"score": SCORES, "edits": EDITS, "select": SELECTS}

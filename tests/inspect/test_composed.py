@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from coterie.inspect import ReportData, write_report
-from coterie.inspect.statistics.composed import (
+from coterie.inspect.statistics.compositions import (
     Composed,
     composed_findings,
     composed_numbers,

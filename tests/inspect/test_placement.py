@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from coterie.core.errors import ConfigError
-from coterie.inspect.statistics.placement import (
+from coterie.inspect.statistics.device_placement import (
     STRATEGIES,
     Placement,
     RowCost,

@@ -24,7 +24,7 @@ from coterie.inspect import (
 )
 from coterie.inspect.page import report
 from coterie.inspect.plots import style
-from coterie.inspect.statistics import pairs, stats
+from coterie.inspect.statistics import formulas, pairs
 
 LOG2_4 = 2.0
 
@@ -237,7 +237,7 @@ def test_masked_rows_have_no_experts_to_count() -> None:
     [([0, 95, 5], 0.95, 1), ([0, 94, 6], 0.95, 2), ([10], 0.95, 0), ([0, 0], 0.95, 0)],
 )
 def test_quantile_of_a_histogram(counts: list[int], share: float, expected: int) -> None:
-    assert stats.quantile_of_histogram(counts, share) == expected
+    assert formulas.quantile_of_histogram(counts, share) == expected
 
 
 # Words, page and numbers

@@ -7,8 +7,8 @@ from synthetic_routings import known_truth, routing
 
 from coterie.core.errors import DataError
 from coterie.inspect.page.findings import bits, findings, layers, sentences
-from coterie.inspect.page.summary import text_summary
-from coterie.inspect.statistics import stats
+from coterie.inspect.page.terminal_table import text_summary
+from coterie.inspect.statistics import formulas
 from coterie.inspect.statistics.routers import analyse
 from coterie.inspect.statistics.trace import Trace
 
@@ -112,7 +112,7 @@ def test_information_finds_what_each_layer_goes_by(truth):
     assert by_noise.information["position"].bits == pytest.approx(0, abs=1e-9)
     # 16 positions on 10 experts: experts 0-5 have two positions each
     load = np.array([2] * 6 + [1] * 4) / 16
-    assert by_position.information["position"].bits == pytest.approx(stats.entropy_bits(load))
+    assert by_position.information["position"].bits == pytest.approx(formulas.entropy_bits(load))
     assert by_position.information["noise"].bits == pytest.approx(0, abs=1e-9)
     assert by_class.information["class"].bits == pytest.approx(log, abs=0.05)
     assert by_class.information["class"].normalised == pytest.approx(1.0)

@@ -11,7 +11,7 @@ import pytest
 import tiny_diffusers_networks as tiny
 import torch
 
-from coterie.core import needs
+from coterie.core import memory
 from coterie.core.errors import ConfigError
 from coterie.interop.diffusers import load_noise_ranges
 from coterie.interop.diffusers.expert import DiffusersConfig, DiffusersNetworkConfig
@@ -69,6 +69,6 @@ def test_G10_a_network_without_weights_is_counted_against_the_memory(
 ) -> None:
     network = json.loads(tiny.plain_unet().to_json_string())
     assert DiffusersNetworkConfig(network=network).build().network is not None
-    monkeypatch.setattr(needs, "memory_bytes", lambda: 2**12)
+    monkeypatch.setattr(memory, "memory_bytes", lambda: 2**12)
     with pytest.raises(ConfigError, match=r"^UNet2DModel: .*allowed: 0\.0 MiB, what this machine"):
         DiffusersNetworkConfig(network=network).build()

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from coterie.cli.main import run
 from coterie.core.errors import CheckpointError, ConfigError, DataError
-from coterie.inspect.statistics.answers import ROWS
+from coterie.inspect.statistics.expert_answers import ROWS
 from coterie.interop.transformers import MismatchError, find_moe_layers
 from coterie.interop.transformers.load import ModelFolder
 from coterie.interop.transformers.report import Reading

@@ -13,7 +13,7 @@ from coterie.core.rng import SampleNoise
 from coterie.process import PRECONDITIONS, PROCESSES, TIMES
 from coterie.process.closed_form import ExactDenoiser, Mixture
 from coterie.solvers import GRIDS, SOLVERS, initial_noise, sample
-from coterie.train.schedule import SCHEDULES
+from coterie.train.learning_rate import SCHEDULES
 
 VE = PROCESSES.parse({"kind": "ve", "sigma_min": 0.001, "sigma_max": 80.0}).build()
 EDM = PRECONDITIONS.parse("edm").build(VE)

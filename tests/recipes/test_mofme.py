@@ -20,7 +20,7 @@ from coterie.runs.build import build_model, build_source
 from coterie.runs.config import RunConfig
 from coterie.runs.cost import plan
 from coterie.runs.loading import load_run
-from coterie.runs.measure.active import slot_parameters
+from coterie.runs.measure.active_parameters import slot_parameters
 from coterie.runs.training import start
 
 SHORT = {

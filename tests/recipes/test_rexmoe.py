@@ -26,8 +26,8 @@ from coterie.runs.config import RunConfig
 from coterie.runs.loading import load_run
 from coterie.runs.training import make_trainer, start
 from coterie.train import TrainConfig
-from coterie.train.optim import build_optimizer, trainable
-from coterie.train.rundir import RunDir
+from coterie.train.optimizer import build_optimizer, trainable
+from coterie.train.run_directory import RunDir
 from small_models import small, with_slots, woken, words
 
 PSR = {"begin": 0.2, "end": 0.6}

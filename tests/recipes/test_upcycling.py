@@ -142,13 +142,13 @@ def stub_answer(seed: int) -> dict[str, float]:
 def test_what_an_arm_starts_from_is_measured_before_it_trains(
     recipe: Recipe, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    from coterie.runs.measure import evaluate
+    from coterie.runs.measure import evaluation
 
     def measure(run: Any) -> dict[str, float]:
         is_first = run.config.init is None
-        return {"held_out_loss": evaluate.held_out(run).loss} if is_first else {}
+        return {"held_out_loss": evaluation.held_out(run).loss} if is_first else {}
 
-    monkeypatch.setattr(evaluate, "measure", measure)
+    monkeypatch.setattr(evaluation, "measure", measure)
     found = {}
     for arm in ("dense", "slice-copy"):
         job = job_of(recipe, arm, 0, tmp_path)

@@ -14,7 +14,7 @@ from coterie.core.errors import ConfigError
 from coterie.experts import ExpertLayerConfig, ExpertPool
 from coterie.experts.dispatch import dispatch, plan_choices
 from coterie.experts.kinds import GeluMLP, SwiGLU
-from coterie.train.apart import routed_pools
+from coterie.train.batch_parts import routed_pools
 from coterie.train.parallel.exchange import split_experts
 
 EXPERTS, WIDTH, ROWS = 8, 6, 24

@@ -23,7 +23,7 @@ from toy_training import (
 from coterie.core.batch import Losses
 from coterie.core.errors import ConfigError
 from coterie.train import Trainer, checkpoint, read_metrics
-from coterie.train.optim import decayed
+from coterie.train.optimizer import decayed
 from coterie.train.precision import has_bfloat16, resolve_device, resolve_precision
 
 

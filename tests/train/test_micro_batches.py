@@ -16,7 +16,7 @@ from coterie.core.batch import Batch, Losses
 from coterie.core.errors import ConfigError, TrainingError
 from coterie.core.prediction import Condition
 from coterie.core.share import Turns, largest, summed
-from coterie.data.ratings.ratings import TaskToyConfig
+from coterie.data.ratings.rating_rows import TaskToyConfig
 from coterie.denoiser import MODELS
 from coterie.experts.balance import BALANCES
 from coterie.guides import Guide, ReaderConfig, suggested
@@ -26,7 +26,7 @@ from coterie.recipes import get_recipe
 from coterie.runs.build import build_model
 from coterie.train import TrainConfig, Trainer
 from coterie.train.objectives import OBJECTIVES
-from coterie.train.placement import Placement
+from coterie.train.world import World
 
 BATCH, PARTS = 8, 4
 IMAGE = {"kind": "dit", "image_size": 4, "patch": 2, "channels": 1, "num_classes": 3}
@@ -232,7 +232,7 @@ BALANCE_CASES: dict[str, list[tuple[dict[str, Any], dict[str, Any]]]] = {
 BALANCED = [(kind, number) for kind, cases in BALANCE_CASES.items() for number in range(len(cases))]
 
 
-class Cut(Placement):
+class Cut(World):
     """The part of one of several threads."""
 
     def __init__(self, thread: Threads) -> None:
@@ -243,7 +243,7 @@ class Cut(Placement):
 
 
 def step_of(
-    case: Case, kind: str, accumulate: int, placement: Placement | None = None
+    case: Case, kind: str, accumulate: int, world: World | None = None
 ) -> tuple[dict[str, Tensor], Losses, nn.Module]:
     """Gradients and (mean) losses of one step, and the model after it."""
     build, fields, source = case
@@ -252,7 +252,7 @@ def step_of(
     config = TrainConfig(
         batch=BATCH, accumulate=accumulate, clip=None, ema=(), device="cpu", steps=10, threads=1
     )
-    given = {} if placement is None else {"placement": placement}
+    given = {} if world is None else {"world": world}
     trainer = Trainer(config, model, objective, source(), seed=3, **given)
     model.train()
     result = trainer._gradients(4, 0, keep_routings=True)

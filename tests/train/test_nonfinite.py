@@ -17,7 +17,7 @@ from toy_training import (
 
 from coterie.core.errors import CheckpointError, ConfigError, DataError, TrainingError
 from coterie.train import checkpoint, read_metrics
-from coterie.train.rundir import RunDir
+from coterie.train.run_directory import RunDir
 
 
 @pytest.mark.parametrize("kind", ["loss", "grad"])

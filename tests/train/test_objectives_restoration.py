@@ -11,36 +11,12 @@ from coterie.core.errors import ConfigError, DataError
 from coterie.core.prediction import Condition
 from coterie.denoiser import Denoiser, DenoiserConfig
 from coterie.train.objectives import RestorationConfig
-
-SMALL = {
-    "kind": "restorer",
-    "image_size": 16,
-    "stem": 4,
-    "tail": 8,
-    "trunk": {
-        "modulation": "none",
-        "width": 16,
-        "depth": 1,
-        "heads": 2,
-        "slots": [
-            {
-                "expert": {
-                    "num_experts": 3,
-                    "experts": "modulation",
-                    "stem": "star",
-                    "adaptor": 2.0,
-                    "router_reads": "stream",
-                    "router": {"when": "after", "score": "uncertain"},
-                }
-            }
-        ],
-    },
-}
+from small_models import SMALL_RESTORER
 
 
 def model(view: str = "x0") -> Denoiser:
     torch.manual_seed(0)
-    config = DenoiserConfig.from_dict({"backbone": SMALL, "view": view})
+    config = DenoiserConfig.from_dict({"backbone": SMALL_RESTORER, "view": view})
     return config.build()
 
 
@@ -89,9 +65,9 @@ def test_what_cannot_be_restored_is_named() -> None:
     with pytest.raises(DataError, match=r"x: \(6, 3, 24, 24\)"):
         objective(made, large, torch.Generator(), 1.0)
     with pytest.raises(ConfigError, match=r"patch: 7"):
-        RestorerConfig.from_dict({**SMALL, "patch": 7})
+        RestorerConfig.from_dict({**SMALL_RESTORER, "patch": 7})
     with pytest.raises(ConfigError, match=r"trunk\.modulation"):
-        RestorerConfig.from_dict({**SMALL, "trunk": {}})
+        RestorerConfig.from_dict({**SMALL_RESTORER, "trunk": {}})
 
 
 def test_the_published_size() -> None:

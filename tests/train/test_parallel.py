@@ -26,8 +26,8 @@ from coterie.runs.loading import load_run
 from coterie.runs.training import make_trainer, start
 from coterie.train import Interrupted, Trainer, checkpoint, read_metrics
 from coterie.train.parallel import ParallelConfig, Processes, Spread, sharding
-from coterie.train.placement import ALONE, Placement
-from coterie.train.rundir import RunDir
+from coterie.train.run_directory import RunDir
+from coterie.train.world import ALONE, World
 
 STEPS = 50
 SHARED = {"rexmoe": "expert", "rmoe": "shard", "promoe:token-choice": "shard"}
@@ -53,12 +53,12 @@ def config(system: str = "", **changes: Any) -> RunConfig:
     return short("dit-moe", **{**small, **changes})
 
 
-def train(out: Path, placement: Placement = ALONE, stop: int = 0, **changes: Any) -> Trainer:
+def train(out: Path, world: World = ALONE, stop: int = 0, **changes: Any) -> Trainer:
     """Train in ``out``, or stop as after a signal when ``stop`` steps are done."""
-    trainer = make_trainer(config(**changes), RunDir(out), placement=placement)
+    trainer = make_trainer(config(**changes), RunDir(out), world=world)
 
     def at(_: Trainer, record: dict[str, Any]) -> None:
-        told = not isinstance(placement, Spread) or placement.processes.rank == 1  # all agree
+        told = not isinstance(world, Spread) or world.processes.rank == 1  # all agree
         if told and record["step"] == stop:
             os.kill(os.getpid(), signal.SIGTERM)
 

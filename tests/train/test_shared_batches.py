@@ -17,7 +17,7 @@ from coterie.core.share import largest, normal, over_batch, own, summed, uniform
 from coterie.experts.balance import SelectionBiasUpdate
 from coterie.recipes import get_recipe
 from coterie.runs.build import build_model, build_source
-from coterie.train.apart import check_apart
+from coterie.train.batch_parts import check_apart
 from coterie.train.parallel import ParallelConfig
 from small_models import small, with_slots, woken
 

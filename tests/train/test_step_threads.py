@@ -22,9 +22,10 @@ from coterie.core import threads as core
 from coterie.core.errors import ConfigError, TrainingError
 from coterie.core.threads import Choice, Watch, candidates, check_threads, choose
 from coterie.runs.training import make_trainer, start
-from coterie.train import Trainer, checkpoint, read_metrics, step_threads
-from coterie.train.rundir import RunDir
-from coterie.train.step_threads import StepThreads, read_threads, run_threads
+from coterie.train import Trainer, checkpoint, read_metrics
+from coterie.train import threads as step_threads
+from coterie.train.run_directory import RunDir
+from coterie.train.threads import StepThreads, read_threads, run_threads
 
 
 class Machine:

@@ -22,7 +22,7 @@ from coterie.recipes import ppap
 from coterie.runs.config import RunConfig
 from coterie.runs.judges import judge_of
 from coterie.runs.loading import load_run
-from coterie.runs.origins.pretrained import PretrainedConfig
+from coterie.runs.origins.trained_model import PretrainedConfig
 from coterie.runs.training import start
 from coterie.solvers.guided import GuidedConfig, GuidedDenoiser
 

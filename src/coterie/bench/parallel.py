@@ -31,7 +31,7 @@ from coterie.runs.launch.supervisor import run_processes
 from coterie.train.config import TrainConfig
 from coterie.train.loop import Trainer
 from coterie.train.parallel import ParallelConfig, Processes, Spread, joined
-from coterie.train.placement import ALONE, Placement
+from coterie.train.world import ALONE, World
 
 ONE = "one process"
 PEER = "DistributedDataParallel"
@@ -103,11 +103,11 @@ def _settings(config: RunConfig) -> TrainConfig:
     return config.train.replace(ema=(), log_every=10**9, steps=10**9, warmup=0)
 
 
-def _trained(config: RunConfig, placement: Placement) -> Step:
+def _trained(config: RunConfig, world: World) -> Step:
     model = build_model(config)
     objective = config.objective.build(model)
     source = build_source(config)
-    trainer = Trainer(_settings(config), model, objective, source, placement=placement)
+    trainer = Trainer(_settings(config), model, objective, source, world=world)
     return trainer.train_step
 
 

@@ -1,5 +1,6 @@
 """Floor 4: what is known beforehand is not computed again. Lossless: the same answers."""
 
+from coterie.cache.conditioning_tables import KnownTables
 from coterie.cache.cost import CacheCost, cost, count_flops, measure
 from coterie.cache.denoiser import (
     CACHES,
@@ -10,7 +11,6 @@ from coterie.cache.denoiser import (
     compile_network,
     fold_by_step,
 )
-from coterie.cache.known import KnownTables
 from coterie.cache.layer import FoldedLayer
 from coterie.cache.schedule import Schedule, Steps
 

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from coterie.cache.conditioning_tables import KnownTables
 from coterie.cache.denoiser import CachedDenoiser
-from coterie.cache.known import KnownTables
 from coterie.cache.layer import FoldedLayer
 from coterie.core.errors import ConfigError, describe
 from coterie.experts import ExpertLayer

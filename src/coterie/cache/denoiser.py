@@ -18,8 +18,8 @@ from typing import Any, Literal, cast, get_args
 import torch
 from torch import Tensor, nn
 
+from coterie.cache.conditioning_tables import KnownTables, has_known
 from coterie.cache.fold import example, expert_layers, fold, foldable
-from coterie.cache.known import KnownTables, has_known
 from coterie.cache.layer import FoldedLayer
 from coterie.cache.schedule import Schedule, at
 from coterie.core.errors import ConfigError, describe

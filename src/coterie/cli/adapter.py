@@ -30,7 +30,7 @@ def command() -> None:
 @click.option("--dry-run", "-n", is_flag=True, help="Print the configuration, write nothing.")
 def merge(runs: tuple[Path, ...], out: Path, weight: tuple[float, ...], dry_run: bool) -> None:
     """The sum of the adapters of RUNs, as a run that trains nothing and copies nothing."""
-    from coterie.runs.origins.merged import merged_run
+    from coterie.runs.origins.adapter_sum import merged_run
     from coterie.runs.training import start
 
     config = merged_run(runs, weight)
@@ -42,7 +42,7 @@ def merge(runs: tuple[Path, ...], out: Path, weight: tuple[float, ...], dry_run:
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def check(runs: tuple[Path, ...], as_json: bool) -> None:
     """Bases, free slots, overlaps and crosstalk of the adapters of RUNs."""
-    from coterie.runs.origins.merged import check_together
+    from coterie.runs.origins.adapter_sum import check_together
 
     found = check_together(runs)
     if as_json:
@@ -61,6 +61,6 @@ def check(runs: tuple[Path, ...], as_json: bool) -> None:
 @click.option("--name", help="Which adapter, where RUN has several.")
 def export(run: Path, out: Path, name: str | None) -> None:
     """Write an adapter of RUN as a folder that PEFT reads."""
-    from coterie.runs.origins.merged import export_adapter
+    from coterie.runs.origins.adapter_sum import export_adapter
 
     say(str(export_adapter(run, out, name)))

@@ -71,7 +71,7 @@ def command(
     if not runs:
         raise click.UsageError("missing RUN")
     if headroom:
-        from coterie.runs.origins.aggregated import probe_headroom
+        from coterie.runs.origins.aggregation import probe_headroom
 
         found = probe_headroom(runs, paths, samples, process, view)
         _say_headroom(found, as_json)
@@ -79,7 +79,7 @@ def command(
     if out is None and not dry_run:
         raise click.UsageError("missing --out, the run to write")
     from coterie.ensembles import AggregateConfig
-    from coterie.runs.origins.aggregated import aggregated_run
+    from coterie.runs.origins.aggregation import aggregated_run
     from coterie.runs.training import start
 
     given = {name: value for name, value in sizes.items() if value is not None}

@@ -131,7 +131,7 @@ def command(
     """
     from coterie.data import SOURCES
     from coterie.ensembles.product import CompositionConfig
-    from coterie.runs.origins.composed import composed_run
+    from coterie.runs.origins.composition import composed_run
     from coterie.runs.training import start
     from coterie.solvers import FeynmanKacConfig
 

@@ -32,7 +32,7 @@ def command(ctx: click.Context, arguments: tuple[str, ...], out: Path, quiet: bo
     from coterie.recipes import get_recipe
     from coterie.runs.loading import load_run
     from coterie.runs.measure.report import report_run
-    from coterie.runs.sample.samples import sample_run
+    from coterie.runs.sample.sample_files import sample_run
     from coterie.runs.training import start
 
     recipe = get_recipe(RECIPE)

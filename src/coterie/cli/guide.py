@@ -40,7 +40,7 @@ def reader(
 ) -> None:
     """Train a small network to read the clean pictures that DENOISER was trained on: their class, a
     height map, or a class per pixel."""
-    from coterie.runs.origins.guide_runs import reader_run
+    from coterie.runs.origins.guides import reader_run
 
     words, paths = split(arguments)
     (denoiser,) = _words(words, "DENOISER")
@@ -71,7 +71,7 @@ def train(
 ) -> None:
     """Give the network of READER an expert for each range of DENOISER's noise levels, taught by its
     own answers to SAMPLES clean samples of the denoiser. No labels are used."""
-    from coterie.runs.origins.guide_runs import guide_run
+    from coterie.runs.origins.guides import guide_run
 
     words, paths = split(arguments)
     denoiser, network = _words(words, "DENOISER READER")

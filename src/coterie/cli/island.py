@@ -81,7 +81,7 @@ def plan_command(
     recipe, base = recipe_and_config(ctx, arguments, preset)
     from coterie.runs.islands import PartitionConfig
     from coterie.runs.islands.plan import make_plan, preview
-    from coterie.runs.islands.work import job_files
+    from coterie.runs.islands.workers import job_files
 
     wanted = {"islands": islands, "by": by, "seed": seed}
     partition = PartitionConfig.from_dict(wanted)
@@ -110,7 +110,7 @@ def plan_command(
 def run_command(plan: Path, index: int | None, jobs: int, as_json: bool, quiet: bool) -> None:
     """Train one island, or all that are left. The same command again resumes."""
     from coterie.runs.islands.plan import read_plan
-    from coterie.runs.islands.work import run_all, run_island, status
+    from coterie.runs.islands.workers import run_all, run_island, status
 
     if index is not None:
         run_island(plan, index, progress=not quiet)
@@ -125,7 +125,7 @@ def run_command(plan: Path, index: int | None, jobs: int, as_json: bool, quiet: 
 @JSON
 def status_command(plan: Path, as_json: bool) -> None:
     """How far each island is."""
-    from coterie.runs.islands.work import status
+    from coterie.runs.islands.workers import status
 
     rows = status(plan)
     say_json(rows) if as_json else say(table(rows))
@@ -141,7 +141,7 @@ def router_command(ctx: click.Context, arguments: tuple[str, ...], quiet: bool) 
     A flag with a dot is a path into its configuration, for example --train.steps=500.
     """
     plan, paths = _plan_and_paths(arguments)
-    from coterie.runs.islands.together import train_router
+    from coterie.runs.islands.assembly import train_router
 
     run = train_router(plan, paths, progress=not quiet)
     say(f"router  {run}")
@@ -173,7 +173,7 @@ def assemble_command(
 ) -> None:
     """Make the islands one model: a run that can be sampled and reported like any other."""
     plan, paths = _plan_and_paths(arguments)
-    from coterie.runs.islands.together import assemble
+    from coterie.runs.islands.assembly import assemble
 
     parts: dict[str, dict[str, Any]] = {
         "full": {"kind": "dense"},
@@ -196,7 +196,7 @@ def assemble_command(
 def distil_command(ctx: click.Context, arguments: tuple[str, ...], out: Path, quiet: bool) -> None:
     """Train one dense model on what the islands answer. The same command resumes."""
     plan, paths = _plan_and_paths(arguments)
-    from coterie.runs.islands.together import distil
+    from coterie.runs.islands.assembly import distil
 
     run = distil(plan, out, paths, progress=not quiet)
     say(f"run     {run}")

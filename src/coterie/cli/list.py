@@ -30,7 +30,7 @@ REGISTRIES = {
     "solvers": "coterie.solvers:SOLVERS",
     "grids": "coterie.solvers:GRIDS",
     "objectives": "coterie.train.objectives:OBJECTIVES",
-    "schedules": "coterie.train.schedule:SCHEDULES",
+    "schedules": "coterie.train.learning_rate:SCHEDULES",
 }
 """Plural -> the registry. The parts of a router are its scores, edits and selects; choices are
 those of an ensemble."""

@@ -73,7 +73,7 @@ def command(
         with progress_bar(len(asked.windows), "windows", quiet) as advance:
             written = place_model(asked, devices, tokens, spare, out, advance)
     else:
-        from coterie.runs.measure.expert_placement import place_run
+        from coterie.runs.measure.device_placement import place_run
 
         written = place_run(run, devices, tokens, spare, out)
     found = read_object(written)

@@ -38,7 +38,7 @@ def command(
       coterie restore runs/mofme holiday --out holiday-restored
     """
     from coterie.runs.loading import load_run
-    from coterie.runs.sample.restoring import plan_folder, restore_folder
+    from coterie.runs.sample.restoration import plan_folder, restore_folder
 
     loaded = load_run(run, which=weights)
     plan = plan_folder(loaded, folder, out, overlap)

@@ -42,7 +42,7 @@ def command(
       coterie rollout runs/mode-policy --cached --labels 0,3
     """
     from coterie.runs.loading import load_run
-    from coterie.runs.sample.episodes import rollout_run
+    from coterie.runs.sample.rollout_files import rollout_run
 
     loaded = load_run(run, which=weights)
     with progress_bar(num, "episodes", quiet) as advance:

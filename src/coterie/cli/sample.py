@@ -140,12 +140,12 @@ def command(
         if given and num != len(seeds):
             raise click.UsageError(f"--num {num}: --seeds names {len(seeds)} samples; leave --num")
     from coterie.runs.loading import load_run
-    from coterie.runs.sample.samples import sample_run
+    from coterie.runs.sample.sample_files import sample_run
 
     loaded = load_run(run, which=weights)
     folder = run / "samples"
     if guide is not None:
-        from coterie.runs.sample.guided import with_guide
+        from coterie.runs.sample.guides import with_guide
 
         loaded = with_guide(loaded, guide, scale, target)
         folder = run / "guided"
@@ -153,12 +153,12 @@ def command(
         raise click.UsageError("--scale and --target are those of a --guide")
     saved: dict[str, Any] = {}
     if use_cache:
-        from coterie.runs.sample.cached import cached
+        from coterie.runs.sample.caches import cached
 
         loaded, cost = cached(loaded, steps)
         saved = {"caches": list(loaded.model.caches), **cost.as_dict()}
     if use_compiler:
-        from coterie.runs.sample.cached import compiled
+        from coterie.runs.sample.caches import compiled
 
         loaded = compiled(loaded)
     count = len(index or ()) or len(seeds or ()) or num

@@ -153,7 +153,7 @@ def _cost(size: dict[str, Any]) -> dict[str, Any]:
 def _model(source: Path, config: UpcycleConfig, out: Path | None) -> dict[str, Any]:
     from coterie.convert import check_preserved, upcycle, upcycled_config
     from coterie.hub import load_manifest, load_pretrained, save_pretrained
-    from coterie.runs.origins.initial import source_config
+    from coterie.runs.origins.first_weights import source_config
 
     manifest = load_manifest(source)
     dense = source_config(source)

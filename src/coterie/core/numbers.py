@@ -3,7 +3,7 @@
 A number is a number: ``true`` and ``"3"`` are none (text becomes a number only on the command line,
 :func:`coterie.core.config.override`). A field without bounds of its own has those of here, so that
 no value can overflow a tensor's size or a float32. How much memory a configuration asks for is
-another question (:mod:`coterie.core.needs`).
+another question (:mod:`coterie.core.memory`).
 """
 
 from __future__ import annotations

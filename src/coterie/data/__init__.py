@@ -1,25 +1,34 @@
-"""Floor 1: data sources, the order in which they are seen, and islands cut from them."""
+"""Floor 1: data sources, and the order in which they are seen.
 
-# Importing a module registers its sources and downloads.
-from coterie.data.actions import demonstrations
+A folder per modality, ``worlds`` for what is computed, ``parts`` for parts of other sources. Each
+module below registers its sources and what they download.
+"""
+
+import coterie.data.actions.demonstration_file
+import coterie.data.images.covered
+import coterie.data.images.downloads
+import coterie.data.images.emoji
+import coterie.data.images.huggingface
+import coterie.data.images.image_folder
+import coterie.data.images.latents
+import coterie.data.images.packaged
+import coterie.data.images.pairs_folder
+import coterie.data.images.photos
+import coterie.data.parts.class_subset
+import coterie.data.parts.shard
+import coterie.data.points.cloud_folder
+import coterie.data.points.furniture
+import coterie.data.ratings.movielens
+import coterie.data.ratings.rating_rows
+import coterie.data.text.downloads
+import coterie.data.text.problems
+import coterie.data.worlds.metaworld
+import coterie.data.worlds.obstacle
+import coterie.data.worlds.solids
+import coterie.data.worlds.weather  # noqa: F401
 from coterie.data.catalog import SourceStatus, describe_source, status
-from coterie.data.download import fetch
-from coterie.data.images import (
-    covered,
-    emoji,
-    folder,
-    hub_datasets,
-    image_downloads,
-    images,
-    latents,
-    pairs_folder,
-    photos,
-)
 from coterie.data.ordering import order
-from coterie.data.parts import classes, shard
 from coterie.data.parts.partition import Compaction, Partition, Shard, kmeans_partition, shards_of
-from coterie.data.points import points_folder, points_furniture
-from coterie.data.ratings import movielens, ratings
 from coterie.data.source import (
     SOURCES,
     ArraySource,
@@ -29,9 +38,7 @@ from coterie.data.source import (
     Subset,
     build_source,
 )
-from coterie.data.text import problems, text, text_downloads
-from coterie.data.text.text import ByteTokenizer
-from coterie.data.worlds import metaworld, obstacle, points_solids, toys, weather
+from coterie.data.text.packaged import ByteTokenizer
 from coterie.data.worlds.toys import Mixture
 
 __all__ = [
@@ -48,34 +55,9 @@ __all__ = [
     "Split",
     "Subset",
     "build_source",
-    "classes",
-    "covered",
-    "demonstrations",
     "describe_source",
-    "emoji",
-    "fetch",
-    "folder",
-    "hub_datasets",
-    "image_downloads",
-    "images",
     "kmeans_partition",
-    "latents",
-    "metaworld",
-    "movielens",
-    "obstacle",
     "order",
-    "pairs_folder",
-    "photos",
-    "points_folder",
-    "points_furniture",
-    "points_solids",
-    "problems",
-    "ratings",
-    "shard",
     "shards_of",
     "status",
-    "text",
-    "text_downloads",
-    "toys",
-    "weather",
 ]

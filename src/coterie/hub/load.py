@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from coterie.core.errors import CheckpointError, ConfigError, describe
 from coterie.core.tensors import assign, module_tensors, read_tensors, require_finite
-from coterie.hub.adapted import base_folder, is_adapted, put_on_base
+from coterie.hub.adapters import base_folder, is_adapted, put_on_base
 from coterie.hub.layout import ROUTER, TRUNK, Manifest, Split, load_manifest, model_config, split
 
 

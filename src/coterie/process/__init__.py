@@ -4,8 +4,8 @@ from coterie.process import discrete, learned_weightings, schedules
 from coterie.process.base import PROCESSES, Process, expand
 from coterie.process.closed_form import ExactDenoiser, Mixture
 from coterie.process.contrast import ContrastConfig, contrast, with_and_without
+from coterie.process.level_cache import Number, OneCall, remembered, weights
 from coterie.process.preconditioning import PRECONDITIONS, Precondition
-from coterie.process.remembered import Number, OneCall, remembered, weights
 from coterie.process.times import TIMES, Times, cluster_of
 from coterie.process.times_within import WithinTimes, share_within
 from coterie.process.transport import Transported, transport

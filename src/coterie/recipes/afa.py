@@ -9,8 +9,8 @@ from coterie.ensembles import AggregateConfig, EnsembleModelConfig, MemberConfig
 from coterie.recipes.base import Claim, Paper
 from coterie.recipes.common import image_paper, image_trunk, unet_tiny
 from coterie.runs.config import RunConfig
-from coterie.runs.origins.initial import InitConfig
-from coterie.runs.origins.pretrained import PretrainedConfig, WeightAverageConfig
+from coterie.runs.origins.first_weights import InitConfig
+from coterie.runs.origins.trained_model import PretrainedConfig, WeightAverageConfig
 from coterie.solvers import GuidanceConfig
 
 PAPER = Paper(

@@ -10,9 +10,9 @@ from coterie.recipes.base import Claim, Paper
 from coterie.recipes.common import image_paper, image_tiny, image_trunk
 from coterie.runs.config import RunConfig
 from coterie.runs.islands import IslandConfig, PartitionConfig
+from coterie.runs.islands.assembly import router_of
 from coterie.runs.islands.plan import shared_budget
-from coterie.runs.islands.together import router_of
-from coterie.runs.origins.pretrained import PretrainedConfig
+from coterie.runs.origins.trained_model import PretrainedConfig
 from coterie.solvers import GuidanceConfig
 from coterie.train.objectives import DistillationConfig
 

@@ -9,7 +9,7 @@ from coterie.ensembles.product import CompositionConfig
 from coterie.recipes.base import Claim, Paper
 from coterie.recipes.common import image_paper, image_tiny, image_trunk
 from coterie.runs.config import RunConfig
-from coterie.runs.origins.pretrained import PretrainedConfig
+from coterie.runs.origins.trained_model import PretrainedConfig
 from coterie.solvers import GuidanceConfig
 
 PAPER = Paper(

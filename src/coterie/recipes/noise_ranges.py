@@ -8,8 +8,8 @@ from coterie.ensembles import EnsembleModelConfig, MemberConfig, NoiseRangesConf
 from coterie.recipes.base import Claim, Paper
 from coterie.recipes.common import image_paper, image_tiny, image_trunk
 from coterie.runs.config import RunConfig
-from coterie.runs.origins.initial import InitConfig
-from coterie.runs.origins.pretrained import PretrainedConfig
+from coterie.runs.origins.first_weights import InitConfig
+from coterie.runs.origins.trained_model import PretrainedConfig
 
 PAPER = Paper(
     title="eDiff-I: Text-to-Image Diffusion Models with an Ensemble of Expert Denoisers",

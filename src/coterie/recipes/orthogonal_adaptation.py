@@ -9,7 +9,7 @@ from coterie.backbones import DiTConfig, TrunkConfig
 from coterie.recipes.base import Claim, Paper
 from coterie.recipes.common import image_paper, image_tiny, image_trunk
 from coterie.runs.config import RunConfig
-from coterie.runs.origins.initial import InitConfig
+from coterie.runs.origins.first_weights import InitConfig
 from coterie.solvers import GuidanceConfig
 
 PAPER = Paper(

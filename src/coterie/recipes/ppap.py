@@ -10,8 +10,8 @@ from coterie.guides import GuideConfig, ReaderConfig
 from coterie.recipes.base import Claim, Paper
 from coterie.recipes.common import image_tiny
 from coterie.runs.config import RunConfig
-from coterie.runs.origins.generated import GeneratedConfig
-from coterie.runs.origins.pretrained import PretrainedConfig
+from coterie.runs.origins.synthetic_data import GeneratedConfig
+from coterie.runs.origins.trained_model import PretrainedConfig
 from coterie.solvers import GuidanceConfig
 from coterie.solvers.guided import GuidedConfig
 from coterie.train.objectives import RecognitionConfig

@@ -7,7 +7,7 @@ from coterie.recipes.base import Claim, Paper
 from coterie.recipes.common import image_paper, image_tiny, image_trunk
 from coterie.runs.build import upcycled_run
 from coterie.runs.config import RunConfig
-from coterie.runs.origins.initial import InitConfig
+from coterie.runs.origins.first_weights import InitConfig
 
 PAPER = Paper(
     title="Sparse Upcycling: Training Mixture-of-Experts from Dense Checkpoints",

@@ -222,7 +222,7 @@ def run_arm(config_json: str, folder: str) -> dict[str, float]:
     import torch
 
     from coterie.runs.loading import load_run
-    from coterie.runs.measure.evaluate import measure
+    from coterie.runs.measure.evaluation import measure
     from coterie.runs.training import start
 
     torch.set_num_threads(1)
@@ -244,8 +244,8 @@ def run_arm(config_json: str, folder: str) -> dict[str, float]:
 def _initial(config: RunConfig, folder: Path) -> dict[str, float]:
     """Held-out loss and load of the weights an arm starts from; kept, as training moves on."""
     from coterie.runs.loading import load_run
-    from coterie.runs.measure.evaluate import held_out
-    from coterie.runs.measure.routing_measures import routing_measures
+    from coterie.runs.measure.evaluation import held_out
+    from coterie.runs.measure.routing import routing_measures
     from coterie.runs.training import prepare
 
     stored = folder / "initial.json"

@@ -1,11 +1,11 @@
 """Floor 5: training. The loop, its state on disk, and what it reports."""
 
+from coterie.train.averages import Ema
 from coterie.train.checkpoint import Checkpoint, CheckpointWarning
 from coterie.train.config import TrainConfig
-from coterie.train.ema import Ema
+from coterie.train.learning_rate import SCHEDULES
 from coterie.train.loop import Trainer, TrainState
-from coterie.train.rundir import RunDir, read_metrics
-from coterie.train.schedule import SCHEDULES
+from coterie.train.run_directory import RunDir, read_metrics
 from coterie.train.signals import Interrupted
 from coterie.train.state import load_weights
 

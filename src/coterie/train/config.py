@@ -10,7 +10,7 @@ from coterie.core.config import Config
 from coterie.core.errors import ConfigError, describe
 from coterie.core.numbers import Few, Period
 from coterie.core.registry import Part
-from coterie.train.schedule import SCHEDULES, ConstantSchedule
+from coterie.train.learning_rate import SCHEDULES, ConstantSchedule
 
 
 def _decays(value: Any) -> Any:

@@ -19,19 +19,19 @@ from torch import nn
 
 from coterie.core.errors import TrainingError
 from coterie.core.threads import check_threads
+from coterie.train.averages import Ema
 from coterie.train.config import TrainConfig
-from coterie.train.ema import Ema
-from coterie.train.log import RunLog
-from coterie.train.optim import build_optimizer, freeze, set_lr, trainable
-from coterie.train.placement import ALONE, Placement
+from coterie.train.metrics_log import RunLog
+from coterie.train.optimizer import build_optimizer, freeze, set_lr, trainable
 from coterie.train.precision import resolve_device, resolve_precision
 from coterie.train.progress import Progress, ProgressOption
-from coterie.train.rundir import RunDir
+from coterie.train.resume import RunStore
+from coterie.train.run_directory import RunDir
 from coterie.train.signals import Interrupted, StopSignals
 from coterie.train.state import Parts, capture, restore
 from coterie.train.step import GradientStep, StepResult
-from coterie.train.step_threads import StepThreads
-from coterie.train.store import RunStore
+from coterie.train.threads import StepThreads
+from coterie.train.world import ALONE, World
 
 Callback = Callable[["Trainer", dict[str, Any]], None]
 
@@ -67,7 +67,7 @@ class Trainer:
         run_dir: RunDir | Path | str | None = None,
         *,
         run_config: Mapping[str, Any] | None = None,
-        placement: Placement = ALONE,
+        world: World = ALONE,
     ) -> None:
         self.config = config
         self.device = resolve_device(config.device)
@@ -77,23 +77,21 @@ class Trainer:
         if isinstance(objective, nn.Module):
             objective.to(self.device)
         self.run_dir = RunDir(run_dir) if isinstance(run_dir, Path | str) else run_dir
-        self.placement = placement
+        self.world = world
         self.frozen = freeze(model, config.freeze)
-        placement.place(model)
+        world.distribute(model)
         parameters = trainable(model, objective)
         self.optimizer = build_optimizer(config, model, objective, parameters)
-        self.parameters = placement.local(parameters, self.optimizer)
+        self.parameters = world.local(parameters, self.optimizer)
         self.ema = Ema(model, config.ema, warmup=config.ema_warmup)
         self.parts = Parts(model, objective, self.optimizer, self.parameters, self.ema)
         self.state = TrainState()
         self.log = RunLog(config, self.device)
         self._gradients = GradientStep(
             config, model, objective, source, self.parameters,
-            seed=seed, device=self.device, dtype=self.dtype, placement=placement,
+            seed=seed, device=self.device, dtype=self.dtype, world=world,
         )  # fmt: skip
-        self._store = RunStore(
-            self.run_dir, self.parts, config, seed, run_config, placement, source
-        )
+        self._store = RunStore(self.run_dir, self.parts, config, seed, run_config, world, source)
 
     def fit(
         self, progress: ProgressOption = True, callbacks: tuple[Callback, ...] = ()
@@ -108,11 +106,11 @@ class Trainer:
             stack.enter_context(self.locked())
             self._resume()
             stack.enter_context(self.log.open(self._log_dir, self.state.step))
-            shown = progress if self.placement.is_first else False
+            shown = progress if self.world.is_first else False
             bar = Progress(shown, self.state.step, self.config.steps)
             stack.callback(bar.close)
-            signals = stack.enter_context(StopSignals(patient=self.placement.count > 1))
-            self.placement.watch(signals)
+            signals = stack.enter_context(StopSignals(patient=self.world.count > 1))
+            self.world.watch(signals)
             threads = self._threads(bar)
             while self.state.step < self.config.steps:
                 threads.before(self.state.step)
@@ -139,20 +137,20 @@ class Trainer:
     def _threads(self, bar: Progress) -> StepThreads:
         def trial(step: int) -> None:
             self._begin_step()
-            with self.placement.sharing():
+            with self.world.sharing():
                 self._gradients.trial(step, self.state.samples_seen)
 
-        chooses = self.device.type == "cpu" and self.placement.count == 1
+        chooses = self.device.type == "cpu" and self.world.count == 1
         steps = self.config.steps
         return StepThreads(self.config.threads, self.run_dir, trial, chooses, bar.say, steps)
 
     @property
     def _log_dir(self) -> RunDir | None:
-        return self.run_dir if self.placement.is_first else None
+        return self.run_dir if self.world.is_first else None
 
     def locked(self) -> AbstractContextManager[object]:
         """The directory held against other trainers, by one process for all of this one's."""
-        if self.run_dir is None or not self.placement.is_first:
+        if self.run_dir is None or not self.world.is_first:
             return nullcontext()
         return self.run_dir.lock()
 
@@ -193,7 +191,7 @@ class Trainer:
 
     def train_step(self) -> dict[str, Any]:
         """One optimiser step, as ``fit`` makes them; its record."""
-        with self.placement.sharing():
+        with self.world.sharing():
             return self._step()
 
     def _step(self) -> dict[str, Any]:
@@ -224,7 +222,7 @@ class Trainer:
 
     def _check_weights(self, step: int) -> None:
         """TrainingError where a step has made a weight that is not finite; nothing is saved."""
-        if self.placement.count > 1:
+        if self.world.count > 1:
             return  # the next step's loss tells all processes, and no checkpoint takes it
         held = [value.detach() for value in self.parameters.values()]
         largest = torch.stack(torch._foreach_norm(held, float("inf")))
@@ -248,7 +246,7 @@ class Trainer:
         if self.state.skipped_in_a_row >= self.config.nonfinite_limit:
             self.save()
             raise TrainingError(_why_stopped(self.state, record["skipped"]))
-        received = self.placement.stopped_by(signals)
+        received = self.world.stopped_by(signals)
         if received is not None:
             path = self.save()
             saved = f"saved {path}; the same command resumes" if path else "nothing was saved"

@@ -13,10 +13,10 @@ from torch.optim import Optimizer
 from coterie.core.errors import CheckpointError, describe
 from coterie.core.tensors import assign, local, module_tensors, require_finite
 from coterie.train import checkpoint
+from coterie.train.averages import Ema
 from coterie.train.checkpoint import Checkpoint
-from coterie.train.ema import Ema
-from coterie.train.optim import load_optimizer, optimizer_tensors
-from coterie.train.rundir import stored_hash
+from coterie.train.optimizer import load_optimizer, optimizer_tensors
+from coterie.train.run_directory import stored_hash
 
 
 def objective_tensors(objective: Any, model: nn.Module) -> dict[str, Tensor]:

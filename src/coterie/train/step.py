@@ -18,11 +18,11 @@ from coterie.core.rng import derive, generator
 from coterie.core.routing import Routing
 from coterie.core.share import Turns
 from coterie.data import order
-from coterie.train.apart import check_apart
+from coterie.train.batch_parts import check_apart
 from coterie.train.config import TrainConfig
 from coterie.train.nonfinite import check_batch, first_nonfinite, last_bad_gradient
-from coterie.train.placement import ALONE, Placement
 from coterie.train.precision import autocast
+from coterie.train.world import ALONE, World
 
 Buffers = list[tuple[nn.Module, dict[str, Tensor]]]
 
@@ -59,7 +59,7 @@ class GradientStep:
         seed: int,
         device: torch.device,
         dtype: torch.dtype,
-        placement: Placement = ALONE,
+        world: World = ALONE,
     ) -> None:
         self.config = config
         self.model = model
@@ -69,12 +69,12 @@ class GradientStep:
         self.seed = seed
         self.device = device
         self.dtype = dtype
-        self.placement = placement
-        placement.own(np.arange(config.batch // config.accumulate))  # refused here if not equal
+        self.world = world
+        world.own(np.arange(config.batch // config.accumulate))  # refused here if not equal
         if config.accumulate > 1:
             check_apart(model, "train.accumulate", "no micro-batch")
         self.sums = True  # whether anything is summed over the batch; until shown, it may be
-        if config.compile and placement.count > 1:
+        if config.compile and world.count > 1:
             hint = "what processes say to each other is not compiled"
             raise ConfigError(describe("train.compile", True, "false in several processes", hint))
         self.forward_model: Any = torch.compile(model) if config.compile else model
@@ -98,13 +98,13 @@ class GradientStep:
             losses.append(_detached(result))
             last = micro == accumulate - 1
             if last:
-                joined = self.placement.joining(total, losses)
-            self.placement.before_backward(value, last).backward()
-        self.placement.collect(self.parameters)
-        norm = self.placement.norm(self.parameters)
+                joined = self.world.joining(total, losses)
+            self.world.before_backward(value, last).backward()
+        self.world.collect(self.parameters)
+        norm = self.world.norm(self.parameters)
         total, losses = joined()
         loss, grad_norm = torch.stack([total, norm.float()]).tolist()
-        tokens *= self.placement.count
+        tokens *= self.world.count
         outcome = StepResult(loss, grad_norm, losses, tuple(routings), tokens)
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
             put_back(buffers)
@@ -142,7 +142,7 @@ class GradientStep:
     def forward(self, model: Any, batch: Batch, step: int, micro: int) -> Losses:
         """What the objective answers; ``model`` None: of the model as it is trained."""
         # Not torch.manual_seed: it formats a stack trace and visits every backend on each call.
-        shared = derive(self.seed, "global", step, micro, *self.placement.stream)
+        shared = derive(self.seed, "global", step, micro, *self.world.stream)
         torch.default_generator.manual_seed(shared)
         if self.device.type == "cuda":
             torch.cuda.manual_seed(shared)
@@ -154,12 +154,12 @@ class GradientStep:
         """What to log about a non-finite step: reason, first culprit, sample indices."""
         finite_loss = math.isfinite(outcome.loss)
         gradient = last_bad_gradient(self.parameters)
-        alone = self.placement.count == 1
+        alone = self.world.count == 1
         module = None
         for micro in range(self.config.accumulate):
             again = partial(parts.forward, micro, self.model)
             module = module or first_nonfinite(self.model, again, stop=alone)
-        module, gradient = self.placement.any_of([module, gradient])
+        module, gradient = self.world.any_of([module, gradient])
         return {
             "reason": f"loss is {outcome.loss}" if not finite_loss else "gradient is not finite",
             "module": module,
@@ -175,7 +175,7 @@ class _Parts:
         self, owner: GradientStep, indices: np.ndarray, step: int, buffers: Buffers
     ) -> None:
         self._owner, self._step, self._buffers = owner, step, buffers
-        own = owner.placement.own
+        own = owner.world.own
         count = owner.config.accumulate
         self._batches = [owner.batch(own(part)) for part in np.split(indices, count)]
         self._turns = Turns(count)

@@ -19,7 +19,7 @@ from coterie.core.json_reader import parse_json, read_json
 from coterie.data.download.cache import save_array
 from coterie.data.download.clients import Package, members
 from coterie.data.download.fetch import Download, Files, fetch, load, register_download
-from coterie.data.images.images import ImageConfig
+from coterie.data.images.packaged import ImageConfig
 from coterie.data.images.pictures import read_picture
 from coterie.data.source import SOURCES, ArraySource, SourceInfo, Split, is_held_out
 

@@ -20,7 +20,7 @@ from coterie.core.places import Place
 from coterie.core.prediction import Condition
 from coterie.core.rng import numpy_generator
 from coterie.data.images.pictures import SUFFIXES, Dark, read_picture
-from coterie.data.listing import (
+from coterie.data.sample_files import (
     class_folders,
     existing_folder,
     files_below,

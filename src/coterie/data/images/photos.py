@@ -16,7 +16,7 @@ from PIL import Image
 from coterie.data.download.cache import save_array
 from coterie.data.download.clients import Package, members
 from coterie.data.download.fetch import Download, Files, load, register_download
-from coterie.data.images.images import ImageConfig
+from coterie.data.images.packaged import ImageConfig
 from coterie.data.images.pictures import opened
 from coterie.data.source import SOURCES, ArraySource, SourceInfo, Split
 

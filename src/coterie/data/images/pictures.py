@@ -19,7 +19,7 @@ from PIL import Image, ImageOps
 
 from coterie.core.errors import DataError, describe
 from coterie.core.files import reason, regular_file
-from coterie.data.listing import DataWarning
+from coterie.data.sample_files import DataWarning
 
 FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF", "PPM")
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"})

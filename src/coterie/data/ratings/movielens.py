@@ -20,7 +20,7 @@ from coterie.core.json_reader import read_object
 from coterie.data.download.cache import save_array
 from coterie.data.download.clients import Package, members
 from coterie.data.download.fetch import Download, Files, fetch, load, register_download
-from coterie.data.ratings.ratings import (
+from coterie.data.ratings.rating_rows import (
     NOTHING,
     Feature,
     RatingSource,

@@ -22,7 +22,7 @@ from coterie.core.errors import ConfigError, DataError, describe
 from coterie.core.numbers import Seed
 from coterie.core.rng import numpy_generator
 from coterie.data.source import SOURCES, SourceInfo, Split, is_held_out
-from coterie.data.text.text import ByteTokenizer, Corpus, TextConfig, TextSource, pydoc_corpus
+from coterie.data.text.packaged import ByteTokenizer, Corpus, TextConfig, TextSource, pydoc_corpus
 
 Operator = Literal["+", "-", "*"]
 FEWEST_PROBLEMS = 200

@@ -19,7 +19,7 @@ from pydantic import Field, model_validator
 from coterie.core.errors import ConfigError, DataError, describe
 from coterie.core.numbers import Seed
 from coterie.core.rng import derive, numpy_generator
-from coterie.data.actions.actions import ActionSource, Array, Demonstrations, Scene, demonstrate
+from coterie.data.actions.chunks import ActionSource, Array, Demonstrations, Scene, demonstrate
 from coterie.data.source import SOURCES, SourceConfig, SourceInfo, Split
 
 OBSERVED, ACTION = 39, 4

@@ -18,7 +18,7 @@ from pydantic import Field
 from coterie.core.errors import DataError, describe
 from coterie.core.numbers import Seed
 from coterie.core.rng import derive, numpy_generator
-from coterie.data.actions.actions import ActionSource, Array, Demonstrations, Scene, demonstrate
+from coterie.data.actions.chunks import ActionSource, Array, Demonstrations, Scene, demonstrate
 from coterie.data.source import SOURCES, SourceConfig, SourceInfo, Split
 
 GOALS = np.array([(0.85, -0.6), (0.85, -0.2), (0.85, 0.2), (0.85, 0.6)])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
-from coterie.inspect.page import page as html
+from coterie.inspect.page import html
 from coterie.inspect.page.anomaly_verdicts import (
     IDLE,
     ONE_SIDED,
@@ -15,7 +15,7 @@ from coterie.inspect.page.anomaly_verdicts import (
     verdicts,
 )
 from coterie.inspect.page.findings import experts
-from coterie.inspect.page.page import Cell
+from coterie.inspect.page.html import Cell
 from coterie.inspect.plots.style import Picture
 from coterie.inspect.statistics.anomalies import Anomalies, Collapse, Degradation, Underfitting
 

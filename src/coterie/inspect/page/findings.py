@@ -8,11 +8,11 @@ from typing import Literal
 
 import numpy as np
 
-from coterie.inspect.page.relations import relation_sentences
-from coterie.inspect.page.words import bits, expert_name, listing
-from coterie.inspect.statistics import stats
+from coterie.inspect.page.phrases import bits, expert_name, listing
+from coterie.inspect.page.relation_sentences import relation_sentences
+from coterie.inspect.statistics import formulas
+from coterie.inspect.statistics.formulas import Information
 from coterie.inspect.statistics.routers import FACETS, RouterStats
-from coterie.inspect.statistics.stats import Information
 from coterie.inspect.statistics.trace import Trace
 
 Level = Literal["alarm", "note", "good"]
@@ -100,7 +100,9 @@ CHECKS = (
         ),
     ),
     Check(
-        lambda item: _judged(item) and item.entropy < stats.UNEVEN_ENTROPY and not item.collapsed,
+        lambda item: (
+            _judged(item) and item.entropy < formulas.UNEVEN_ENTROPY and not item.collapsed
+        ),
         _by_unit,
         lambda item: (
             f"Layer {item.name} is unevenly loaded: the busiest expert does "

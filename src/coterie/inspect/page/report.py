@@ -16,15 +16,15 @@ import numpy as np
 
 from coterie.core.outputs import Outputs
 from coterie.inspect.page.anomaly_verdicts import verdicts
-from coterie.inspect.page.content import ReportData, check
-from coterie.inspect.page.numbers import (
+from coterie.inspect.page.html import page
+from coterie.inspect.page.report_data import ReportData, check
+from coterie.inspect.page.report_json import (
     SCHEMA_VERSION,
     curve_numbers,
     routing_numbers,
     similarity_numbers,
     to_json,
 )
-from coterie.inspect.page.page import page
 from coterie.inspect.page.sections import build_sections, footer, header
 from coterie.inspect.plots.amounts import (
     plot_amounts,
@@ -59,9 +59,9 @@ from coterie.inspect.plots.routing import (
 )
 from coterie.inspect.plots.run import plot_curves, plot_loss_bins, plot_points, plot_samples
 from coterie.inspect.plots.style import Plot, render
-from coterie.inspect.statistics.amounts import analyse_amounts
 from coterie.inspect.statistics.anomalies import Anomalies, analyse_anomalies, anomaly_numbers
-from coterie.inspect.statistics.composed import composed_numbers, plot_particles
+from coterie.inspect.statistics.compositions import composed_numbers, plot_particles
+from coterie.inspect.statistics.experts_per_row import analyse_amounts
 from coterie.inspect.statistics.pairs import analyse_pairs
 from coterie.inspect.statistics.pools import analyse_pools
 from coterie.inspect.statistics.routers import RouterStats, analyse

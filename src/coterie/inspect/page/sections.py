@@ -9,30 +9,30 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from coterie.inspect.page import page as html
+from coterie.inspect.page import html
 from coterie.inspect.page.anomaly_section import anomaly_section
 from coterie.inspect.page.anomaly_verdicts import summary as meters
 from coterie.inspect.page.anomaly_verdicts import verdicts
 from coterie.inspect.page.findings import Finding, experts, findings, sentences, worst_first
+from coterie.inspect.page.html import Cell, Section
 from coterie.inspect.page.metric_names import ARROWS, explained, metric_name
-from coterie.inspect.page.numbers import plain
-from coterie.inspect.page.page import Cell, Section
-from coterie.inspect.page.words import expert_name, fixed, listing
+from coterie.inspect.page.phrases import expert_name, fixed, listing
+from coterie.inspect.page.report_json import plain
 from coterie.inspect.plots.style import Picture
-from coterie.inspect.statistics.amounts import Amounts, analyse_amounts
 from coterie.inspect.statistics.anomalies import Anomalies
-from coterie.inspect.statistics.composed import (
+from coterie.inspect.statistics.compositions import (
     composed_findings,
     composed_section,
     composed_sentences,
 )
+from coterie.inspect.statistics.experts_per_row import Amounts, analyse_amounts
+from coterie.inspect.statistics.formulas import UNEVEN_ENTROPY
 from coterie.inspect.statistics.pairs import PairStats, analyse_pairs
 from coterie.inspect.statistics.routers import FACETS, RouterStats
-from coterie.inspect.statistics.stats import UNEVEN_ENTROPY
 from coterie.inspect.statistics.trace import Trace
 
 if TYPE_CHECKING:
-    from coterie.inspect.page.content import ReportData
+    from coterie.inspect.page.report_data import ReportData
 
 AMOUNTS = (
     *("experts_per_row", "choices"),

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from coterie.inspect.page.words import label_name
+from coterie.inspect.page.phrases import label_name
 from coterie.inspect.plots.positions import face, scene
 from coterie.inspect.plots.style import (
     FULL_WIDTH,
@@ -23,8 +23,8 @@ from coterie.inspect.plots.style import (
     pick,
     sparse_ticks,
 )
-from coterie.inspect.statistics.amounts import Amounts
-from coterie.inspect.statistics.stats import Array
+from coterie.inspect.statistics.experts_per_row import Amounts
+from coterie.inspect.statistics.formulas import Array
 
 MAX_CLASSES = 40
 MAX_NUMBERS = 12  # classes up to which the numbers are written into the cells

@@ -25,7 +25,7 @@ from coterie.inspect.plots.style import (
     sparse_ticks,
 )
 from coterie.inspect.statistics.anomalies import Anomalies, Collapse, Degradation, Underfitting
-from coterie.inspect.statistics.stats import Array
+from coterie.inspect.statistics.formulas import Array
 
 MAX_COLUMNS = 40
 MAX_NUMBERS = 12  # experts up to which the shares of few columns are written into the cells

@@ -24,10 +24,10 @@ from coterie.inspect.plots.style import (
     pick,
     sparse_ticks,
 )
-from coterie.inspect.statistics import stats
+from coterie.inspect.statistics import formulas
+from coterie.inspect.statistics.accumulators import RouterTrace
+from coterie.inspect.statistics.formulas import Array
 from coterie.inspect.statistics.routers import RouterStats
-from coterie.inspect.statistics.stats import Array
-from coterie.inspect.statistics.tables import RouterTrace
 from coterie.inspect.statistics.trace import Trace
 
 
@@ -78,7 +78,7 @@ def _load_bars(ax: Any, item: RouterStats, router: RouterTrace) -> None:
     ax.axhline(1.0, color=LIGHT.muted, lw=1, ls="--")
     other = router.counts[1]
     if router.main == 0 and other.any():
-        share = stats.load_share(other) * item.num_experts
+        share = formulas.load_share(other) * item.num_experts
         ax.plot(ids, share, "o", mfc="none", mec=PALETTE[1], ms=4.5, mew=1.2)
     if item.enough and item.dead:
         dead = list(item.dead)
@@ -104,11 +104,11 @@ def plot_noise_curves(routers: Sequence[RouterTrace], names: Sequence[str]) -> P
             router = routers[i]
             centres = (np.arange(router.noise_bins) + 0.5) / router.noise_bins
             half = router.main
-            entropy = stats.confidence_entropy(
+            entropy = formulas.confidence_entropy(
                 router.entropy[half], router.entropy_rows[half], router.num_experts
             )
             left.plot(centres, entropy, "o-", ms=3.5, color=color, label=names[i])
-            spread = [stats.load_cv(c) if c.any() else np.nan for c in router.noise.counts[half]]
+            spread = [formulas.load_cv(c) if c.any() else np.nan for c in router.noise.counts[half]]
             right.plot(centres, spread, "o-", ms=3.5, color=color, label=names[i])
         left.set_title("How undecided the router is")
         left.set_ylabel("entropy of a row / log E")
@@ -149,7 +149,7 @@ def plot_choices(routers: Sequence[RouterTrace], names: Sequence[str]) -> Plot |
     have = [i for i, r in enumerate(routers) if np.count_nonzero(r.choices[r.main]) > 1]
     if not have:
         return None
-    shares = [stats.choice_histogram(routers[i].choices[routers[i].main]) for i in have]
+    shares = [formulas.choice_histogram(routers[i].choices[routers[i].main]) for i in have]
     wide = max(len(share) for share in shares)
     panel = np.array([np.pad(share, (0, wide - len(share))) for share in shares])
     ticks = {float(row): names[i] for row, i in enumerate(have)}
@@ -172,7 +172,7 @@ def plot_pairs(routers: Sequence[RouterTrace], names: Sequence[str]) -> Plot | N
     if not have:
         return None
     shown = [have[i] for i in pick(len(have))]
-    lifts = [stats.coactivation_lift(routers[i].pairs[routers[i].main]) for i in shown]
+    lifts = [formulas.coactivation_lift(routers[i].pairs[routers[i].main]) for i in shown]
     ticks = [expert_ticks(routers[i].expert_names) for i in shown]
     titles = [f"layer {names[i]}" for i in shown]
     panels = [Panel(name, lift, one, one) for name, lift, one in zip(titles, lifts, ticks)]
@@ -207,7 +207,9 @@ def plot_consistency(trace: Trace, names: dict[Any, str]) -> Plot | None:
     if not curves:
         return None
     chances = [
-        stats.chance_overlap(trace.steps[place].counts.sum(0), trace.steps[place].rows_seen.sum())
+        formulas.chance_overlap(
+            trace.steps[place].counts.sum(0), trace.steps[place].rows_seen.sum()
+        )
         for place in curves
     ]
 
@@ -245,7 +247,7 @@ def plot_affinity(routers: Sequence[RouterTrace]) -> Plot | None:
     usage, source = noise_usage(routers)
     if usage is None:
         return None
-    matrix = stats.task_affinity(usage)
+    matrix = formulas.task_affinity(usage)
     size = len(matrix)
     ticks = {-0.5: "0", size / 2 - 0.5: "0.5", size - 0.5: "1"}
     return Plot(
@@ -275,13 +277,13 @@ def noise_usage(routers: Sequence[RouterTrace]) -> tuple[Array | None, str]:
     if tabled:
         length = min(len(r.table) for r in tabled if r.table is not None)
         parts = [
-            stats.top_k_usage(r.table[:length], r.top_k) for r in tabled if r.table is not None
+            formulas.top_k_usage(r.table[:length], r.top_k) for r in tabled if r.table is not None
         ]
         return np.concatenate(parts, axis=1), "from the routers' tables over all steps"
     binned = [r for r in routers if np.count_nonzero(r.noise.rows[r.main]) > 1]
     if not binned:
         return None, ""
-    rates = [stats.usage_rate(r.noise.counts[r.main], r.noise.rows[r.main]) for r in binned]
+    rates = [formulas.usage_rate(r.noise.counts[r.main], r.noise.rows[r.main]) for r in binned]
     return np.concatenate(rates, axis=1), f"in {binned[0].noise_bins} noise bins"
 
 
@@ -291,7 +293,7 @@ def plot_prototypes(routers: Sequence[RouterTrace], names: Sequence[str]) -> Plo
         return None
     shown = [have[i] for i in pick(len(have))]
     known = [(names[i], routers[i].prototypes) for i in shown]
-    panels = [Panel(f"layer {n}", stats.cosine_matrix(p)) for n, p in known if p is not None]
+    panels = [Panel(f"layer {n}", formulas.cosine_matrix(p)) for n, p in known if p is not None]
     return Plot(
         "prototypes",
         "Similarity of the prototypes",

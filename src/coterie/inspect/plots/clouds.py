@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from coterie.inspect.page.words import label_name
+from coterie.inspect.page.phrases import label_name
 from coterie.inspect.plots.style import COLORMAP, FULL_WIDTH, Plot, figure
-from coterie.inspect.statistics.stats import Array
+from coterie.inspect.statistics.formulas import Array
 
 MAX_CLOUDS = 48
 MAX_POINTS = 1024  # drawn of one cloud

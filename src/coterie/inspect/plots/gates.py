@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from coterie.inspect.plots.style import FULL_WIDTH, LIGHT, PALETTE, Plot, figure, pick
-from coterie.inspect.statistics.stats import Array
+from coterie.inspect.statistics.formulas import Array
 
 MAX_POINTS = 10
 GAP = 0.08

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import numpy as np
 
-from coterie.data.actions.actions import Scene
+from coterie.data.actions.chunks import Scene
 from coterie.inspect.plots.style import ALARM, LIGHT, PALETTE
-from coterie.inspect.statistics.stats import Array
+from coterie.inspect.statistics.formulas import Array
 
 SMOOTH = 3  # pixels are drawn this much finer and then averaged
 OBSTACLE, DONE, GOING = "#9aa7b5", "#009E73", PALETTE[0]

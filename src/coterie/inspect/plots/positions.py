@@ -21,9 +21,9 @@ from coterie.inspect.plots.style import (
     pick,
     sparse_ticks,
 )
-from coterie.inspect.statistics import stats
-from coterie.inspect.statistics.stats import Array
-from coterie.inspect.statistics.tables import RouterTrace
+from coterie.inspect.statistics import formulas
+from coterie.inspect.statistics.accumulators import RouterTrace
+from coterie.inspect.statistics.formulas import Array
 
 MAX_TILES = 16
 MAX_POSITIONS = 64
@@ -131,7 +131,7 @@ def _rates(router: RouterTrace, grid: tuple[int, ...]) -> tuple[list[int], Array
     rows = router.positions.rows[router.main]
     busiest = np.argsort(-counts.sum(0), kind="stable")[:MAX_TILES]
     ids = sorted(int(i) for i in busiest)
-    return ids, face(stats.usage_rate(counts, rows)[:, ids].T, grid)
+    return ids, face(formulas.usage_rate(counts, rows)[:, ids].T, grid)
 
 
 def _mosaic(ax: Any, ids: list[int], values: Array, tiles: int, top: float) -> Any:

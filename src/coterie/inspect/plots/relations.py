@@ -21,10 +21,10 @@ from coterie.inspect.plots.style import (
     pick,
     sparse_ticks,
 )
+from coterie.inspect.statistics.accumulators import Place
+from coterie.inspect.statistics.formulas import Array, off_diagonal_mean
 from coterie.inspect.statistics.pairs import PairStats
 from coterie.inspect.statistics.pools import PoolStats
-from coterie.inspect.statistics.stats import Array, off_diagonal_mean
-from coterie.inspect.statistics.tables import Place
 
 MOST_OWNERS = 12  # owners up to which the shares are written into the cells
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from coterie.inspect.page.words import listing
+from coterie.inspect.page.phrases import listing
 from coterie.inspect.plots.style import (
     FULL_WIDTH,
     LIGHT,
@@ -22,10 +22,10 @@ from coterie.inspect.plots.style import (
     pick,
     sparse_ticks,
 )
-from coterie.inspect.statistics import stats
+from coterie.inspect.statistics import formulas
+from coterie.inspect.statistics.accumulators import RouterTrace
+from coterie.inspect.statistics.formulas import Array
 from coterie.inspect.statistics.routers import FACETS, RouterStats
-from coterie.inspect.statistics.stats import Array
-from coterie.inspect.statistics.tables import RouterTrace
 from coterie.inspect.statistics.trace import Trace
 
 MAX_CLASSES = 40
@@ -186,7 +186,7 @@ def _telling_classes(routers: Sequence[RouterTrace], columns: int) -> list[int]:
     for router in routers:
         counts = router.shares(router.classes)[0]
         seen[: len(counts)] += router.classes.rows[0]
-        distance = np.abs(stats.load_share(counts) - stats.load_share(counts.sum(0))).sum(1)
+        distance = np.abs(formulas.load_share(counts) - formulas.load_share(counts.sum(0))).sum(1)
         far[: len(counts)] += distance
     known = np.flatnonzero(seen)
     best = known[np.argsort(-far[known], kind="stable")[:MAX_CLASSES]]
@@ -194,7 +194,7 @@ def _telling_classes(routers: Sequence[RouterTrace], columns: int) -> list[int]:
 
 
 def _share_panel(name: str, counts: Array, experts: Sequence[str]) -> Panel:
-    share = stats.load_share(counts)
+    share = formulas.load_share(counts)
     share[counts.sum(1) == 0] = np.nan
     return Panel(f"layer {name}", share.T, y=expert_ticks(experts))
 

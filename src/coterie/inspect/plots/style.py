@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from coterie.data.images.pictures import read_picture
-from coterie.inspect.statistics.stats import Array
+from coterie.inspect.statistics.formulas import Array
 
 CSS_PIXELS_PER_INCH = 96
 DPI = 160

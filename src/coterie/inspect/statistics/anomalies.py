@@ -18,10 +18,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from coterie.inspect.page.words import label_name, noise_name
+from coterie.inspect.page.phrases import label_name, noise_name
+from coterie.inspect.statistics.accumulators import Place, RouterTrace
+from coterie.inspect.statistics.formulas import Array
 from coterie.inspect.statistics.routers import RouterStats, facet_table
-from coterie.inspect.statistics.stats import Array
-from coterie.inspect.statistics.tables import Place, RouterTrace
 from coterie.inspect.statistics.trace import Trace
 
 FACETS = ("task", "class", "noise", "position")

@@ -17,7 +17,7 @@ from torch import Tensor
 from coterie.core.machine import commit, hardware_line
 from coterie.core.outputs import Outputs, pair_at
 from coterie.inspect.plots.placement import draw_placement
-from coterie.inspect.statistics.placement import STRATEGIES, RowCost, fit_cost, strategies
+from coterie.inspect.statistics.device_placement import STRATEGIES, RowCost, fit_cost, strategies
 from coterie.inspect.statistics.routers import RouterStats
 
 ROWS = (64, 256, 1024)  # of one expert, at which its cost is measured

@@ -14,9 +14,15 @@ import torch
 from torch import Tensor
 
 from coterie.core.routing import Routing
-from coterie.inspect.statistics import stats
-from coterie.inspect.statistics.stats import Array, Information
-from coterie.inspect.statistics.tables import Place, RouterTrace, Rows, layer_name, several_slots
+from coterie.inspect.statistics import formulas
+from coterie.inspect.statistics.accumulators import (
+    Place,
+    RouterTrace,
+    Rows,
+    layer_name,
+    several_slots,
+)
+from coterie.inspect.statistics.formulas import Array, Information
 
 if TYPE_CHECKING:
     from coterie.inspect.statistics.trace import Trace
@@ -147,10 +153,10 @@ def _pair_stats(pair: PairTrace, slots: bool) -> PairStats:
         names=(here, after),
         name=name,
         rows=rows,
-        information=stats.information(pair.leads[half]) if counted else None,
+        information=formulas.information(pair.leads[half]) if counted else None,
         overlap=float(pair.overlap[half] / rows) if known else float("nan"),
         chance=_chance(pair, half) if known else float("nan"),
-        lift=stats.joint_lift(joint),
+        lift=formulas.joint_lift(joint),
         reason=pair.reason or ("" if counted else "no row was scored by both"),
     )
 

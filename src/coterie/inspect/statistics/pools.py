@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from coterie.inspect.statistics import stats
-from coterie.inspect.statistics.stats import Array
-from coterie.inspect.statistics.tables import RouterTrace, layer_name, several_slots
+from coterie.inspect.statistics import formulas
+from coterie.inspect.statistics.accumulators import RouterTrace, layer_name, several_slots
+from coterie.inspect.statistics.formulas import Array
 
 if TYPE_CHECKING:
     from coterie.inspect.statistics.trace import Trace
@@ -75,6 +75,6 @@ def _pool(slots: bool, slot: str, owners: tuple[int, ...], routers: list[RouterT
         layers=layers,
         routers=len(routers),
         counts=total,
-        imbalance=stats.relative_imbalance(total),
-        shares=stats.load_share(parts),
+        imbalance=formulas.relative_imbalance(total),
+        shares=formulas.load_share(parts),
     )

@@ -8,9 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from coterie.core.routing import ENSEMBLE
-from coterie.inspect.statistics import stats
-from coterie.inspect.statistics.stats import Array, Information
-from coterie.inspect.statistics.tables import (
+from coterie.inspect.statistics import formulas
+from coterie.inspect.statistics.accumulators import (
     HALVES,
     Joint,
     Place,
@@ -18,6 +17,7 @@ from coterie.inspect.statistics.tables import (
     layer_name,
     several_slots,
 )
+from coterie.inspect.statistics.formulas import Array, Information
 from coterie.inspect.statistics.trace import Trace
 
 ENOUGH_CHOICES = 20.0
@@ -97,7 +97,7 @@ def _router_stats(router: RouterTrace, name: str) -> RouterStats:
     seen = float(router.rows_seen[half])
     found, omitted = _information(router)
     choices = float(counts.sum())
-    entropy = stats.confidence_entropy(
+    entropy = formulas.confidence_entropy(
         router.entropy[half].sum(), router.entropy_rows[half].sum(), router.num_experts
     )
     return RouterStats(
@@ -111,17 +111,17 @@ def _router_stats(router: RouterTrace, name: str) -> RouterStats:
         rows_bad=router.rows_bad,
         samples=float(router.samples[half]),
         choices_per_row=choices / rows if rows else 0.0,
-        load=stats.load_share(counts),
-        gate_share=stats.load_share(np.abs(router.gate_mass[half].sum(0))),
-        cv=stats.load_cv(counts),
-        max_over_mean=stats.max_over_mean(counts),
-        entropy=stats.load_entropy(counts),
+        load=formulas.load_share(counts),
+        gate_share=formulas.load_share(np.abs(router.gate_mass[half].sum(0))),
+        cv=formulas.load_cv(counts),
+        max_over_mean=formulas.max_over_mean(counts),
+        entropy=formulas.load_entropy(counts),
         confidence=float(entropy),
-        dead=stats.dead_experts(counts),
-        collapsed=router.num_experts > 1 and choices > 0 and stats.is_collapsed(counts),
+        dead=formulas.dead_experts(counts),
+        collapsed=router.num_experts > 1 and choices > 0 and formulas.is_collapsed(counts),
         enough=choices >= ENOUGH_CHOICES * router.num_experts,
         always_on=_always_on(router),
-        halves_apart=stats.total_variation(router.counts[0], router.counts[1]),
+        halves_apart=formulas.total_variation(router.counts[0], router.counts[1]),
         information=found,
         omitted=omitted,
         expert_names=router.expert_names,
@@ -132,7 +132,7 @@ def _information(router: RouterTrace) -> tuple[dict[str, Information], dict[str,
     found: dict[str, Information] = {}
     omitted: dict[str, str] = {}
     half = router.main
-    draws = stats.effective_draws(
+    draws = formulas.effective_draws(
         router.counts[half], float(router.clumping[half]), float(router.clumps[half])
     )
     for facet in FACETS:
@@ -147,7 +147,7 @@ def _information(router: RouterTrace) -> tuple[dict[str, Information], dict[str,
             omitted[facet] = "every row is unconditional"
         else:
             # Tokens of one sample share noise level and class; positions vary inside a sample.
-            found[facet] = stats.information(
+            found[facet] = formulas.information(
                 table.counts[half], None if facet == "position" else draws
             )
     return found, omitted
@@ -158,8 +158,10 @@ def _always_on(router: RouterTrace) -> tuple[int, ...]:
     if router.num_experts == 1:
         return ()
     if router.table is not None:
-        return stats.always_on(stats.top_k_usage(router.table, router.top_k))
+        return formulas.always_on(formulas.top_k_usage(router.table, router.top_k))
     half = router.main
     if np.count_nonzero(router.noise.rows[half]) < 2:
         return ()
-    return stats.always_on(stats.usage_rate(router.noise.counts[half], router.noise.rows[half]))
+    return formulas.always_on(
+        formulas.usage_rate(router.noise.counts[half], router.noise.rows[half])
+    )

@@ -19,7 +19,7 @@ from coterie.core.machine import commit, hardware
 from coterie.core.outputs import Outputs, pair_at
 from coterie.experts import RouterConfig
 from coterie.experts.rerouting import changed, check_paths
-from coterie.inspect.statistics.amounts import analyse_amounts
+from coterie.inspect.statistics.experts_per_row import analyse_amounts
 from coterie.inspect.statistics.trace import Trace
 
 Settings = Mapping[str, Any]

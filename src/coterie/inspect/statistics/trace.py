@@ -18,9 +18,9 @@ from torch import Tensor
 from coterie.core.context import NULL_LABEL
 from coterie.core.errors import DataError, describe
 from coterie.core.routing import Routing
+from coterie.inspect.statistics.accumulators import Place, RouterTrace, Rows
+from coterie.inspect.statistics.formulas import Array
 from coterie.inspect.statistics.pairs import PairTrace, aligned
-from coterie.inspect.statistics.stats import Array
-from coterie.inspect.statistics.tables import Place, RouterTrace, Rows
 
 NOISE_BINS = 10
 MAX_SAMPLING_STEPS = 4096

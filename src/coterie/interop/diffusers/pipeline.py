@@ -21,7 +21,7 @@ from torch import Generator, Tensor, nn
 
 from coterie.backbones import unet_layers
 from coterie.backbones.taps import Layers, Topology
-from coterie.core import needs
+from coterie.core import memory as needs
 from coterie.core.errors import CheckpointError, ConfigError, describe
 from coterie.core.json_reader import read_object
 from coterie.core.prediction import Condition, Prediction, View, as_times

@@ -27,7 +27,7 @@ def place_model(
     out: str | Path | None = None,
     progress: Callable[[int], Any] | None = None,
 ) -> Path:
-    """As :func:`coterie.runs.measure.expert_placement.place_run`, of a model that reads a text."""
+    """As :func:`coterie.runs.measure.device_placement.place_run`, of a model that reads a text."""
     outputs = placement_outputs(out if out is not None else reading.folder.path / "placement")
     trace = Trace(noise_bins=LEVELS)
     for chosen, _ in reading.answers(trace):

@@ -28,7 +28,7 @@ from coterie.runs.islands.source import IslandConfig
 from coterie.runs.build import build_source
 from coterie.runs.config import RunConfig
 from coterie.runs.cost import plan
-from coterie.train.rundir import RunDir
+from coterie.train.run_directory import RunDir
 
 FILE = "islands.json"
 _WRITTEN = re.compile(r"islands\.json|partition")

@@ -15,11 +15,11 @@ from coterie.core.batch import Batch
 from coterie.core.errors import ConfigError, describe
 from coterie.core.prediction import DenoiserLike
 from coterie.core.rng import SampleNoise, derive
-from coterie.data.actions.actions import Simulator
+from coterie.data.actions.chunks import Simulator
 from coterie.inspect.plots.paths import animate_paths, draw_paths
 from coterie.metrics import success_rate
 from coterie.solvers import guide, initial_noise, sample
-from coterie.runs.sample.cached import cached
+from coterie.runs.sample.caches import cached
 from coterie.runs.judges.base import batches, judges
 from coterie.runs.judges.noise import NoiseJudge
 from coterie.runs.sample.rollouts import (

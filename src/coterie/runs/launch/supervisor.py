@@ -23,8 +23,8 @@ from typing import Any
 import torch
 
 from coterie.core.errors import ConfigError, TrainingError, describe
-from coterie.runs.launch import children
-from coterie.train.apart import routed_pools
+from coterie.runs.launch import child_processes
+from coterie.train.batch_parts import routed_pools
 from coterie.train.parallel.config import ParallelConfig
 from coterie.train.parallel.exchange import check_enough
 from coterie.train.parallel.processes import BEATS, STORE, read_beats
@@ -77,7 +77,7 @@ def launch(
         "out": str(out),
         "parallel": parallel.model_dump(mode="json"),
         "progress": progress,
-        "timeout": timeout + children.GRACE,  # theirs is later: the supervisor knows who it was
+        "timeout": timeout + child_processes.GRACE,  # theirs is later: the supervisor knows who it was
     }
     for attempt in range(restarts + 1):
         trouble = run_processes(WORKER, work, parallel.processes, timeout)
@@ -159,7 +159,7 @@ class _Attempt:
         self.count = count
         self.work = folder / "work.json"
         self.work.write_text(json.dumps(work), encoding="utf-8")
-        self.processes: list[children.Child] = []
+        self.processes: list[child_processes.Child] = []
 
     def run(self) -> str | None:
         """None when all have done their work, else who died and may be started again."""
@@ -168,7 +168,7 @@ class _Attempt:
                 self._start()
                 return self._watch(signals)
             finally:
-                children.kill(self.processes)
+                child_processes.kill(self.processes)
 
     def _start(self) -> None:
         threads = str(threads_of(self.count))
@@ -184,7 +184,7 @@ class _Attempt:
             if sys.platform == "linux":
                 defaults["GLOO_SOCKET_IFNAME"] = "lo"
             given = {name: os.environ.get(name, value) for name, value in defaults.items()}
-            self.processes.append(children.start(self.code, [str(self.work)], {**given, **own}))
+            self.processes.append(child_processes.start(self.code, [str(self.work)], {**given, **own}))
 
     def _watch(self, signals: StopSignals) -> str | None:
         said, since = [0] * self.count, time.monotonic()
@@ -235,7 +235,7 @@ class _Attempt:
 
     def _interrupt(self, number: int) -> None:
         """Pass a signal on; the processes agree on a step, save and stop."""
-        children.pass_on(number, self.processes)
+        child_processes.pass_on(number, self.processes)
         complaint = self.folder / "error-0"
         text = complaint.read_text(encoding="utf-8") if complaint.is_file() else ""
         where = text.partition("; ")[2] or "no checkpoint was written; the last one stands"

@@ -17,7 +17,7 @@ from coterie.core.errors import CoterieError
 from coterie.core.folder import write_text
 from coterie.core.json_reader import read_object
 from coterie.core.streams import error_stream
-from coterie.runs.launch.children import stop_with_parent
+from coterie.runs.launch.child_processes import stop_with_parent
 from coterie.train.parallel.config import ParallelConfig
 from coterie.train.parallel.processes import joined
 from coterie.train.parallel.spread import Spread

@@ -23,14 +23,14 @@ from coterie.inspect.statistics.sweep import (
     values_of,
     write_rows,
 )
-from coterie.runs.measure.active import (
+from coterie.runs.measure.active_parameters import (
     Sites,
     active_parameters,
     choices_per_row,
     expert_multiply_adds,
     expert_sites,
 )
-from coterie.runs.measure.evaluate import held_out
+from coterie.runs.measure.evaluation import held_out
 from coterie.runs.judges import judge_of
 from coterie.runs.loading import LoadedRun
 

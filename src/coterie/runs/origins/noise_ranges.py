@@ -13,11 +13,11 @@ from coterie.core.errors import ConfigError, describe
 from coterie.ensembles import EnsembleModelConfig, MemberConfig, NoiseRangesConfig
 from coterie.ensembles.boundaries import Cut, losses_per_bin, search_boundaries
 from coterie.runs.judges.base import batches
-from coterie.runs.origins.pretrained import PretrainedConfig
+from coterie.runs.origins.trained_model import PretrainedConfig
 from coterie.runs.build import build_source
 from coterie.runs.config import RunConfig
 from coterie.runs.training import start
-from coterie.train.rundir import RunDir
+from coterie.train.run_directory import RunDir
 
 SAMPLES = 256  # held-out samples on which boundaries are searched
 UNITS = ("t", "sigma", "log_snr")

@@ -17,7 +17,7 @@ from torch import Tensor
 from coterie.core.errors import ConfigError, DataError, describe
 from coterie.core.prediction import Condition, DenoiserLike
 from coterie.core.rng import SampleNoise, derive
-from coterie.data.actions.actions import KEPT, Scene, Simulator
+from coterie.data.actions.chunks import KEPT, Scene, Simulator
 from coterie.solvers import initial_noise, sample
 from coterie.runs.config import SampleConfig
 from coterie.runs.sample.sampling import Samples

@@ -27,8 +27,8 @@ from coterie.solvers import (
     sample,
 )
 from coterie.solvers.text import generate_text
-from coterie.runs.sample import guided
-from coterie.runs.sample.nonfinite_samples import explained
+from coterie.runs.sample import guides
+from coterie.runs.sample.nonfinite import explained
 from coterie.runs.loading import LoadedRun
 
 MOST = 1_000_000  # samples of one draw
@@ -107,7 +107,7 @@ def generate(
         raise ConfigError(describe("index", kept[:8], f"0..{num - 1}, of a draw of {num}"))
     drawn = -(-num // together) * together  # whole systems: what is over is left away
     wanted = balanced_labels(run, drawn) if labels is None else chosen_labels(run, labels, drawn)
-    maps = guided.wanted(run, drawn)
+    maps = guides.wanted(run, drawn)
     if seeds is None:
         seeds = [derive(seed, "sample", place) for place in range(drawn)]
     seeds, size = [int(own) for own in seeds], run.config.sample.batch

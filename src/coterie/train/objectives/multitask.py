@@ -13,7 +13,7 @@ from coterie.core.batch import Batch, Losses
 from coterie.core.errors import ConfigError, DataError, describe, unknown
 from coterie.core.registry import Part
 from coterie.core.share import over_batch
-from coterie.data.ratings.ratings import check_answers
+from coterie.data.ratings.rating_rows import check_answers
 from coterie.train.objectives.base import OBJECTIVES
 
 

@@ -21,8 +21,8 @@ from coterie.core.share import normal, own, whole
 from coterie.guides import Guide, Reader
 from coterie.guides.tasks import distilled, supervised
 from coterie.process import TIMES, Times
+from coterie.train.learning_rate import turn_at
 from coterie.train.objectives.base import OBJECTIVES
-from coterie.train.schedule import turn_at
 
 
 def _times(value: Any) -> Part | None:

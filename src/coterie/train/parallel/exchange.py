@@ -25,7 +25,7 @@ from coterie.experts.dispatch import DispatchPlan, dispatch, plan_choices
 from coterie.experts.dispatch.expert_weights import OneExpert
 from coterie.experts.dispatch.plan import scale_rows
 from coterie.experts.kinds import ExpertPool
-from coterie.train.apart import routed_pools
+from coterie.train.batch_parts import routed_pools
 from coterie.train.parallel.config import parts_of
 from coterie.train.parallel.processes import Processes
 

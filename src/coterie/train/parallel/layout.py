@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from coterie.train.parallel.config import parts_of
 from coterie.train.parallel.processes import Processes
 from coterie.train.parallel.sharding import is_sharded
-from coterie.train.placement import Groups
+from coterie.train.world import Groups
 
 
 class Cut(NamedTuple):

@@ -1,4 +1,4 @@
-"""A run spread over processes: the placement that answers for all of them.
+"""A run spread over processes: the world that answers for all of them.
 
 Every process has an equal run of each micro-batch. Experts lie in parts along ``expert``, and
 all parameters of the model (what an expert process holds among them) in equal parts of their first
@@ -24,18 +24,18 @@ from coterie.core.errors import ConfigError, describe
 from coterie.core.share import sharing
 from coterie.core.tensors import local
 from coterie.train import checkpoint
-from coterie.train.apart import check_apart
+from coterie.train.batch_parts import check_apart
 from coterie.train.checkpoint import Checkpoint
 from coterie.train.parallel.exchange import split_experts
 from coterie.train.parallel.gradients import GradientSum, total_norm
 from coterie.train.parallel.layout import Layout
 from coterie.train.parallel.processes import Processes
 from coterie.train.parallel.sharding import blocks_of, is_sharded, shard_model, sync_gradients
-from coterie.train.placement import Groups, Placement
 from coterie.train.signals import StopSignals
+from coterie.train.world import Groups, World
 
 
-class Spread(Placement):
+class Spread(World):
     """This process's part of a run."""
 
     layout: Layout
@@ -55,7 +55,7 @@ class Spread(Placement):
         self._signals: StopSignals | None = None
         self._received: int | None = None
 
-    def place(self, model: nn.Module) -> None:
+    def distribute(self, model: nn.Module) -> None:
         config = self.processes.config
         check_apart(model, "parallel", "no process")
         experts = split_experts(model, self.processes) if config.expert > 1 else {}

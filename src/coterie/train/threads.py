@@ -1,0 +1,119 @@
+"""The number of threads of a training run: chosen by timing steps, kept with the run.
+
+Sums of torch may differ between numbers of threads, so what is resumed to the bit is a run with
+the same numbers at the same steps: ``threads.json`` lists them as ``[step, number]``, each written
+before the first step that is made so. A run that is resumed before such a step changes there again.
+What is timed is the gradient of the step to come, which is thrown away.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from coterie.core.errors import ConfigError, describe
+from coterie.core.json_reader import read_object
+from coterie.core.threads import (
+    Choice,
+    Watch,
+    asked,
+    check_threads,
+    choose,
+    most_threads,
+    threads,
+)
+from coterie.train.run_directory import RunDir
+
+FILE = "threads.json"
+Say = Callable[[str], None]
+
+
+class StepThreads:
+    """Sets the number of threads before each step, of ``steps`` in all; ``fixed``: always this."""
+
+    def __init__(
+        self,
+        fixed: int | None,
+        run_dir: RunDir | None,
+        probe: Callable[[int], Any],
+        chooses: bool = True,
+        say: Say = lambda line: None,
+        steps: int | None = None,
+    ) -> None:
+        fixed = asked().count or fixed
+        if fixed is not None:
+            check_threads(fixed)
+        self._fixed, self._run_dir, self._probe, self._say = fixed, run_dir, probe, say
+        self._most, self._steps = most_threads(), steps
+        self._chooses = chooses and fixed is None and self._most > 1
+        self._known = read_threads(run_dir) if self._chooses else []
+        self._watch: Watch | None = None
+        self._now: int | None = None
+        self._ask = False
+
+    def before(self, step: int) -> None:
+        """Set what step ``step`` (0-based) is made with."""
+        if self._fixed is not None:
+            torch.set_num_threads(self._fixed)
+        if not self._chooses:
+            return
+        due = [count for at, count in self._known if at <= step]
+        ahead = any(at > step for at, _ in self._known)
+        if due and due[-1] != self._now:
+            self._use(due[-1])
+        if ahead:
+            self._ask = False
+            return  # as it was made before
+        if self._now is None or self._ask:
+            self._choose(step)
+
+    def after(self, seconds: float) -> None:
+        """What the step has taken."""
+        if self._chooses:
+            if self._watch is None and self._now is not None:
+                self._watch = Watch(Choice(self._now, {}, 0.5), self._most)
+            self._ask = self._watch is not None and self._watch.again(seconds)
+
+    def _choose(self, step: int) -> None:
+        ahead = None if self._steps is None else self._steps - step
+        choice = choose(lambda: self._probe(step), self._most, self._now, ahead=ahead)
+        self._watch, self._ask = Watch(choice, self._most), False
+        if choice.threads != self._now:
+            self._known = [*(one for one in self._known if one[0] < step), (step, choice.threads)]
+            if self._run_dir is not None:
+                self._run_dir.write_json(FILE, {"threads": self._known})
+            self._say(choice.line("a step", "--train.threads"))
+        self._use(choice.threads)
+
+    def _use(self, count: int) -> None:
+        self._now = count
+        torch.set_num_threads(count)
+
+
+def read_threads(run_dir: RunDir | None) -> list[tuple[int, int]]:
+    """(first step, threads) of every number that a run was made with; [] for a new one."""
+    path = None if run_dir is None else run_dir.path / FILE
+    if path is None or not path.is_file():
+        return []
+    allowed = "threads: [[step, number], ...], as training writes it"
+    data: Any = read_object(path, error=ConfigError).get("threads")
+    try:
+        found = [(int(step), int(count)) for step, count in list(data)]
+    except (ValueError, TypeError):
+        raise ConfigError(describe(str(path), "another content", allowed)) from None
+    if found != sorted(found) or any(step < 0 for step, _ in found):
+        raise ConfigError(describe(str(path), found[:4], allowed))
+    for _, count in found:
+        check_threads(count, str(path))
+    return found
+
+
+def run_threads(path: str | Path, fixed: int | None) -> AbstractContextManager[None]:
+    """Inside the block as many threads as the run at ``path`` was made with in the end, so that
+    what is drawn from it does not depend on the moment; as set where none were chosen or fixed."""
+    known = read_threads(RunDir(path))
+    return threads(asked().count or fixed or (min(known[-1][1], most_threads()) if known else None))
