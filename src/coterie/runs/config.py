@@ -1,0 +1,87 @@
+"""The configuration of a run: everything that it depends on.
+
+A run directory holds ``config.json``, ``metrics.jsonl``, ``checkpoints/``, ``model/`` (the
+averaged weights as a model directory), ``samples/`` and ``report/``.
+"""
+
+from __future__ import annotations
+from coterie.backbones import TrunkConfig
+from coterie.convert import UpcycleConfig
+from coterie.convert import upcycled_slot
+from coterie.core.config import Config
+from coterie.core.errors import ConfigError
+from coterie.core.errors import describe
+from coterie.core.registry import Part
+from coterie.data import SOURCES
+from coterie.denoiser import DenoiserConfig
+from coterie.denoiser import MODELS
+from coterie.runs.origins.first_weights import InitConfig
+from coterie.solvers import GRIDS
+from coterie.solvers import GuidanceConfig
+from coterie.solvers import SOLVERS
+from coterie.solvers import ThresholdConfig
+from coterie.train.config import TrainConfig
+from coterie.train.objectives import DenoisingConfig
+from coterie.train.objectives import OBJECTIVES
+from pydantic import Field
+from pydantic import SerializeAsAny
+from pydantic import model_validator
+from typing import Annotated
+
+
+class SampleConfig(Config):
+    """How a run samples by default."""
+
+    solver: Annotated[SerializeAsAny[Part], SOLVERS.validator] = "heun"  # type: ignore[assignment]
+    grid: Annotated[SerializeAsAny[Part], GRIDS.validator] = "uniform"  # type: ignore[assignment]
+    steps: int = Field(20, ge=1, le=100_000)
+    guidance: GuidanceConfig = GuidanceConfig()
+    threshold: ThresholdConfig | None = None  # keeps x0 in range, after guidance; pixels only
+    batch: int = Field(128, ge=1)
+    temperature: float = Field(1.0, gt=0)  # text only
+
+
+class RunConfig(Config):
+    """Everything a run depends on. ``recipe`` and ``preset`` say where it came from; ``init``
+    where its first weights do (None: drawn from ``seed``)."""
+
+    recipe: str = ""
+    preset: str = ""
+    seed: int = Field(0, ge=0, lt=2**63)
+    data: Annotated[SerializeAsAny[Part], SOURCES.validator] = "digits"  # type: ignore[assignment]
+    model: Annotated[SerializeAsAny[Part], MODELS.validator] = DenoiserConfig()
+    objective: Annotated[SerializeAsAny[Part], OBJECTIVES.validator] = DenoisingConfig()
+    train: TrainConfig = TrainConfig()
+    sample: SampleConfig = SampleConfig()
+    init: InitConfig | None = None
+
+    @model_validator(mode="after")
+    def _experts_are_there(self) -> RunConfig:
+        wanted = self.init.upcycle if self.init is not None else None
+        if wanted is not None and not _has_slot(self.model, wanted):
+            hint = "coterie upcycle writes a run whose model has"
+            allowed = "a model that has the experts which upcycling makes"
+            raise ConfigError(describe("init.upcycle", wanted.mode, allowed, hint))
+        return self
+
+    @model_validator(mode="after")
+    def _trains_or_is_trained(self) -> RunConfig:
+        added = self.init is not None and self.init.trains_nothing
+        trained, steps = getattr(self.model, "is_trained", added), self.train.steps
+        if trained and steps:
+            hint = "to train a model further, name it in init.path"
+            allowed = f"0, for the model {self.model.kind}"
+            raise ConfigError(describe("train.steps", steps, allowed, hint))
+        if not trained and not steps:
+            raise ConfigError(describe("train.steps", 0, "1 or more"))
+        return self
+
+
+def _has_slot(model: Part, config: UpcycleConfig) -> bool:
+    """Whether a model has the experts of an upcycled one (its balance losses may be others)."""
+    trunk = getattr(getattr(model, "backbone", None), "trunk", None)
+    if not isinstance(trunk, TrunkConfig) or trunk.hidden % config.slices:
+        return False
+    made = upcycled_slot(trunk, config)
+    plain = [slot.replace(expert=slot.expert.replace(balance=())) for slot in trunk.slots]
+    return made.replace(expert=made.expert.replace(balance=())) in plain

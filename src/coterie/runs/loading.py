@@ -1,0 +1,42 @@
+"""A trained run, loaded again."""
+
+from __future__ import annotations
+from coterie.core.batch import Source
+from coterie.runs.build import based_model
+from coterie.runs.build import build_source
+from coterie.runs.build import check_fits
+from coterie.runs.config import RunConfig
+from coterie.train.run_directory import RunDir
+from coterie.train.state import load_weights
+from coterie.train.resume import say_changed_data
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class LoadedRun:
+    """A trained run, ready to sample: ``model`` is in eval mode with the averaged weights."""
+
+    path: Path
+    config: RunConfig
+    model: Any
+    source: Source
+    step: int
+
+    @property
+    def is_text(self) -> bool:
+        return bool(self.config.model.kind == "token_denoiser")
+
+
+def load_run(path: str | Path, which: str = "ema") -> LoadedRun:
+    """The run's newest valid weights; ``which``: "ema", "ema-<decay>" or "model"."""
+    run_dir = RunDir(path)
+    config = run_dir.read_config(RunConfig)
+    check_fits(config, training=False)
+    model = based_model(config)
+    found = load_weights(run_dir.path, model, which) if config.train.steps else None
+    source = build_source(config)
+    if found is not None:
+        say_changed_data(run_dir.path, found.scalars, source)
+    return LoadedRun(run_dir.path, config, model.eval(), source, found.step if found else 0)
