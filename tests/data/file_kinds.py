@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from coterie.runs.config import RunConfig
 from PIL import Image
 from torch import Tensor, nn
 
@@ -32,13 +33,12 @@ from coterie.data.ratings.movielens import read_table
 from coterie.data.source import SPLITS
 from coterie.ensembles import NoiseRangesConfig
 from coterie.hub import load_ensemble, load_pretrained, save_ensemble, save_pretrained
-from coterie.inspect.statistics.device_steps import placement_outputs
+from coterie.inspect.page.placement_table import placement_outputs
 from coterie.interop.diffusers import load_noise_ranges
 from coterie.interop.diffusers.expert import DiffusersConfig
 from coterie.interop.transformers.load import ModelFolder
 from coterie.interop.transformers.text import read_tokens
 from coterie.interop.upcycled import load_upcycled, save_upcycled, upcycle_transformers
-from coterie.runs.config import RunConfig
 from coterie.runs.islands.partition import PartitionConfig, copy_partition, read_partition
 from coterie.runs.islands.plan import FILE, IslandEntry, IslandPlan, read_plan
 from coterie.runs.sample.restoration import outputs_at as restored_at

@@ -9,14 +9,12 @@ from typing import Any
 import pytest
 
 from coterie.inspect import ReportData, write_report
-from coterie.inspect.statistics.compositions import (
-    Composed,
+from coterie.inspect.page.composition_section import (
     composed_findings,
     composed_numbers,
     composed_sentences,
-    lineages,
-    steps_of,
 )
+from coterie.inspect.statistics.compositions import Composed, lineages, steps_of
 
 MADE = Composed("product", "low^1 <high>^2", [("low", 1.0, "given"), ("<high>", 2.0, "null")], True)
 

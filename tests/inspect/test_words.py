@@ -23,7 +23,7 @@ from coterie.ensembles import ENSEMBLES
 from coterie.inspect import ReportData, Trace, analyse, write_report
 from coterie.inspect.page import findings
 from coterie.inspect.page.metric_names import NAMES
-from coterie.inspect.page.phrases import bits, fixed
+from coterie.inspect.phrases import bits, fixed
 from coterie.inspect.plots.anomalies import _name_dots, plot_one_sided
 from coterie.inspect.plots.balance import plot_load
 from coterie.inspect.plots.routing import plot_classes, plot_noise

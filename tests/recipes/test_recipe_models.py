@@ -6,6 +6,7 @@ from itertools import islice
 
 import pytest
 import torch
+from coterie.runs.build import build_model
 from torch import nn
 
 from coterie.core.batch import Losses
@@ -13,7 +14,6 @@ from coterie.core.config import override
 from coterie.core.context import NULL_LABEL
 from coterie.core.rng import generator
 from coterie.experts import ExpertLayer
-from coterie.runs.build import build_model
 from small_models import IMAGES, TEXTS, images, small, woken, words
 
 

@@ -28,7 +28,7 @@ from coterie.runs.config import RunConfig
 from coterie.runs.cost import plan
 from coterie.runs.loading import LoadedRun, load_run
 from coterie.runs.measure.evaluation import measure
-from coterie.runs.measure.guides import measured
+from coterie.runs.judges.guide_scores import measured
 from coterie.runs.measure.report import report_run
 from coterie.runs.origins.first_weights import find_origin
 from coterie.runs.origins.guides import guide_run, reader_run

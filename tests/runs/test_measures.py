@@ -26,7 +26,7 @@ from coterie.runs.config import RunConfig
 from coterie.runs.loading import LoadedRun, load_run
 from coterie.runs.measure import active_parameters as active
 from coterie.runs.measure import evaluation, routing_probes
-from coterie.runs.measure.marked_answers import answer_measures, marks_answers, whole_answers
+from coterie.runs.judges.marked_answers import answer_measures, marks_answers, whole_answers
 from coterie.runs.measure.routing import routing_measures
 from small_models import small, woken
 

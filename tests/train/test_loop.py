@@ -9,6 +9,12 @@ import types
 import pytest
 import torch
 from torch import nn
+
+from coterie.core.batch import Losses
+from coterie.core.errors import ConfigError
+from coterie.train import Trainer, checkpoint, read_metrics
+from coterie.train.optimizer import decayed
+from coterie.train.precision import has_bfloat16, resolve_device, resolve_precision
 from toy_training import (
     POISON_STEPS,
     ToyModel,
@@ -19,12 +25,6 @@ from toy_training import (
     train,
     weights,
 )
-
-from coterie.core.batch import Losses
-from coterie.core.errors import ConfigError
-from coterie.train import Trainer, checkpoint, read_metrics
-from coterie.train.optimizer import decayed
-from coterie.train.precision import has_bfloat16, resolve_device, resolve_precision
 
 
 def test_training_learns_and_reports_every_step(tmp_path):

@@ -6,6 +6,10 @@ import math
 
 import pytest
 import torch
+
+from coterie.core.errors import CheckpointError, ConfigError, DataError, TrainingError
+from coterie.train import checkpoint, read_metrics
+from coterie.train.run_directory import RunDir
 from toy_training import (
     POISON_STEPS,
     ToyObjective,
@@ -14,10 +18,6 @@ from toy_training import (
     train,
     weights,
 )
-
-from coterie.core.errors import CheckpointError, ConfigError, DataError, TrainingError
-from coterie.train import checkpoint, read_metrics
-from coterie.train.run_directory import RunDir
 
 
 @pytest.mark.parametrize("kind", ["loss", "grad"])

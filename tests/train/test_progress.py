@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import TextIO
 
 import pytest
-from toy_training import ToyModel, ToyObjective, ToySource, toy_config
 
 from coterie.core.streams import error_stream
 from coterie.train import Trainer, checkpoint
 from coterie.train.progress import stages
+from toy_training import ToyModel, ToyObjective, ToySource, toy_config
 
 
 def broken_pipe() -> TextIO:

@@ -13,14 +13,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from toy_training import (
-    POISON_STEPS,
-    ToyModel,
-    ToyObjective,
-    ToySource,
-    toy_config,
-    without_machine,
-)
 
 from coterie.core.errors import CheckpointError, TrainingError
 from coterie.train import (
@@ -30,6 +22,14 @@ from coterie.train import (
     checkpoint,
     load_weights,
     read_metrics,
+)
+from toy_training import (
+    POISON_STEPS,
+    ToyModel,
+    ToyObjective,
+    ToySource,
+    toy_config,
+    without_machine,
 )
 
 FORK = multiprocessing.get_context("fork")

@@ -3,11 +3,11 @@ from __future__ import annotations
 import json
 
 import pytest
-from toy_training import ToyModel, ToyObjective, ToySource, toy_config
 
 from coterie.core.errors import ConfigError, TrainingError
 from coterie.train import RunDir, TrainConfig, Trainer, read_metrics
 from coterie.train.run_directory import MetricsLog, differences
+from toy_training import ToyModel, ToyObjective, ToySource, toy_config
 
 CONFIG = {"seed": 1, "train": {"lr": 0.1, "betas": (0.9, 0.99), "log_every": 5, "keep": 3}}
 

@@ -8,6 +8,15 @@ from typing import Any
 
 import pytest
 import torch
+from coterie.runs.training import make_trainer, start
+
+from coterie.core import threads as core
+from coterie.core.errors import ConfigError, TrainingError
+from coterie.core.threads import Choice, Watch, candidates, check_threads, choose
+from coterie.train import Trainer, checkpoint, read_metrics
+from coterie.train import threads as step_threads
+from coterie.train.run_directory import RunDir
+from coterie.train.threads import StepThreads, read_threads, run_threads
 from small_runs import short
 from toy_training import (
     POISON_STEPS,
@@ -17,15 +26,6 @@ from toy_training import (
     toy_config,
     without_machine,
 )
-
-from coterie.core import threads as core
-from coterie.core.errors import ConfigError, TrainingError
-from coterie.core.threads import Choice, Watch, candidates, check_threads, choose
-from coterie.runs.training import make_trainer, start
-from coterie.train import Trainer, checkpoint, read_metrics
-from coterie.train import threads as step_threads
-from coterie.train.run_directory import RunDir
-from coterie.train.threads import StepThreads, read_threads, run_threads
 
 
 class Machine:

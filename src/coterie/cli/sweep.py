@@ -87,7 +87,7 @@ def _run(
 def _model(
     reading: Reading, values: Mapping[str, Any], out: Path, quiet: bool
 ) -> tuple[Path, Sequence[Any]]:
-    from coterie.inspect.statistics.sweep import sweep_outputs, write_rows
+    from coterie.inspect.page.sweep_table import sweep_outputs, write_rows
     from coterie.interop.transformers.sweep import UNIT, check_model, sweep_model
 
     points = check_model(reading, values)

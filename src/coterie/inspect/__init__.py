@@ -5,10 +5,10 @@ Reads :class:`coterie.core.routing.Routing` records and nothing of a model.
 
 from coterie.inspect.page.anomaly_verdicts import Verdict, verdicts
 from coterie.inspect.page.findings import Finding, findings, sentences
-from coterie.inspect.page.phrases import label_name, noise_name
 from coterie.inspect.page.report import report_outputs, write_report
 from coterie.inspect.page.report_data import ReportData
 from coterie.inspect.page.terminal_table import text_summary
+from coterie.inspect.phrases import label_name, noise_name
 from coterie.inspect.plots.gates import GateMaps
 from coterie.inspect.statistics.accumulators import Place
 from coterie.inspect.statistics.anomalies import Anomalies, Answers, analyse_anomalies

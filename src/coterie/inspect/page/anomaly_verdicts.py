@@ -10,7 +10,7 @@ from typing import Literal
 import numpy as np
 
 from coterie.inspect.page.findings import Finding, Level, experts
-from coterie.inspect.page.phrases import expert_name, listing
+from coterie.inspect.phrases import expert_name, listing
 from coterie.inspect.statistics.anomalies import Anomalies, Degradation, Underfitting
 
 Meter = Literal["Collapse", "Degradation", "Underfitting"]

@@ -8,8 +8,8 @@ from typing import Literal
 
 import numpy as np
 
-from coterie.inspect.page.phrases import bits, expert_name, listing
 from coterie.inspect.page.relation_sentences import relation_sentences
+from coterie.inspect.phrases import bits, expert_name, listing
 from coterie.inspect.statistics import formulas
 from coterie.inspect.statistics.formulas import Information
 from coterie.inspect.statistics.routers import FACETS, RouterStats

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from coterie.inspect.page.phrases import bits, label_name, listing
+from coterie.inspect.phrases import bits, label_name, listing
 from coterie.inspect.statistics.accumulators import Place
 from coterie.inspect.statistics.experts_per_row import Amounts, analyse_amounts
 from coterie.inspect.statistics.formulas import Array

@@ -16,6 +16,7 @@ import numpy as np
 
 from coterie.core.outputs import Outputs
 from coterie.inspect.page.anomaly_verdicts import verdicts
+from coterie.inspect.page.composition_section import composed_numbers
 from coterie.inspect.page.html import page
 from coterie.inspect.page.report_data import ReportData, check
 from coterie.inspect.page.report_json import (
@@ -43,6 +44,7 @@ from coterie.inspect.plots.balance import (
 )
 from coterie.inspect.plots.clouds import plot_clouds
 from coterie.inspect.plots.gates import plot_gate_maps
+from coterie.inspect.plots.particles import plot_particles
 from coterie.inspect.plots.positions import plot_positions
 from coterie.inspect.plots.relations import (
     plot_adjacent,
@@ -60,7 +62,6 @@ from coterie.inspect.plots.routing import (
 from coterie.inspect.plots.run import plot_curves, plot_loss_bins, plot_points, plot_samples
 from coterie.inspect.plots.style import Plot, render
 from coterie.inspect.statistics.anomalies import Anomalies, analyse_anomalies, anomaly_numbers
-from coterie.inspect.statistics.compositions import composed_numbers, plot_particles
 from coterie.inspect.statistics.experts_per_row import analyse_amounts
 from coterie.inspect.statistics.pairs import analyse_pairs
 from coterie.inspect.statistics.pools import analyse_pools
@@ -131,7 +132,7 @@ def _plots(
         plot_prototypes(routers, names),
         *anomaly_plots(anomalies),
         *_relation_plots(data, trace, by_place),
-        plot_particles(data),
+        plot_particles(data.particles if data.composed is not None else ()),
         plot_steps(trace, by_place),
         plot_consistency(trace, by_place),
         plot_affinity(routers),

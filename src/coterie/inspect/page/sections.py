@@ -13,18 +13,18 @@ from coterie.inspect.page import html
 from coterie.inspect.page.anomaly_section import anomaly_section
 from coterie.inspect.page.anomaly_verdicts import summary as meters
 from coterie.inspect.page.anomaly_verdicts import verdicts
-from coterie.inspect.page.findings import Finding, experts, findings, sentences, worst_first
-from coterie.inspect.page.html import Cell, Section
-from coterie.inspect.page.metric_names import ARROWS, explained, metric_name
-from coterie.inspect.page.phrases import expert_name, fixed, listing
-from coterie.inspect.page.report_json import plain
-from coterie.inspect.plots.style import Picture
-from coterie.inspect.statistics.anomalies import Anomalies
-from coterie.inspect.statistics.compositions import (
+from coterie.inspect.page.composition_section import (
     composed_findings,
     composed_section,
     composed_sentences,
 )
+from coterie.inspect.page.findings import Finding, experts, findings, sentences, worst_first
+from coterie.inspect.page.html import Cell, Section
+from coterie.inspect.page.metric_names import ARROWS, explained, metric_name
+from coterie.inspect.page.report_json import plain
+from coterie.inspect.phrases import expert_name, fixed, listing
+from coterie.inspect.plots.style import Picture
+from coterie.inspect.statistics.anomalies import Anomalies
 from coterie.inspect.statistics.experts_per_row import Amounts, analyse_amounts
 from coterie.inspect.statistics.formulas import UNEVEN_ENTROPY
 from coterie.inspect.statistics.pairs import PairStats, analyse_pairs

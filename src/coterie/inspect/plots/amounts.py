@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from coterie.inspect.page.phrases import label_name
+from coterie.inspect.phrases import label_name
 from coterie.inspect.plots.positions import face, scene
 from coterie.inspect.plots.style import (
     FULL_WIDTH,

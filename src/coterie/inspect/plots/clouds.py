@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from coterie.inspect.page.phrases import label_name
+from coterie.inspect.phrases import label_name
 from coterie.inspect.plots.style import COLORMAP, FULL_WIDTH, Plot, figure
 from coterie.inspect.statistics.formulas import Array
 

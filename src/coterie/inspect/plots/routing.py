@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from coterie.inspect.page.phrases import listing
+from coterie.inspect.phrases import listing
 from coterie.inspect.plots.style import (
     FULL_WIDTH,
     LIGHT,

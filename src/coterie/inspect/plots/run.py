@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from coterie.inspect.page.phrases import label_name
+from coterie.inspect.phrases import label_name
 from coterie.inspect.plots.style import FULL_WIDTH, PALETTE, Plot, depth_colors, figure
 
 MAX_SAMPLES = 60

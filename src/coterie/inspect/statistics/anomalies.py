@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from coterie.inspect.page.phrases import label_name, noise_name
+from coterie.inspect.phrases import label_name, noise_name
 from coterie.inspect.statistics.accumulators import Place, RouterTrace
 from coterie.inspect.statistics.formulas import Array
 from coterie.inspect.statistics.routers import RouterStats, facet_table

@@ -2,58 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from coterie.core.machine import commit, hardware_line
-from coterie.core.outputs import Outputs, pair_at
-from coterie.inspect.plots.placement import draw_placement
 from coterie.inspect.statistics.device_placement import STRATEGIES, RowCost, fit_cost, strategies
 from coterie.inspect.statistics.routers import RouterStats
 
 ROWS = (64, 256, 1024)  # of one expert, at which its cost is measured
 REPEATS = 7
-
-
-def placement_outputs(folder: str | Path) -> Outputs:
-    """Where the files go, looked at before any work."""
-    return pair_at(folder, "placement", "cost")
-
-
-def write_placement(
-    origin: str,
-    routers: Sequence[RouterStats],
-    cost: RowCost,
-    devices: Sequence[int],
-    tokens: int,
-    spare: int,
-    outputs: Outputs,
-) -> Path:
-    """Simulate and write the numbers and the picture; the path of the former."""
-    rows = [row for count in devices for row in simulate(routers, count, tokens, spare, cost)]
-    result = {
-        "run": origin,
-        "commit": commit(),
-        "hardware": hardware_line(),
-        "tokens_per_device": tokens,
-        "spare_places": spare,
-        "cost": asdict(cost),
-        "layers": [{"name": r.name, "load": [round(float(v), 6) for v in r.load]} for r in routers],
-        "rows": rows,
-    }
-    with outputs.writing() as work:
-        draw_placement(rows, work / "placement.png")
-        (work / outputs.index).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    return outputs.folder / outputs.index
 
 
 def simulate(

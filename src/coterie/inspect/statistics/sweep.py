@@ -1,4 +1,4 @@
-"""Quality against cost of one model under other routing settings: which, and their table.
+"""Quality against cost of one model under other routing settings: which, and their rows.
 
 What they are worth on a run or on another model is found out where that is known
 (:mod:`coterie.runs.measure.sweep`, :mod:`coterie.interop.transformers.sweep`).
@@ -6,17 +6,13 @@ What they are worth on a run or on another model is found out where that is know
 
 from __future__ import annotations
 
-import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
-from pathlib import Path
 from typing import Any
 
 from coterie.core.errors import ConfigError, describe
 from coterie.core.json_reader import literal
-from coterie.core.machine import commit, hardware
-from coterie.core.outputs import Outputs, pair_at
 from coterie.experts import RouterConfig
 from coterie.experts.rerouting import changed, check_paths
 from coterie.inspect.statistics.experts_per_row import analyse_amounts
@@ -116,30 +112,3 @@ def amounts_of(trace: Trace) -> dict[str, Any]:
         "experts_per_row": sum(item.mean for item in amounts) / max(1, len(amounts)),
         "experts_per_row_max": max((item.most for item in amounts), default=0),
     }
-
-
-def write_rows(rows: Sequence[SweepRow], about: Mapping[str, Any], unit: str, folder: Path) -> Path:
-    """Write ``<paths>.json`` and the picture ``<paths>.png``; the path of the picture. ``about``:
-    of what, ``unit``: of the loss."""
-    from coterie.inspect.plots.style import render
-    from coterie.inspect.plots.sweep import plot_sweep
-
-    outputs = sweep_outputs(folder, rows[0].settings)
-    name = outputs.index.removesuffix(".json")
-    data = {
-        **about,
-        "loss_unit": unit,
-        "commit": commit(),
-        "hardware": hardware(),
-        "rows": [vars(row) for row in rows],
-    }
-    plot = plot_sweep([vars(row) for row in rows], unit)
-    with outputs.writing() as work:
-        (work / outputs.index).write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
-        (work / f"{name}.png").write_bytes(render(plot).light)
-    return outputs.folder / f"{name}.png"
-
-
-def sweep_outputs(folder: str | Path, paths: Collection[str]) -> Outputs:
-    """Where the files of a sweep over ``paths`` go, looked at before anything is evaluated."""
-    return pair_at(folder, "_".join(paths), "loss_unit")

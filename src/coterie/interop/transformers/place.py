@@ -9,11 +9,8 @@ from typing import Any
 from torch import Tensor
 
 from coterie.inspect import Trace, analyse
-from coterie.inspect.statistics.device_steps import (
-    measured_cost,
-    placement_outputs,
-    write_placement,
-)
+from coterie.inspect.page.placement_table import placement_outputs, write_placement
+from coterie.inspect.statistics.device_steps import measured_cost
 from coterie.interop.transformers.losses import LEVELS
 from coterie.interop.transformers.report import Reading
 from coterie.interop.transformers.sites import find_moe_layers

@@ -197,7 +197,7 @@ def _features(data: Part) -> Callable[[Tensor], np.ndarray]:
     if source.modality == "vector":
         return lambda x: x.flatten(1).float().numpy()
     if source.modality == "image":
-        from coterie.runs.measure.feature_networks import feature_network
+        from coterie.runs.feature_networks import feature_network
 
         return feature_network(data)
     allowed = "data of image, vector, or by: labels, random"

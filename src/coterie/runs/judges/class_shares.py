@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from coterie.runs.measure.feature_networks import read_labels
+from coterie.runs.feature_networks import read_labels
 from coterie.runs.judges.base import batches
 from coterie.runs.build import build_source
 from coterie.runs.loading import LoadedRun

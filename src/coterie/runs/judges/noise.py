@@ -18,8 +18,8 @@ from coterie.ensembles import coverage
 from coterie.guides import Guide
 from coterie.metrics import NoiseBins, evaluate_images
 from coterie.metrics.evaluate import FEWEST
-from coterie.runs.measure.feature_networks import feature_network, read_labels, reference_rows
-from coterie.runs.measure.guides import measured
+from coterie.runs.feature_networks import feature_network, read_labels, reference_rows
+from coterie.runs.judges.guide_scores import measured
 from coterie.runs.sample.guides import followed
 from coterie.runs.judges.base import (
     LEVELS,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from coterie.runs.measure.marked_answers import answer_measures, marks_answers
+from coterie.runs.judges.marked_answers import answer_measures, marks_answers
 from coterie.runs.judges.base import Judge, batches, judges
 from coterie.train.objectives.text import BITS
 from coterie.runs.build import build_source

@@ -13,16 +13,8 @@ from typing import Any
 
 from coterie.core.errors import ConfigError
 from coterie.experts.rerouting import changed, rerouted, token_routers
-from coterie.inspect.statistics.sweep import (
-    Rule,
-    SweepRow,
-    amounts_of,
-    rows_of,
-    settings_of,
-    sweep_outputs,
-    values_of,
-    write_rows,
-)
+from coterie.inspect.statistics.sweep import Rule, SweepRow, amounts_of, rows_of, settings_of, values_of
+from coterie.inspect.page.sweep_table import sweep_outputs, write_rows
 from coterie.runs.measure.active_parameters import (
     Sites,
     active_parameters,
