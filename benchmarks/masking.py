@@ -16,13 +16,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-from coterie.runs.config import RunConfig
-from coterie.runs.training import make_trainer
-
 from coterie.core.config import override
 from coterie.core.folder import write_text
 from coterie.core.machine import commit, hardware
 from coterie.recipes import get_recipe
+from coterie.runs.config import RunConfig
+from coterie.runs.training import make_trainer
 
 RATIOS = (0.5, 0.9, 0.99)
 

@@ -7,8 +7,6 @@ from functools import cache
 from typing import Any
 
 import torch
-from coterie.runs.build import build_model
-from coterie.runs.config import RunConfig
 from torch import Tensor
 
 from coterie.backbones import SlotConfig
@@ -26,6 +24,8 @@ from coterie.recipes import (
     switch_dit,
 )
 from coterie.recipes.common import image_tiny, text_tiny
+from coterie.runs.build import build_model
+from coterie.runs.config import RunConfig
 
 IMAGE = {
     "data": {"kind": "digits"},

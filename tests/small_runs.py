@@ -5,10 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from coterie.core.config import override
 from coterie.runs.config import RunConfig
 from coterie.runs.training import start
-
-from coterie.core.config import override
 from small_models import small
 
 SHORT: dict[str, Any] = {

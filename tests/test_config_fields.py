@@ -12,8 +12,6 @@ from typing import Any, Literal, get_args, get_origin
 
 import pytest
 import torch
-from coterie.runs.build import check_fits
-from coterie.runs.config import RunConfig
 
 from combination_parts import SAMPLES
 from coterie.adapters import AdapterConfig
@@ -26,6 +24,8 @@ from coterie.denoiser import MODELS
 from coterie.experts import BALANCES, EDITS, EXPERTS, SCORES, SELECTS
 from coterie.process import PROCESSES, TIMES, WEIGHTINGS
 from coterie.recipes import get_recipe, list_recipes
+from coterie.runs.build import check_fits
+from coterie.runs.config import RunConfig
 from coterie.solvers import GRIDS, SOLVERS
 from coterie.train import TrainConfig
 from coterie.train.learning_rate import SCHEDULES

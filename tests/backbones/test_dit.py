@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from coterie.runs.build import build_model
 
 from coterie.backbones import DiTConfig, TrunkConfig
 from coterie.core.context import NULL_LABEL, Context
 from coterie.core.errors import DataError
 from coterie.core.prediction import Condition
+from coterie.runs.build import build_model
 from small_models import IMAGES, images, small, times, woken
 
 SMALL = TrunkConfig(width=16, depth=2, heads=2)

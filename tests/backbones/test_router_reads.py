@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from coterie.runs.build import build_model
 from torch import Tensor
 
 from coterie.backbones import DiTConfig
@@ -16,6 +15,7 @@ from coterie.core.prediction import Condition
 from coterie.denoiser import DenoiserConfig
 from coterie.experts import ExpertLayerConfig
 from coterie.recipes import get_recipe
+from coterie.runs.build import build_model
 
 WIDTH = 8
 SWIGLU = {"kind": "swiglu", "hidden": 6}

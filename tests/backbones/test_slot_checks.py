@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from coterie.runs.build import build_source
-from coterie.runs.config import RunConfig
 
 from coterie.backbones import CausalConfig, TrunkConfig
 from coterie.backbones.causal import TEXT_TRUNK
 from coterie.core.errors import ConfigError
 from coterie.denoiser import DenoiserConfig, TokenDenoiserConfig
+from coterie.runs.build import build_source
+from coterie.runs.config import RunConfig
 
 EXPERT = {"num_experts": 4, "experts": {"kind": "swiglu", "hidden": 4}}
 

@@ -7,8 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from coterie.runs.build import build_model
-from coterie.runs.config import RunConfig
 
 from coterie.bench.live_memory import LiveBytes
 from coterie.bench.timing import Place
@@ -19,6 +17,8 @@ from coterie.core.errors import ConfigError
 from coterie.experts.dispatch import native as operator
 from coterie.experts.shared import SharedConfig
 from coterie.recipes.dit_moe import arms
+from coterie.runs.build import build_model
+from coterie.runs.config import RunConfig
 from coterie.runs.memory import expert_rows, training_memory
 
 SMALL = {"model.backbone.trunk.depth": 2, "train.batch": 32, "train.threads": 1}

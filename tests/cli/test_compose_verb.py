@@ -6,14 +6,14 @@ import json
 from pathlib import Path
 
 import pytest
-from coterie.runs.loading import load_run
-from coterie.runs.training import start
 
 from coterie.cli.main import run
 from coterie.core.config import override
 from coterie.recipes import get_recipe
 from coterie.recipes.fkc import BOTH, LOW, composed, expert
+from coterie.runs.loading import load_run
 from coterie.runs.sample.sampling import generate
+from coterie.runs.training import start
 
 SMALL = {
     "train.steps": 2,

@@ -6,11 +6,11 @@ import json
 from pathlib import Path
 
 import pytest
-from coterie.runs.training import start
 
 from coterie.cli.main import run
 from coterie.core.config import override
 from coterie.recipes.dit_moe import arms
+from coterie.runs.training import start
 
 SMALL = {
     "data": {"kind": "digits"},

@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from coterie.runs.config import RunConfig
-from coterie.runs.training import start
 
 from coterie.cli.main import run as coterie
 from coterie.core.config import override
 from coterie.recipes import get_recipe
 from coterie.recipes.common import image_tiny
+from coterie.runs.config import RunConfig
+from coterie.runs.training import start
 
 SHORT = {"train.steps": 1, "train.batch": 4, "train.threads": 1, "sample.steps": 2}
 POLICY = {"data.episodes": 16, "model.backbone.trunk.depth": 1}

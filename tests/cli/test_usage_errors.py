@@ -8,7 +8,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from coterie.runs.config import RunConfig
 
 from coterie.cli.main import run
 from coterie.core.errors import ConfigError, DataError
@@ -16,6 +15,7 @@ from coterie.ensembles.product import CompositionConfig
 from coterie.process import PROCESSES, ContrastConfig
 from coterie.process.contrast import MOST
 from coterie.process.ranges import RangesConfig
+from coterie.runs.config import RunConfig
 from coterie.train.run_directory import RunDir
 
 

@@ -7,8 +7,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from coterie.runs.build import build_model
-from coterie.runs.training import make_trainer
 
 from coterie.convert import fold_norms, folded_config
 from coterie.core.config import override
@@ -16,6 +14,8 @@ from coterie.core.errors import ConfigError
 from coterie.data import build_source
 from coterie.hub import load_pretrained, save_pretrained
 from coterie.recipes import home
+from coterie.runs.build import build_model
+from coterie.runs.training import make_trainer
 from small_models import IMAGE, image_tiny, images, times
 
 SHORT = {"train.steps": 3, "train.batch": 64, "train.threads": 1}

@@ -7,8 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from coterie.runs.build import build_model
-from coterie.runs.config import RunConfig
 from torch import Tensor, nn
 
 from coterie.backbones import SlotConfig
@@ -18,6 +16,8 @@ from coterie.core.prediction import Condition
 from coterie.core.rng import generator
 from coterie.hub import load_pretrained, save_pretrained
 from coterie.recipes import rexmoe, rmoe
+from coterie.runs.build import build_model
+from coterie.runs.config import RunConfig
 from coterie.train.objectives import NextTokenConfig
 from small_models import images, small, times, woken, words
 

@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from coterie.runs.config import RunConfig
 from PIL import Image
 from torch import Tensor, nn
 
@@ -39,6 +38,7 @@ from coterie.interop.diffusers.expert import DiffusersConfig
 from coterie.interop.transformers.load import ModelFolder
 from coterie.interop.transformers.text import read_tokens
 from coterie.interop.upcycled import load_upcycled, save_upcycled, upcycle_transformers
+from coterie.runs.config import RunConfig
 from coterie.runs.islands.partition import PartitionConfig, copy_partition, read_partition
 from coterie.runs.islands.plan import FILE, IslandEntry, IslandPlan, read_plan
 from coterie.runs.sample.restoration import outputs_at as restored_at

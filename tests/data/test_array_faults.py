@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from coterie.runs.build import build_source as run_source
 
 from coterie.cli.main import run
 from coterie.core.config import override
@@ -21,6 +20,7 @@ from coterie.core.errors import ConfigError, DataError
 from coterie.data import arrays, build_source
 from coterie.data.arrays import open_npy, read_npz
 from coterie.data.ratings.rating_rows import Feature, RatingSource
+from coterie.runs.build import build_source as run_source
 from coterie.train.objectives.multitask import MultiTaskObjective, MultiTaskObjectiveConfig
 from small_models import small
 

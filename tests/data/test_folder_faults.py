@@ -9,8 +9,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from coterie.runs.loading import load_run
-from coterie.runs.training import prepare, start
 from PIL import Image
 
 from coterie.core.config import override
@@ -22,7 +20,9 @@ from coterie.data.sample_files import DataWarning
 from coterie.data.source import changed, identity
 from coterie.recipes import get_recipe
 from coterie.runs.islands.partition import PartitionConfig, partition_of
+from coterie.runs.loading import load_run
 from coterie.runs.measure.evaluation import held_out
+from coterie.runs.training import prepare, start
 from coterie.train import checkpoint
 
 LITTER = (".git", "__MACOSX", ".ipynb_checkpoints", ".thumbnails", "empty")

@@ -7,9 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from coterie.runs.config import RunConfig
-from coterie.runs.loading import load_run
-from coterie.runs.training import start
 from torch import Tensor
 
 from coterie.backbones import DiTConfig, TrunkConfig
@@ -20,6 +17,9 @@ from coterie.denoiser import MODELS, DenoiserConfig
 from coterie.ensembles import ClusterRouterConfig, ExactPosterior, MixtureConfig, split_mixture
 from coterie.hub import load_pretrained
 from coterie.process import PROCESSES, ExactDenoiser, Mixture
+from coterie.runs.config import RunConfig
+from coterie.runs.loading import load_run
+from coterie.runs.training import start
 from coterie.train import TrainConfig, Trainer
 from coterie.train.objectives import OBJECTIVES, ClusterPosteriorConfig
 

@@ -43,9 +43,8 @@ def test_B7_boundaries_are_levels_of_the_process(boundary: float, unit: str) -> 
 
 
 def test_H_boundaries_that_are_no_time(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from coterie.runs.training import start
-
     from coterie.cli.main import run
+    from coterie.runs.training import start
     from small_models import small
 
     one = str(

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from coterie.runs.loading import load_run
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -24,6 +23,7 @@ from coterie.ensembles import AggregateConfig, EnsembleModelConfig, MemberConfig
 from coterie.hub import load_member, load_pretrained, save_ensemble
 from coterie.interop.diffusers import DiffusersConfig, DiffusersNetworkConfig
 from coterie.process import PROCESSES
+from coterie.runs.loading import load_run
 from coterie.solvers import GRIDS, SOLVERS, sample
 
 SMALL = {"sample_size": 8, "in_channels": 1, "out_channels": 1}

@@ -5,10 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from coterie.runs.loading import load_run
-
 from coterie.runs.judges import noise
 from coterie.runs.judges.noise import ImageJudge
+from coterie.runs.loading import load_run
 
 
 def test_H_fewer_than_four_held_out_pictures(tmp_path: Path, monkeypatch: Any) -> None:

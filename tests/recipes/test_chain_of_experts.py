@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from coterie.runs.config import RunConfig
 from torch import Tensor, nn
 
 from coterie.core.context import Context
@@ -16,6 +15,7 @@ from coterie.core.rng import generator
 from coterie.experts import ExpertLayer, layer_cost
 from coterie.recipes import chain_of_experts, get_recipe
 from coterie.recipes.chain_of_experts import slot
+from coterie.runs.config import RunConfig
 from small_models import images, small, with_slots, woken, words
 
 WIDTH, ROWS = 12, (2, 7)

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from coterie.runs.config import RunConfig
 from torch import Tensor
 
 from coterie.core.context import Context
@@ -18,6 +17,7 @@ from coterie.core.routing import Routing
 from coterie.experts import ExpertLayer, layer_cost, multiply_adds
 from coterie.recipes import dynamic_routing
 from coterie.recipes.dynamic_routing import slot
+from coterie.runs.config import RunConfig
 from small_models import images, small, with_slots, woken, words
 
 WIDTH, ROWS, EXPERTS = 12, (3, 20), 6

@@ -7,10 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from coterie.runs.build import build_model, build_source
-from coterie.runs.config import RunConfig
-from coterie.runs.loading import load_run
-from coterie.runs.training import start
 
 from coterie.core.config import override
 from coterie.core.context import Context
@@ -19,7 +15,11 @@ from coterie.core.rng import generator
 from coterie.denoiser import Denoiser
 from coterie.metrics import score_points
 from coterie.recipes import fastdit_3d
+from coterie.runs.build import build_model, build_source
+from coterie.runs.config import RunConfig
+from coterie.runs.loading import load_run
 from coterie.runs.sample.sampling import generate
+from coterie.runs.training import start
 
 SHORT = {
     "data.num_points": 40,

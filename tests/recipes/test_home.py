@@ -6,15 +6,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from coterie.runs.build import build_model
-from coterie.runs.loading import load_run
-from coterie.runs.training import start
 
 from coterie.core.config import override
 from coterie.core.cost import count_parameters
 from coterie.core.routing import Routing
 from coterie.recipes import home
+from coterie.runs.build import build_model
+from coterie.runs.loading import load_run
 from coterie.runs.measure.evaluation import measure
+from coterie.runs.training import start
 from small_models import IMAGE, images
 
 SHORT = {"train.steps": 2, "train.batch": 64, "train.threads": 1, "train.warmup": 0}

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from coterie.runs.build import build_model
 
 from coterie.core.cost import count_parameters
 from coterie.core.prediction import Condition
 from coterie.recipes import mode_policy
+from coterie.runs.build import build_model
 
 
 def test_published_sizes() -> None:

@@ -8,11 +8,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from coterie.runs.build import build_model, build_source
-from coterie.runs.config import RunConfig
-from coterie.runs.cost import plan
-from coterie.runs.loading import load_run
-from coterie.runs.training import start
 
 from coterie.core.config import override
 from coterie.core.prediction import Condition
@@ -21,7 +16,12 @@ from coterie.data.images.photos import CROP, PhotosConfig
 from coterie.data.source import ArraySource
 from coterie.denoiser import Denoiser
 from coterie.recipes import mofme
+from coterie.runs.build import build_model, build_source
+from coterie.runs.config import RunConfig
+from coterie.runs.cost import plan
+from coterie.runs.loading import load_run
 from coterie.runs.measure.active_parameters import slot_parameters
+from coterie.runs.training import start
 
 SHORT = {
     "data": {"kind": "weather", "size": 16, "count": 40},

@@ -5,16 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from coterie.runs.build import build_model
-from coterie.runs.config import RunConfig
-from coterie.runs.loading import load_run
-from coterie.runs.training import start
 
 from coterie.adapters import adapters_of, pairs, room
 from coterie.core.config import override
 from coterie.core.cost import count_parameters
 from coterie.recipes import get_recipe, orthogonal_adaptation
 from coterie.recipes.verify import job_of
+from coterie.runs.build import build_model
+from coterie.runs.config import RunConfig
+from coterie.runs.loading import load_run
+from coterie.runs.training import start
 
 RECIPE = get_recipe("orthogonal-adaptation")
 ARMS = RECIPE.arms()

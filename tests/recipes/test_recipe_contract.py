@@ -5,14 +5,14 @@ from __future__ import annotations
 import re
 
 import pytest
-from coterie.runs.build import build_model
-from coterie.runs.config import RunConfig
 
 from coterie.core.cost import count_parameters
 from coterie.core.errors import ConfigError
 from coterie.experts import ExpertLayer, ExpertPool, Router
 from coterie.recipes import get_recipe
 from coterie.recipes.common import DDPM, RECTIFIED_FLOW
+from coterie.runs.build import build_model
+from coterie.runs.config import RunConfig
 from small_models import RECIPES
 
 PRESETS = [(name, preset) for name in RECIPES for preset in get_recipe(name).presets()]

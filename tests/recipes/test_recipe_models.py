@@ -6,7 +6,6 @@ from itertools import islice
 
 import pytest
 import torch
-from coterie.runs.build import build_model
 from torch import nn
 
 from coterie.core.batch import Losses
@@ -14,6 +13,7 @@ from coterie.core.config import override
 from coterie.core.context import NULL_LABEL
 from coterie.core.rng import generator
 from coterie.experts import ExpertLayer
+from coterie.runs.build import build_model
 from small_models import IMAGES, TEXTS, images, small, woken, words
 
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from coterie.runs.config import RunConfig
 
 from coterie.core.cost import Parameters, count_parameters
 from coterie.experts import RouterConfig, Segmentation
 from coterie.experts.kinds import SwiGLU
 from coterie.recipes import deepseekmoe, dit, dit_moe, dtr, promoe, switch_dit
 from coterie.recipes.common import SIZES
+from coterie.runs.config import RunConfig
 
 # Totals and actives in millions, as the papers print them or their code counts.
 DIT = {"S": 32.9, "B": 130.3, "L": 457.8, "XL": 674.8}

@@ -7,10 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from coterie.runs.build import build_model
-from coterie.runs.config import RunConfig
-from coterie.runs.loading import load_run
-from coterie.runs.training import make_trainer, start
 from torch import Tensor, nn
 
 from coterie.convert import extend_reuse, untie
@@ -25,6 +21,10 @@ from coterie.experts import ExpertLayer, ExpertPool
 from coterie.hub import load_manifest, load_pretrained, save_pretrained
 from coterie.recipes import get_recipe
 from coterie.recipes.rexmoe import SIZES, paper, slot, text, tiny
+from coterie.runs.build import build_model
+from coterie.runs.config import RunConfig
+from coterie.runs.loading import load_run
+from coterie.runs.training import make_trainer, start
 from coterie.train import TrainConfig
 from coterie.train.optimizer import build_optimizer, trainable
 from coterie.train.run_directory import RunDir

@@ -6,8 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from coterie.runs.build import build_model
-from coterie.runs.config import RunConfig
 from torch import Tensor, nn
 
 from coterie.core.batch import Losses
@@ -19,6 +17,8 @@ from coterie.core.rng import generator
 from coterie.experts import ExpertLayer, Router
 from coterie.recipes import get_recipe
 from coterie.recipes.rmoe import paper, slot, text, tiny
+from coterie.runs.build import build_model
+from coterie.runs.config import RunConfig
 from small_models import images, small, times, with_slots, woken, words
 
 STATE = 5

@@ -8,9 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from coterie.runs.build import build_model
-from coterie.runs.config import RunConfig
-from coterie.runs.loading import load_run
 
 from coterie.core.config import override
 from coterie.core.cost import count_parameters
@@ -18,6 +15,9 @@ from coterie.core.errors import ConfigError
 from coterie.recipes import get_recipe, verify
 from coterie.recipes.base import Recipe
 from coterie.recipes.verify import job_of, run_arm
+from coterie.runs.build import build_model
+from coterie.runs.config import RunConfig
+from coterie.runs.loading import load_run
 from small_models import IMAGE
 
 SHORT = {

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_runs import finished
 from torch import nn
 from torch._dynamo.testing import CompileCounter
 from torch._inductor.utils import fresh_cache
@@ -18,6 +17,7 @@ from coterie.runs.loading import LoadedRun, load_run
 from coterie.runs.sample.caches import cached, compiled
 from coterie.runs.sample.sampling import generate
 from coterie.solvers import SOLVERS
+from small_runs import finished
 
 
 @pytest.fixture(scope="module")

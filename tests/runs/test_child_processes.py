@@ -12,7 +12,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from small_runs import short
 
 from coterie.cli.main import run
 from coterie.core.errors import ConfigError
@@ -22,6 +21,7 @@ from coterie.runs.islands.workers import job_files
 from coterie.runs.launch import launch, planned, supervisor, worker
 from coterie.runs.launch.supervisor import PER_CORE, meeting_place
 from coterie.train.parallel import ParallelConfig
+from small_runs import short
 
 WITHIN = 60.0  # s
 CORES = os.cpu_count() or 1

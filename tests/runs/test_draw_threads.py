@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import CliRunner
-from small_runs import short
 
 from coterie.cli.main import cli, run
 from coterie.core import threads as core
@@ -18,6 +17,7 @@ from coterie.runs.loading import load_run
 from coterie.runs.sample import threads as here
 from coterie.runs.sample.sample_files import sample_run
 from coterie.runs.training import start
+from small_runs import short
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-from small_runs import finished, short
 
 from coterie.convert import UpcycleConfig, check_preserved
 from coterie.core.config import override
@@ -28,6 +27,7 @@ from coterie.runs.origins.trained_model import PretrainedConfig
 from coterie.runs.training import make_trainer, prepare, start
 from coterie.train import RunDir, Trainer, checkpoint, load_weights, read_metrics
 from small_models import small, words
+from small_runs import finished, short
 
 FORK = multiprocessing.get_context("fork")
 UPCYCLE = UpcycleConfig(copies=3, slices=2, calibration=16)

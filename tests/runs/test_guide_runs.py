@@ -26,9 +26,9 @@ from coterie.recipes import ppap
 from coterie.runs.build import build_model
 from coterie.runs.config import RunConfig
 from coterie.runs.cost import plan
+from coterie.runs.judges.guide_scores import measured
 from coterie.runs.loading import LoadedRun, load_run
 from coterie.runs.measure.evaluation import measure
-from coterie.runs.judges.guide_scores import measured
 from coterie.runs.measure.report import report_run
 from coterie.runs.origins.first_weights import find_origin
 from coterie.runs.origins.guides import guide_run, reader_run

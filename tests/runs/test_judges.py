@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from small_models import SMALL_RESTORER
 
 from coterie.core.errors import ConfigError
 from coterie.data.images import photos
@@ -31,6 +30,7 @@ from coterie.runs.sample.sample_files import sample_run
 from coterie.runs.training import start
 from coterie.train.config import TrainConfig
 from coterie.train.objectives import RestorationConfig
+from small_models import SMALL_RESTORER
 
 
 def smooth_photos(self: PhotosConfig, split: str = "train") -> ArraySource:

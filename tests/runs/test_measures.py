@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from small_runs import finished
 from torch.nn import functional as F
 
 from coterie.backbones.trunk import Trunk, TrunkConfig
@@ -23,12 +22,13 @@ from coterie.experts import ExpertLayer
 from coterie.inspect import Place, Trace
 from coterie.runs.build import build_source
 from coterie.runs.config import RunConfig
+from coterie.runs.judges.marked_answers import answer_measures, marks_answers, whole_answers
 from coterie.runs.loading import LoadedRun, load_run
 from coterie.runs.measure import active_parameters as active
 from coterie.runs.measure import evaluation, routing_probes
-from coterie.runs.judges.marked_answers import answer_measures, marks_answers, whole_answers
 from coterie.runs.measure.routing import routing_measures
 from small_models import small, woken
+from small_runs import finished
 
 SLOT = "model.backbone.trunk.slots.0"
 TOP_P = {f"{SLOT}.expert.router.select": {"kind": "top_p", "p": 0.4}}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-from small_runs import short
 
 from coterie.core import memory as needs
 from coterie.core.config import override
@@ -14,6 +13,7 @@ from coterie.runs.cost import plan
 from coterie.runs.loading import load_run
 from coterie.runs.training import make_trainer, start
 from small_models import small
+from small_runs import short
 
 HUGE = {
     "model.backbone.trunk.width": 10_000_000,

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from small_runs import finished, short
 
 from coterie.core.config import override
 from coterie.core.errors import CheckpointError, CoterieError, DataError
@@ -26,6 +25,7 @@ from coterie.runs.origins.trained_model import PretrainedConfig
 from coterie.runs.training import prepare, start
 from coterie.train.run_directory import RunDir, stored_hash
 from small_models import small
+from small_runs import finished, short
 
 
 def test_G11_paths_in_files_and_in_memory(tmp_path: Path) -> None:

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from small_runs import finished
 
 from coterie.cli.main import run as coterie
 from coterie.core.errors import CheckpointError, DataError
@@ -18,6 +17,7 @@ from coterie.core.folder import seal
 from coterie.core.tensors import read_tensors, write_tensors
 from coterie.runs.loading import LoadedRun, load_run
 from coterie.runs.sample.sampling import generate
+from small_runs import finished
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from small_models import SMALL_RESTORER
 
 from coterie.cli.main import run as run_line
 from coterie.core import outputs
@@ -29,6 +28,7 @@ from coterie.runs.training import start
 from coterie.train.config import TrainConfig
 from coterie.train.objectives import RestorationConfig
 from coterie.train.objectives.restoration import restore
+from small_models import SMALL_RESTORER
 
 Line = Callable[..., tuple[int, str, str]]
 

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from small_runs import finished, short
 
 from coterie.core.cost import count_parameters
 from coterie.core.errors import CheckpointError, ConfigError
@@ -21,6 +20,7 @@ from coterie.runs.sample.sample_files import sample_run
 from coterie.runs.sample.sampling import balanced_labels, generate, grid_image, to_pixels
 from coterie.runs.training import start
 from small_models import images, small, times
+from small_runs import finished, short
 
 
 @pytest.fixture(scope="module")

@@ -13,20 +13,20 @@ from typing import Any
 
 import pytest
 import torch
-from small_runs import finished, short
-from toy_training import ToyModel, ToyObjective, ToySource, toy_config
 
 from coterie.core.errors import CheckpointError, ConfigError, TrainingError
 from coterie.core.folder import FolderWarning
 from coterie.hub import save_pretrained
 from coterie.runs import training
-from coterie.runs.origins.trained_model import PretrainedConfig
 from coterie.runs.loading import load_run
 from coterie.runs.measure.report import report_run
+from coterie.runs.origins.trained_model import PretrainedConfig
 from coterie.runs.sample.sample_files import sample_run
 from coterie.runs.training import start
 from coterie.train import RunDir, Trainer, checkpoint, load_weights, resume
 from coterie.train.checkpoint import CheckpointWarning
+from small_runs import finished, short
+from toy_training import ToyModel, ToyObjective, ToySource, toy_config
 
 
 @pytest.fixture(scope="module")
@@ -121,9 +121,7 @@ READERS: dict[str, Callable[[Path, Path], Any]] = {
     "init.path": lambda run, out: start(
         short("dit-moe", init__path=str(run)), out / "next", progress=False
     ),
-    "ensembles": lambda run, _: PretrainedConfig(
-        path=str(run)
-    ).pinned(),
+    "ensembles": lambda run, _: PretrainedConfig(path=str(run)).pinned(),
 }
 
 

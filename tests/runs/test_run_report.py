@@ -10,19 +10,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from small_runs import finished
 from torch.nn import functional as F
 
 from coterie.core.rng import generator
 from coterie.core.routing import Routing
 from coterie.experts import Router
+from coterie.runs import feature_networks
 from coterie.runs.build import build_source
 from coterie.runs.judges import base, noise
 from coterie.runs.loading import LoadedRun, load_run
 from coterie.runs.measure import evaluation, report, routing_probes
-from coterie.runs import feature_networks
 from coterie.train.config import TrainConfig
 from small_models import images, small, times, woken
+from small_runs import finished
 
 QUICK = TrainConfig(steps=5, batch=32, lr=2e-3, ema=(0.9,), threads=1)
 

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_runs import finished
 
 from coterie.cli.main import run as coterie
 from coterie.core.config import override
 from coterie.core.errors import ConfigError
 from coterie.runs.loading import LoadedRun, load_run
 from coterie.runs.sample.sampling import generate
+from small_runs import finished
 
 
 @pytest.fixture(scope="module")

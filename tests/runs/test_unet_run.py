@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from small_runs import SHORT
 from torch import nn
 
 from coterie.backbones import SlotConfig
@@ -32,6 +31,7 @@ from coterie.runs.sample.sampling import generate
 from coterie.runs.training import start
 from coterie.solvers import SOLVERS
 from small_models import images, times
+from small_runs import SHORT
 
 SIZES = {"image_size": 8, "widths": (8, 16), "groups": 4}
 DENSE = {"unit": "sample", "select": "dense"}

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from coterie.runs.build import build_model
 from together import Threads, in_threads
 from torch import Tensor, nn
 
@@ -24,6 +23,7 @@ from coterie.guides import Guide, ReaderConfig, suggested
 from coterie.process import PROCESSES
 from coterie.process.ranges import equal_ranges
 from coterie.recipes import get_recipe
+from coterie.runs.build import build_model
 from coterie.train import TrainConfig, Trainer
 from coterie.train.objectives import OBJECTIVES
 from coterie.train.world import World

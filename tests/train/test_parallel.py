@@ -16,13 +16,13 @@ from unittest import mock
 
 import pytest
 import torch
-from coterie.runs.config import RunConfig
-from coterie.runs.loading import load_run
-from coterie.runs.training import make_trainer, start
 from together import in_processes
 
 from coterie.core.errors import CheckpointError, ConfigError, CoterieError, TrainingError
+from coterie.runs.config import RunConfig
 from coterie.runs.launch import Hung, launch, supervisor
+from coterie.runs.loading import load_run
+from coterie.runs.training import make_trainer, start
 from coterie.train import Interrupted, Trainer, checkpoint, read_metrics
 from coterie.train.parallel import ParallelConfig, Processes, Spread, sharding
 from coterie.train.run_directory import RunDir

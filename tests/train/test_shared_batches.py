@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from coterie.runs.build import build_model, build_source
 from together import in_threads
 
 from coterie.core.batch import Batch, Losses
@@ -17,6 +16,7 @@ from coterie.core.rng import generator
 from coterie.core.share import largest, normal, over_batch, own, summed, uniform, whole
 from coterie.experts.balance import SelectionBiasUpdate
 from coterie.recipes import get_recipe
+from coterie.runs.build import build_model, build_source
 from coterie.train.batch_parts import check_apart
 from coterie.train.parallel import ParallelConfig
 from small_models import small, with_slots, woken

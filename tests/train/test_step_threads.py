@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from coterie.runs.training import make_trainer, start
 
 from coterie.core import threads as core
 from coterie.core.errors import ConfigError, TrainingError
 from coterie.core.threads import Choice, Watch, candidates, check_threads, choose
+from coterie.runs.training import make_trainer, start
 from coterie.train import Trainer, checkpoint, read_metrics
 from coterie.train import threads as step_threads
 from coterie.train.run_directory import RunDir

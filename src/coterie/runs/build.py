@@ -1,30 +1,25 @@
 """What a run's configuration describes, built: its model, its data, its first weights."""
 
 from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
 from coterie.backbones.base import BackbonePart
-from coterie.convert import UpcycleConfig
-from coterie.convert import upcycle
-from coterie.convert import upcycled_config
+from coterie.convert import UpcycleConfig, upcycle, upcycled_config
 from coterie.core import memory as needs
 from coterie.core.batch import Source
-from coterie.core.errors import ConfigError
-from coterie.core.errors import describe
-from coterie.core.rng import derive
-from coterie.core.rng import generator
-from coterie.core.tensors import assign
-from coterie.core.tensors import module_tensors
+from coterie.core.errors import ConfigError, describe
+from coterie.core.rng import derive, generator
+from coterie.core.tensors import assign, module_tensors
 from coterie.core.threads import check_threads
 from coterie.experts.routers.config import within
 from coterie.runs.config import RunConfig
 from coterie.runs.origins.adapters import put_new
-from coterie.runs.origins.first_weights import InitConfig
-from coterie.runs.origins.first_weights import calibration
-from coterie.runs.origins.first_weights import load_source
-from coterie.runs.origins.first_weights import put_on_base
-from functools import partial
-from pathlib import Path
-from typing import Any
-import torch
+from coterie.runs.origins.first_weights import InitConfig, calibration, load_source, put_on_base
 
 
 def build_model(config: RunConfig) -> Any:

@@ -5,28 +5,22 @@ averaged weights as a model directory), ``samples/`` and ``report/``.
 """
 
 from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field, SerializeAsAny, model_validator
+
 from coterie.backbones import TrunkConfig
-from coterie.convert import UpcycleConfig
-from coterie.convert import upcycled_slot
+from coterie.convert import UpcycleConfig, upcycled_slot
 from coterie.core.config import Config
-from coterie.core.errors import ConfigError
-from coterie.core.errors import describe
+from coterie.core.errors import ConfigError, describe
 from coterie.core.registry import Part
 from coterie.data import SOURCES
-from coterie.denoiser import DenoiserConfig
-from coterie.denoiser import MODELS
+from coterie.denoiser import MODELS, DenoiserConfig
 from coterie.runs.origins.first_weights import InitConfig
-from coterie.solvers import GRIDS
-from coterie.solvers import GuidanceConfig
-from coterie.solvers import SOLVERS
-from coterie.solvers import ThresholdConfig
+from coterie.solvers import GRIDS, SOLVERS, GuidanceConfig, ThresholdConfig
 from coterie.train.config import TrainConfig
-from coterie.train.objectives import DenoisingConfig
-from coterie.train.objectives import OBJECTIVES
-from pydantic import Field
-from pydantic import SerializeAsAny
-from pydantic import model_validator
-from typing import Annotated
+from coterie.train.objectives import OBJECTIVES, DenoisingConfig
 
 
 class SampleConfig(Config):

@@ -1,12 +1,14 @@
 """What a run costs, before any work: parameters, multiply-adds, projected minutes."""
 
 from __future__ import annotations
+
+from typing import Any
+
 from coterie.core import memory
 from coterie.core.cost import count_parameters
 from coterie.runs.build import build_model
 from coterie.runs.config import RunConfig
 from coterie.runs.training import make_trainer
-from typing import Any
 
 
 def plan(config: RunConfig, measure: bool = True) -> dict[str, Any]:

@@ -1,17 +1,17 @@
 """A trained run, loaded again."""
 
 from __future__ import annotations
-from coterie.core.batch import Source
-from coterie.runs.build import based_model
-from coterie.runs.build import build_source
-from coterie.runs.build import check_fits
-from coterie.runs.config import RunConfig
-from coterie.train.run_directory import RunDir
-from coterie.train.state import load_weights
-from coterie.train.resume import say_changed_data
+
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from coterie.core.batch import Source
+from coterie.runs.build import based_model, build_source, check_fits
+from coterie.runs.config import RunConfig
+from coterie.train.resume import say_changed_data
+from coterie.train.run_directory import RunDir
+from coterie.train.state import load_weights
 
 
 @dataclass(frozen=True)

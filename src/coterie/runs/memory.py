@@ -23,8 +23,8 @@ from coterie.core.prediction import Condition
 from coterie.denoiser import DenoiserConfig
 from coterie.experts import ExpertLayerConfig
 from coterie.experts.dispatch.native import library
-from coterie.train.precision import resolve_device
 from coterie.runs.config import RunConfig
+from coterie.train.precision import resolve_device
 
 ITEM = 4  # bytes of a float32
 

@@ -1,29 +1,23 @@
 """Training a run in its directory, from the start or from where it stopped."""
 
 from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
 from coterie.core.batch import Source
 from coterie.core.places import relative
-from coterie.ensembles import Ensemble
-from coterie.ensembles import model_of
+from coterie.ensembles import Ensemble, model_of
 from coterie.hub import save_pretrained
-from coterie.runs.build import based_model
-from coterie.hub import save_pretrained
-from coterie.runs.build import build_source
-from coterie.hub import save_pretrained
-from coterie.runs.build import check_fits
-from coterie.hub import save_pretrained
-from coterie.runs.build import initial_model
+from coterie.runs.build import based_model, build_source, check_fits, initial_model
 from coterie.runs.config import RunConfig
 from coterie.runs.origins.adapters import described
 from coterie.runs.origins.first_weights import find_origin
 from coterie.train import checkpoint
 from coterie.train.loop import Trainer
-from coterie.train.world import ALONE
-from coterie.train.world import World
 from coterie.train.run_directory import RunDir
 from coterie.train.state import load_weights
-from pathlib import Path
-from typing import Any
+from coterie.train.world import ALONE, World
 
 
 def make_trainer(
@@ -36,9 +30,7 @@ def make_trainer(
     if source is None:
         check_fits(config, parts=world.count)
         source = build_source(config)
-    resumes = world.on_first(
-        lambda: run_dir is not None and bool(checkpoint.steps(run_dir.path))
-    )
+    resumes = world.on_first(lambda: run_dir is not None and bool(checkpoint.steps(run_dir.path)))
     model = based_model(config) if resumes else initial_model(config, source)
     objective = config.objective.build(model)
     return Trainer(
@@ -47,9 +39,7 @@ def make_trainer(
     )  # fmt: skip
 
 
-def start(
-    config: RunConfig, out: str | Path, progress: bool = True, world: World = ALONE
-) -> Path:
+def start(config: RunConfig, out: str | Path, progress: bool = True, world: World = ALONE) -> Path:
     """Train to ``config.train.steps``; the same call again resumes, bit for bit on a CPU.
 
     With 0 steps the run is its configuration: nothing is copied, its model lies where that says.
@@ -100,9 +90,7 @@ def _begin(
     config = pinned(config, run_dir)
     source = world.in_turn(lambda: build_source(config))  # data are fetched once
     trainer = make_trainer(config, run_dir, source, world)
-    if config.init is not None and not world.on_first(
-        lambda: bool(checkpoint.steps(run_dir.path))
-    ):
+    if config.init is not None and not world.on_first(lambda: bool(checkpoint.steps(run_dir.path))):
         trainer.begin()  # from here on the source is not needed again
     return trainer, run_dir, source
 

@@ -22,13 +22,13 @@ from coterie.ensembles import (
     MixtureConfig,
     Oracle,
 )
+from coterie.runs.config import RunConfig
 from coterie.runs.islands.plan import IslandEntry, IslandPlan, read_plan
 from coterie.runs.islands.source import IslandConfig
 from coterie.runs.islands.workers import state_of
-from coterie.train.objectives import ClusterPosteriorConfig, DistillationConfig
 from coterie.runs.origins.trained_model import PretrainedConfig
-from coterie.runs.config import RunConfig
 from coterie.runs.training import start
+from coterie.train.objectives import ClusterPosteriorConfig, DistillationConfig
 from coterie.train.run_directory import RunDir, differences
 
 ROUTER = "router"

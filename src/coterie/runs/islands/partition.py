@@ -28,7 +28,14 @@ from coterie.core.numbers import Few
 from coterie.core.registry import Part
 from coterie.core.rng import numpy_generator
 from coterie.data import Compaction, Partition, kmeans_partition, order, shards_of
-from coterie.data.download.cache import cache_root, locked, open_array, problem, save_array, write_folder
+from coterie.data.download.cache import (
+    cache_root,
+    locked,
+    open_array,
+    problem,
+    save_array,
+    write_folder,
+)
 from coterie.data.source import SPLITS, Split, identity
 
 ARRAYS = ("centers", "groups", "mean", "axes")

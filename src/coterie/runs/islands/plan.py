@@ -23,11 +23,11 @@ from coterie.core.json_reader import parse_json, read_json
 from coterie.core.places import beside
 from coterie.data.parts.shard import ShardConfig, write_shard
 from coterie.data.source import SPLITS
-from coterie.runs.islands.partition import Islands, PartitionConfig, copy_partition, partition_of
-from coterie.runs.islands.source import IslandConfig
 from coterie.runs.build import build_source
 from coterie.runs.config import RunConfig
 from coterie.runs.cost import plan
+from coterie.runs.islands.partition import Islands, PartitionConfig, copy_partition, partition_of
+from coterie.runs.islands.source import IslandConfig
 from coterie.train.run_directory import RunDir
 
 FILE = "islands.json"

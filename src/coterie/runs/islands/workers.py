@@ -12,11 +12,11 @@ from typing import Any
 
 from coterie.core.errors import ConfigError, TrainingError, describe
 from coterie.core.folder import open_own, write_text
-from coterie.train import checkpoint
-from coterie.runs.launch import child_processes
-from coterie.runs.islands.plan import IslandPlan, read_plan
 from coterie.runs.config import RunConfig
+from coterie.runs.islands.plan import IslandPlan, read_plan
+from coterie.runs.launch import child_processes
 from coterie.runs.training import start
+from coterie.train import checkpoint
 from coterie.train.run_directory import RunDir, read_metrics
 from coterie.train.signals import Interrupted, StopSignals
 

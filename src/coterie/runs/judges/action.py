@@ -18,10 +18,11 @@ from coterie.core.rng import SampleNoise, derive
 from coterie.data.actions.chunks import Simulator
 from coterie.inspect.plots.paths import animate_paths, draw_paths
 from coterie.metrics import success_rate
-from coterie.solvers import guide, initial_noise, sample
-from coterie.runs.sample.caches import cached
+from coterie.runs.build import build_source
+from coterie.runs.config import SampleConfig
 from coterie.runs.judges.base import batches, judges
 from coterie.runs.judges.noise import NoiseJudge
+from coterie.runs.sample.caches import cached
 from coterie.runs.sample.rollouts import (
     RolledOut,
     Rollouts,
@@ -30,8 +31,6 @@ from coterie.runs.sample.rollouts import (
     policy,
     roll_out,
 )
-from coterie.runs.build import build_source
-from coterie.runs.config import SampleConfig
 from coterie.runs.sample.sampling import (
     Samples,
     balanced_labels,
@@ -40,6 +39,7 @@ from coterie.runs.sample.sampling import (
     grid_image,
     guidance_of,
 )
+from coterie.solvers import guide, initial_noise, sample
 
 SHOWN = 64  # episodes on the sheet
 MOST = 500  # episodes behind a success rate

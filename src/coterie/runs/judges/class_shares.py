@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from coterie.runs.build import build_source
 from coterie.runs.feature_networks import read_labels
 from coterie.runs.judges.base import batches
-from coterie.runs.build import build_source
 from coterie.runs.loading import LoadedRun
 
 REAL = 1000  # real pictures that are read for the floor

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from coterie.core.batch import Batch, Source
-from coterie.train.objectives.text import BITS, token_nats
 from coterie.runs.loading import LoadedRun
+from coterie.train.objectives.text import BITS, token_nats
 
 
 def marks_answers(run: LoadedRun, source: Source) -> bool:

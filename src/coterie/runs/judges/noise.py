@@ -18,9 +18,8 @@ from coterie.ensembles import coverage
 from coterie.guides import Guide
 from coterie.metrics import NoiseBins, evaluate_images
 from coterie.metrics.evaluate import FEWEST
+from coterie.runs.build import build_source
 from coterie.runs.feature_networks import feature_network, read_labels, reference_rows
-from coterie.runs.judges.guide_scores import measured
-from coterie.runs.sample.guides import followed
 from coterie.runs.judges.base import (
     LEVELS,
     HeldOut,
@@ -32,7 +31,8 @@ from coterie.runs.judges.base import (
     make_trace,
 )
 from coterie.runs.judges.class_shares import class_shares
-from coterie.runs.build import build_source
+from coterie.runs.judges.guide_scores import measured
+from coterie.runs.sample.guides import followed
 from coterie.runs.sample.sampling import Samples, conditional, grid_image, to_pixels
 
 MIDDLE = 0.5  # noise level at which a denoiser is probed

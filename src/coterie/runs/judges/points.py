@@ -10,9 +10,9 @@ import numpy as np
 from coterie.inspect.plots.clouds import plot_clouds
 from coterie.inspect.plots.style import render
 from coterie.metrics import score_points
+from coterie.runs.build import build_source
 from coterie.runs.judges.base import batches, judges
 from coterie.runs.judges.noise import NoiseJudge
-from coterie.runs.build import build_source
 from coterie.runs.sample.sampling import Samples, conditional
 
 MOST = 128  # clouds in a set: a table of distances grows with the square

@@ -11,8 +11,8 @@ from coterie.core.batch import Source
 from coterie.core.errors import ConfigError, describe
 from coterie.core.rng import generator
 from coterie.metrics.calibration import calibration_error
-from coterie.runs.judges.base import LEVELS, Judge, batches, judges
 from coterie.runs.build import build_source
+from coterie.runs.judges.base import LEVELS, Judge, batches, judges
 
 SAMPLES = 512
 

@@ -14,8 +14,8 @@ from coterie.core.batch import Batch
 from coterie.inspect.plots.style import render
 from coterie.inspect.plots.tasks import plot_tasks
 from coterie.metrics import auc, gauc
-from coterie.runs.judges.base import HeldOut, Judge, batches, judges
 from coterie.runs.build import build_source
+from coterie.runs.judges.base import HeldOut, Judge, batches, judges
 from coterie.runs.sample.sampling import Samples
 
 

@@ -12,10 +12,10 @@ from coterie.core.rng import generator
 from coterie.core.routing import Routing
 from coterie.guides import Guide
 from coterie.metrics import NoiseBins
-from coterie.runs.judges.guide_scores import measured
-from coterie.runs.judges.base import LEVELS, HeldOut, Judge, batches, judges, loss_bins, make_trace
-from coterie.train.objectives.recognition import Recognition
 from coterie.runs.build import build_source
+from coterie.runs.judges.base import LEVELS, HeldOut, Judge, batches, judges, loss_bins, make_trace
+from coterie.runs.judges.guide_scores import measured
+from coterie.train.objectives.recognition import Recognition
 
 LOOKED_AT = 512  # held-out pictures
 

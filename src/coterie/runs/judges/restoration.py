@@ -14,11 +14,11 @@ from coterie.core.batch import Batch
 from coterie.core.routing import Routing
 from coterie.metrics.calibration import router_calibration
 from coterie.metrics.restoration import psnr, ssim
+from coterie.runs.build import build_model, build_source
 from coterie.runs.judges.base import Judge, batches, judges
 from coterie.runs.judges.noise import ImageJudge
-from coterie.train.objectives.restoration import restore
-from coterie.runs.build import build_model, build_source
 from coterie.runs.sample.sampling import Samples, to_pixels
+from coterie.train.objectives.restoration import restore
 
 SIZE = 100  # pictures restored at once
 ROUNDS, TIMED = 25, 16  # timings of so many pictures at once, of which the median counts

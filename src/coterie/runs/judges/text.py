@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from coterie.runs.judges.marked_answers import answer_measures, marks_answers
-from coterie.runs.judges.base import Judge, batches, judges
-from coterie.train.objectives.text import BITS
 from coterie.runs.build import build_source
+from coterie.runs.judges.base import Judge, batches, judges
+from coterie.runs.judges.marked_answers import answer_measures, marks_answers
 from coterie.runs.sample.sampling import Samples
+from coterie.train.objectives.text import BITS
 
 ANSWERS = {
     "answer_loss": "loss of answers (bits per token)",

@@ -23,15 +23,15 @@ from typing import Any
 import torch
 
 from coterie.core.errors import ConfigError, TrainingError, describe
+from coterie.runs.build import build_model
+from coterie.runs.config import RunConfig
 from coterie.runs.launch import child_processes
+from coterie.runs.launch.worker import USER_ERROR
 from coterie.train.batch_parts import routed_pools
 from coterie.train.parallel.config import ParallelConfig
 from coterie.train.parallel.exchange import check_enough
 from coterie.train.parallel.processes import BEATS, STORE, read_beats
 from coterie.train.parallel.spread import check_divides
-from coterie.runs.launch.worker import USER_ERROR
-from coterie.runs.build import build_model
-from coterie.runs.config import RunConfig
 from coterie.train.signals import Interrupted, StopSignals
 
 POLL = 0.1  # s between looks at the processes
@@ -77,7 +77,8 @@ def launch(
         "out": str(out),
         "parallel": parallel.model_dump(mode="json"),
         "progress": progress,
-        "timeout": timeout + child_processes.GRACE,  # theirs is later: the supervisor knows who it was
+        "timeout": timeout
+        + child_processes.GRACE,  # theirs is later: the supervisor knows who it was
     }
     for attempt in range(restarts + 1):
         trouble = run_processes(WORKER, work, parallel.processes, timeout)
@@ -184,7 +185,9 @@ class _Attempt:
             if sys.platform == "linux":
                 defaults["GLOO_SOCKET_IFNAME"] = "lo"
             given = {name: os.environ.get(name, value) for name, value in defaults.items()}
-            self.processes.append(child_processes.start(self.code, [str(self.work)], {**given, **own}))
+            self.processes.append(
+                child_processes.start(self.code, [str(self.work)], {**given, **own})
+            )
 
     def _watch(self, signals: StopSignals) -> str | None:
         said, since = [0] * self.count, time.monotonic()

@@ -18,10 +18,10 @@ from coterie.adapters import LowRank, adapters_of, pairs, weigh, weights_of
 from coterie.adapters.attach import additions_of
 from coterie.core.batch import Batch
 from coterie.core.rng import generator
+from coterie.runs.build import build_source
 from coterie.runs.judges import judge_of
 from coterie.runs.judges.base import batches
 from coterie.runs.judges.noise import MIDDLE, NoiseJudge
-from coterie.runs.build import build_source
 from coterie.runs.loading import LoadedRun
 
 LOOKED_AT = 128  # held-out samples per adapter

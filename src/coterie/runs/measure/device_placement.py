@@ -7,8 +7,8 @@ from pathlib import Path
 
 from coterie.core.errors import ConfigError, describe
 from coterie.experts import ExpertLayer
-from coterie.inspect.statistics.device_steps import measured_cost
 from coterie.inspect.page.placement_table import placement_outputs, write_placement
+from coterie.inspect.statistics.device_steps import measured_cost
 from coterie.inspect.statistics.routers import analyse
 from coterie.runs.judges import judge_of
 from coterie.runs.loading import load_run

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from coterie.core.prediction import Prediction
 from coterie.inspect import Trace
+from coterie.runs.judges import HeldOut, judge_of
+from coterie.runs.loading import LoadedRun
 from coterie.runs.measure import routing_probes
 from coterie.runs.measure.active_parameters import (
     active_parameters,
@@ -19,9 +21,7 @@ from coterie.runs.measure.active_parameters import (
     slot_parameters,
 )
 from coterie.runs.measure.adapters import adapter_measures
-from coterie.runs.judges import HeldOut, judge_of
 from coterie.runs.measure.routing import routing_measures
-from coterie.runs.loading import LoadedRun
 from coterie.train.run_directory import RunDir, read_metrics
 
 

@@ -9,8 +9,8 @@ from coterie.core.rng import generator
 from coterie.core.routing import ENSEMBLE
 from coterie.ensembles import Ensemble
 from coterie.inspect import GateMaps
-from coterie.runs.judges.base import batches
 from coterie.runs.build import build_source
+from coterie.runs.judges.base import batches
 from coterie.runs.loading import LoadedRun
 from coterie.runs.sample.sampling import to_pixels
 

@@ -24,8 +24,8 @@ from coterie.experts import ExpertLayer, RouterConfig
 from coterie.experts.dispatch.expert_weights import experts_of
 from coterie.experts.rerouting import rerouted, token_routers
 from coterie.inspect import Place, off_diagonal_mean
-from coterie.runs.judges import judge_of
 from coterie.runs.build import build_source
+from coterie.runs.judges import judge_of
 from coterie.runs.loading import LoadedRun
 
 DISABLED_SHARE = 1 / 8  # of all routed experts, the best of each token

@@ -13,8 +13,17 @@ from typing import Any
 
 from coterie.core.errors import ConfigError
 from coterie.experts.rerouting import changed, rerouted, token_routers
-from coterie.inspect.statistics.sweep import Rule, SweepRow, amounts_of, rows_of, settings_of, values_of
 from coterie.inspect.page.sweep_table import sweep_outputs, write_rows
+from coterie.inspect.statistics.sweep import (
+    Rule,
+    SweepRow,
+    amounts_of,
+    rows_of,
+    settings_of,
+    values_of,
+)
+from coterie.runs.judges import judge_of
+from coterie.runs.loading import LoadedRun
 from coterie.runs.measure.active_parameters import (
     Sites,
     active_parameters,
@@ -23,8 +32,6 @@ from coterie.runs.measure.active_parameters import (
     expert_sites,
 )
 from coterie.runs.measure.evaluation import held_out
-from coterie.runs.judges import judge_of
-from coterie.runs.loading import LoadedRun
 
 __all__ = ["SweepRow", "check", "sweep", "sweep_outputs", "values_of", "write_sweep"]
 

@@ -12,11 +12,11 @@ from coterie.ensembles import EnsembleModelConfig, MemberConfig, Members
 from coterie.ensembles.aggregate import AggregateConfig
 from coterie.ensembles.headroom import Headroom, headroom
 from coterie.process import PROCESSES
-from coterie.runs.origins.composition import check_data_named, first_run, members_at
-from coterie.train.config import TrainConfig
-from coterie.runs.judges.base import batches
 from coterie.runs.build import build_source
 from coterie.runs.config import RunConfig
+from coterie.runs.judges.base import batches
+from coterie.runs.origins.composition import check_data_named, first_run, members_at
+from coterie.train.config import TrainConfig
 
 STEPS = 1000
 

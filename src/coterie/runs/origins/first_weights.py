@@ -26,8 +26,8 @@ from coterie.data import order
 from coterie.denoiser import MODELS
 from coterie.hub import load_manifest, load_pretrained
 from coterie.hub.layout import model_config
-from coterie.train import checkpoint
 from coterie.runs.origins.adapters import put_new, put_trained
+from coterie.train import checkpoint
 from coterie.train.run_directory import stored_hash
 from coterie.train.state import load_weights
 

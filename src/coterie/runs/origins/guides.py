@@ -7,11 +7,11 @@ from pathlib import Path
 from coterie.core.errors import ConfigError, describe
 from coterie.guides import GuideConfig, ReaderConfig
 from coterie.guides.tasks import Task
-from coterie.runs.origins.synthetic_data import GeneratedConfig
-from coterie.runs.origins.first_weights import InitConfig, find_origin
-from coterie.train.objectives import RecognitionConfig
-from coterie.runs.origins.trained_model import PretrainedConfig
 from coterie.runs.config import RunConfig
+from coterie.runs.origins.first_weights import InitConfig, find_origin
+from coterie.runs.origins.synthetic_data import GeneratedConfig
+from coterie.runs.origins.trained_model import PretrainedConfig
+from coterie.train.objectives import RecognitionConfig
 from coterie.train.run_directory import RunDir
 
 STEPS = 1000

@@ -12,10 +12,10 @@ from coterie.core.config import override
 from coterie.core.errors import ConfigError, describe
 from coterie.ensembles import EnsembleModelConfig, MemberConfig, NoiseRangesConfig
 from coterie.ensembles.boundaries import Cut, losses_per_bin, search_boundaries
-from coterie.runs.judges.base import batches
-from coterie.runs.origins.trained_model import PretrainedConfig
 from coterie.runs.build import build_source
 from coterie.runs.config import RunConfig
+from coterie.runs.judges.base import batches
+from coterie.runs.origins.trained_model import PretrainedConfig
 from coterie.runs.training import start
 from coterie.train.run_directory import RunDir
 

@@ -11,7 +11,14 @@ from pydantic import Field
 from coterie.core.errors import ConfigError, describe
 from coterie.core.places import Place
 from coterie.core.rng import derive
-from coterie.data.download.cache import cache_root, locked, open_array, problem, save_array, write_folder
+from coterie.data.download.cache import (
+    cache_root,
+    locked,
+    open_array,
+    problem,
+    save_array,
+    write_folder,
+)
 from coterie.data.source import SOURCES, ArraySource, SourceConfig, SourceInfo, Split
 from coterie.runs.origins.first_weights import InitConfig, Origin, find_origin
 

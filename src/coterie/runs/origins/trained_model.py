@@ -19,7 +19,6 @@ from coterie.core.registry import Part
 from coterie.core.tensors import assign, module_tensors
 from coterie.denoiser import MODELS
 from coterie.ensembles.base import check_share
-from coterie.train import checkpoint
 from coterie.runs.origins.first_weights import (
     InitConfig,
     Origin,
@@ -28,6 +27,7 @@ from coterie.runs.origins.first_weights import (
     load_source,
     source_config,
 )
+from coterie.train import checkpoint
 
 
 @MODELS.register

@@ -19,10 +19,10 @@ from coterie.data import order
 from coterie.data.images import pictures
 from coterie.guides import Guide, height_map, pixel_classes
 from coterie.guides.tasks import target_of
-from coterie.solvers.guided import GuidedConfig, GuidedDenoiser, reads_label
 from coterie.runs.feature_networks import read_labels
-from coterie.runs.origins.trained_model import PretrainedConfig
 from coterie.runs.loading import LoadedRun
+from coterie.runs.origins.trained_model import PretrainedConfig
+from coterie.solvers.guided import GuidedConfig, GuidedDenoiser, reads_label
 
 
 def with_guide(

@@ -25,11 +25,11 @@ from coterie.core.json_reader import read_object
 from coterie.core.outputs import Outputs
 from coterie.core.places import relative
 from coterie.core.prediction import Condition
-from coterie.data.sample_files import existing_folder, files_below
 from coterie.data.images.pictures import SUFFIXES, Dark, read_picture
-from coterie.train.objectives.restoration import restore
+from coterie.data.sample_files import existing_folder, files_below
 from coterie.runs.loading import LoadedRun
 from coterie.runs.sample.sampling import to_pixels
+from coterie.train.objectives.restoration import restore
 
 RECORD = "restored.json"
 BATCH = 16  # squares at once

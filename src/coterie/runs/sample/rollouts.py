@@ -18,9 +18,9 @@ from coterie.core.errors import ConfigError, DataError, describe
 from coterie.core.prediction import Condition, DenoiserLike
 from coterie.core.rng import SampleNoise, derive
 from coterie.data.actions.chunks import KEPT, Scene, Simulator
-from coterie.solvers import initial_noise, sample
 from coterie.runs.config import SampleConfig
 from coterie.runs.sample.sampling import Samples
+from coterie.solvers import initial_noise, sample
 
 Plan = Callable[[np.ndarray, int], np.ndarray]
 """(observations f32 [E, M, C], number of the chunk) -> actions f32 [E, T, A]."""

@@ -16,6 +16,9 @@ from coterie.core.context import NULL_LABEL
 from coterie.core.errors import ConfigError, DataError, describe
 from coterie.core.prediction import Condition
 from coterie.core.rng import SampleNoise, derive
+from coterie.runs.loading import LoadedRun
+from coterie.runs.sample import guides
+from coterie.runs.sample.nonfinite import explained
 from coterie.solvers import (
     FeynmanKac,
     GuidanceConfig,
@@ -27,9 +30,6 @@ from coterie.solvers import (
     sample,
 )
 from coterie.solvers.text import generate_text
-from coterie.runs.sample import guides
-from coterie.runs.sample.nonfinite import explained
-from coterie.runs.loading import LoadedRun
 
 MOST = 1_000_000  # samples of one draw
 
