@@ -20,8 +20,7 @@ from coterie.cli.output import printable
 from coterie.core.prediction import Condition
 from coterie.core.routing import ENSEMBLE, Routing
 from coterie.ensembles import ENSEMBLES
-from coterie.inspect import ReportData, Trace, analyse, write_report
-from coterie.inspect.page import findings
+from coterie.inspect import ReportData, Trace, analyse, findings, write_report
 from coterie.inspect.page.metric_names import NAMES
 from coterie.inspect.phrases import bits, fixed
 from coterie.inspect.plots.anomalies import _name_dots, plot_one_sided
