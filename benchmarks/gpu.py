@@ -1,4 +1,4 @@
-"""All that wants a GPU, in one command: ``python benchmarks/gpu.py``; see docs/gpu.md.
+"""All that wants a GPU, in one command: ``python benchmarks/gpu.py``; see docs/how-to/gpu.md.
 
 Parts: do the dispatch backends agree with float64 on this device (``correctness``); how fast and
 how large are they beside the expert layers of others, a part for each size (``speed-...``); how

@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "results"
 NEEDS = {"import transformers": "transformers", "UNet": "diffusers"}
 """What a block with this text needs of the optional libraries."""
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
 def blocks(page: Path, language: str) -> list[str]:
@@ -50,9 +50,9 @@ def test_links_inside_the_repository_lead_somewhere() -> None:
     ("page", "name", "made"),
     [
         ("README.md", "recipes' claims", lambda: tables.sections(RESULTS / "claims")),
-        ("docs/claims.md", "claims", lambda: tables.sections(RESULTS / "claims")),
+        ("docs/explanation/claims.md", "claims", lambda: tables.sections(RESULTS / "claims")),
         ("README.md", "goals in short", lambda: summary.sections(RESULTS / "bench")),
-        ("docs/performance.md", "goals", lambda: summary.sections(RESULTS / "bench")),
+        ("docs/explanation/performance.md", "goals", lambda: summary.sections(RESULTS / "bench")),
     ],
 )
 def test_tables_of_pages_are_the_committed_results(page: str, name: str, made) -> None:

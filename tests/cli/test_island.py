@@ -12,7 +12,7 @@ from PIL import Image
 
 from coterie.cli.main import run
 
-PAGE = Path(__file__).parents[2] / "docs" / "islands.md"
+PAGE = Path(__file__).parents[2] / "docs" / "how-to" / "islands.md"
 TINY = (
     "--train.steps=3 --train.batch=8 --train.threads=1 --train.warmup=0 "
     "--model.backbone.trunk.depth=1 --model.backbone.trunk.width=16 "

@@ -38,7 +38,8 @@ def command(
 
     vs_floor: time over that of the bare experts on rows that lie sorted already; vs_dense: over a
     dense layer of equal active cost; vs_peer: over the fastest way that others have; train: forward
-    and backward. `auto` is what a model uses by default. The goals are those of docs/dispatch.md.
+    and backward. `auto` is what a model uses by default. The goals are those of
+    docs/explanation/dispatch.md.
     """
     from coterie.bench import expert_growth
     from coterie.bench.experts import CASES, run_benchmark

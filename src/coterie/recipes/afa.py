@@ -75,7 +75,7 @@ def fused(experts: tuple[str, ...], steps: int = 0, **changes: Any) -> RunConfig
 
 
 def tiny() -> RunConfig:
-    """What experts are tuned from: docs/aggregate.md goes on from here."""
+    """What experts are tuned from: docs/how-to/aggregate.md goes on from here."""
     return base()
 
 

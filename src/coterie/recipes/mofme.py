@@ -146,5 +146,5 @@ DEPARTURES = (
     "tiny: heads of width / heads, biases of queries, keys and values and none of the router, eps "
     "1e-6, reflected borders, GELU by tanh, no dropout but the router's",
     "the answer is a tanh on [-1, 1], the released one a sigmoid on [0, 1]: its last map is halved",
-    "paper preset: the published data sets are read from a folder (docs/restoration.md)",
+    "paper preset: the published data sets are read from a folder (docs/how-to/restoration.md)",
 )

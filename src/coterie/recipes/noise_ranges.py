@@ -28,7 +28,7 @@ QUARTERS = (0.6625, 0.5, 0.3375)
 
 
 def tiny() -> RunConfig:
-    """The base: ``coterie train noise-ranges``; docs/islands.md goes on from there."""
+    """The base: ``coterie train noise-ranges``; docs/how-to/islands.md goes on from there."""
     return image_tiny("noise-ranges", steps=STEPS)
 
 

@@ -69,7 +69,7 @@ def together(*arms: str, weight: float = 1.0, asked: tuple[int, ...] = CONCEPTS)
 
 
 def tiny() -> RunConfig:
-    """The first concept, on a base trained on other digits (docs/adapters.md says how)."""
+    """The first concept, on a base trained on other digits (docs/how-to/adapters.md says how)."""
     adapter = lora(RANK, BasisConfig(index=0), CONCEPTS[0])
     return taught("runs/base", adapter, some(CONCEPTS[0], count=40), STEPS)
 

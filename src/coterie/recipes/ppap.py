@@ -77,7 +77,7 @@ def guided(by: Part, scale: float = SCALE) -> RunConfig:
 
 
 def tiny() -> RunConfig:
-    """The denoiser; ``coterie guide`` goes on from there (docs/guides.md)."""
+    """The denoiser; ``coterie guide`` goes on from there (docs/how-to/guides.md)."""
     return denoiser()
 
 

@@ -31,7 +31,10 @@ def held_out(run: LoadedRun, limit: int = 512, size: int = 128) -> HeldOut:
 
 
 def measure(run: LoadedRun, num_samples: int = 500) -> dict[str, float]:
-    """The numbers that claims compare, all plain floats; docs/results.md says what each means."""
+    """The numbers that claims compare, all plain floats.
+
+    docs/explanation/results.md says what each means.
+    """
     judge, found = judge_of(run), held_out(run)
     out = {"held_out_loss": found.loss}
     out |= {f"held_out_loss/{name}": loss for name, loss in found.by_class.items()}
