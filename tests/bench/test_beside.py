@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import pytest
 
-from coterie.bench import beside
+from coterie.bench import train_beside
 
 
 def busy_of(pid: int) -> list[int]:
@@ -23,7 +23,7 @@ def busy_of(pid: int) -> list[int]:
                 words = file.read().split(b"\0")
         except OSError:
             continue
-        if beside.BUSY.encode() in words and str(pid).encode() in words:
+        if train_beside.BUSY.encode() in words and str(pid).encode() in words:
             found.append(int(name))
     return found
 
@@ -36,8 +36,8 @@ def within_a_minute(holds: Callable[[], object]) -> bool:
 
 
 def test_rows_hold_the_chosen_and_every_fixed_number(monkeypatch):
-    monkeypatch.setattr(beside, "most_threads", lambda: 1)
-    made = beside.run_beside(1, rounds=1, seconds=0.3)
+    monkeypatch.setattr(train_beside, "most_threads", lambda: 1)
+    made = train_beside.run_beside(1, rounds=1, seconds=0.3)
     assert [row["threads"] for row in made["rows"]] == ["chosen", "1"]
     assert all(row["alone"] > 0 and row["beside"] > 0 for row in made["rows"])
     assert [goal["bound"] for goal in made["goals"]] == [">= 0.7", ">= 0.95", ">= 0.95"]
@@ -45,11 +45,11 @@ def test_rows_hold_the_chosen_and_every_fixed_number(monkeypatch):
 
 
 def test_busy_processes_end_with_the_block_and_with_their_parent():
-    with pytest.raises(KeyError), beside.busy_processes(2):
+    with pytest.raises(KeyError), train_beside.busy_processes(2):
         assert within_a_minute(lambda: len(busy_of(os.getpid())) == 2)
         raise KeyError
     assert not busy_of(os.getpid())
-    code = "from coterie.bench.beside import *\nwith busy_processes(1):\n time.sleep(60)"
+    code = "from coterie.bench.train_beside import *\nwith busy_processes(1):\n time.sleep(60)"
     parent = subprocess.Popen([sys.executable, "-c", code])
     assert within_a_minute(lambda: busy_of(parent.pid))
     parent.send_signal(signal.SIGKILL)

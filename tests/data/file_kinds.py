@@ -35,7 +35,7 @@ from coterie.hub import load_ensemble, load_pretrained, save_ensemble, save_pret
 from coterie.inspect.page.placement_table import placement_outputs
 from coterie.interop.diffusers import load_noise_ranges
 from coterie.interop.diffusers.expert import DiffusersConfig
-from coterie.interop.transformers.load import ModelFolder
+from coterie.interop.transformers.moe_folder import ModelFolder
 from coterie.interop.transformers.text import read_tokens
 from coterie.interop.upcycled import load_upcycled, save_upcycled, upcycle_transformers
 from coterie.runs.config import RunConfig

@@ -13,8 +13,8 @@ from synthetic_routings import routing
 from coterie.core.errors import DataError
 from coterie.inspect import ReportData, Trace, analyse_amounts, write_report
 from coterie.inspect.plots import clouds as pictures
-from coterie.inspect.plots.amounts import plot_amounts_by_position
 from coterie.inspect.plots.clouds import plot_clouds, project
+from coterie.inspect.plots.experts_per_row import plot_amounts_by_position
 from coterie.inspect.plots.positions import face, plot_positions
 from coterie.inspect.plots.style import render
 

@@ -334,7 +334,7 @@ def test_large_tables_stay_out_of_the_file(tmp_path: Path) -> None:
 
 
 def test_classes_that_differ_most_are_shown_where_there_are_many() -> None:
-    from coterie.inspect.plots.amounts import plot_amounts_by_class
+    from coterie.inspect.plots.experts_per_row import plot_amounts_by_class
 
     label = torch.arange(60)
     numbers = [4 if number < 40 and number % 2 == 0 else 1 for number in range(60)]

@@ -14,7 +14,7 @@ from tiny_hf_models import make_model
 
 from coterie.cli.main import run
 from coterie.interop.transformers.fields import check_shapes
-from coterie.interop.transformers.pretrained import build, read_config
+from coterie.interop.transformers.safe_loading import build, read_config
 
 hf = pytest.importorskip("transformers")
 

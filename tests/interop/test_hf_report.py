@@ -19,7 +19,7 @@ from coterie.cli.main import run
 from coterie.core.errors import CheckpointError, ConfigError, DataError
 from coterie.inspect.statistics.expert_answers import ROWS
 from coterie.interop.transformers import MismatchError, find_moe_layers
-from coterie.interop.transformers.load import ModelFolder
+from coterie.interop.transformers.moe_folder import ModelFolder
 from coterie.interop.transformers.report import Reading
 
 

@@ -18,8 +18,8 @@ import coterie
 from coterie.cli.main import run
 from coterie.convert import UpcycleConfig
 from coterie.core.errors import CheckpointError, CoterieError
-from coterie.interop.transformers.load import ModelFolder
-from coterie.interop.transformers.pretrained import load_weights, read_tokenizer
+from coterie.interop.transformers.moe_folder import ModelFolder
+from coterie.interop.transformers.safe_loading import load_weights, read_tokenizer
 from coterie.interop.upcycled import load_upcycled, plan_directory, upcycle_directory
 
 hf = pytest.importorskip("transformers")

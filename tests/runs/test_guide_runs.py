@@ -36,7 +36,7 @@ from coterie.runs.origins.trained_model import PretrainedConfig
 from coterie.runs.sample.guides import followed, read_picture, with_guide
 from coterie.runs.sample.sampling import generate
 from coterie.runs.training import make_trainer, start
-from coterie.solvers.guided import GuidedConfig
+from coterie.solvers.network_guidance import GuidedConfig
 from coterie.train.learning_rate import SCHEDULES, turn_at
 from coterie.train.objectives import RecognitionConfig
 from small_guides import DDPM, guide, pictures, reader

@@ -13,7 +13,7 @@ from PIL import Image
 
 from coterie.core.config import override
 from coterie.core.errors import CheckpointError, CoterieError, DataError
-from coterie.core.places import beside, placed, relative
+from coterie.core.paths import beside, placed, relative
 from coterie.data import SOURCES
 from coterie.ensembles import EnsembleModelConfig, MemberConfig
 from coterie.runs.config import RunConfig

@@ -12,7 +12,7 @@ from coterie.core.rng import SampleNoise
 from coterie.process import PROCESSES, ExactDenoiser, Mixture, Process, convert
 from coterie.process.transport import transport
 from coterie.solvers import GRIDS, SOLVERS, sample
-from coterie.solvers.guided import GuidedDenoiser
+from coterie.solvers.network_guidance import GuidedDenoiser
 
 F64 = torch.float64
 KINDS = ("ddpm", "vp_linear", "cosine", "rectified_flow", "trig", "ve")

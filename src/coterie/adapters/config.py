@@ -12,7 +12,7 @@ from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 from coterie.adapters.basis import BasisConfig
 from coterie.core.config import Config
 from coterie.core.errors import ConfigError, describe
-from coterie.core.places import Place
+from coterie.core.paths import Place
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")]
 

@@ -24,7 +24,7 @@ from coterie.runs.judges import judge_of
 from coterie.runs.loading import load_run
 from coterie.runs.origins.trained_model import PretrainedConfig
 from coterie.runs.training import start
-from coterie.solvers.guided import GuidedConfig, GuidedDenoiser
+from coterie.solvers.network_guidance import GuidedConfig, GuidedDenoiser
 
 BATCH, SAMPLES = 64, 300
 SCALES = {"classes": (4.0,), "map": (4.0, 16.0), "pixels": (0.5, 2.0)}

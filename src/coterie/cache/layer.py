@@ -17,7 +17,7 @@ from coterie.core.errors import ConfigError, DataError, describe
 from coterie.core.routing import Routing
 from coterie.experts import ExpertLayer, SharedExperts, plan
 from coterie.experts.dispatch.expert_weights import OneExpert
-from coterie.experts.dispatch.one import run_one
+from coterie.experts.dispatch.single_expert import run_one
 
 NOISE_LEVEL = frozenset({"noise", "step_index", "time_embedding"})
 """Fields of the Context that are the same wherever the noise level is."""

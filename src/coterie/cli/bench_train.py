@@ -33,7 +33,7 @@ def command(threads: int, rounds: int, out: Path | None, as_json: bool, beside: 
     from coterie.bench.train import run_benchmark
 
     if beside is not None:
-        from coterie.bench.beside import run_beside
+        from coterie.bench.train_beside import run_beside
 
         found = run_beside(beside, rounds)
         result = {**stamp("train-beside", Place(), rounds), **found}

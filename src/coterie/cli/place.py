@@ -66,7 +66,7 @@ def command(
     """
     given = given_of(reading, run, {"tokens_read": "read"})
     if is_model(run):
-        from coterie.interop.transformers.place import place_model
+        from coterie.interop.transformers.device_placement import place_model
 
         asked = prepare(run, given)
         load(asked, quiet)

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler, ValidationErro
 from coterie.core.errors import ConfigError, describe, shown, unknown
 from coterie.core.json_reader import literal, parse_json, read_object
 from coterie.core.numbers import bounded
-from coterie.core.places import beside
+from coterie.core.paths import beside
 
 if TYPE_CHECKING:
     from pydantic._internal._model_construction import ModelMetaclass

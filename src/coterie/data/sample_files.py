@@ -14,7 +14,7 @@ from pathlib import Path
 
 from coterie.core.errors import DataError, describe
 from coterie.core.files import escaped, reason, require_utf8
-from coterie.core.places import expanded
+from coterie.core.paths import expanded
 
 
 class DataWarning(UserWarning):

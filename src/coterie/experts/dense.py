@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from coterie.experts.dispatch.expert_weights import OneExpert
-from coterie.experts.dispatch.one import run_one
+from coterie.experts.dispatch.single_expert import run_one
 from coterie.experts.kinds import GeluMLP as GeluKind
 from coterie.experts.kinds import SwiGLU as SwiGLUKind
 from coterie.nn import mlp

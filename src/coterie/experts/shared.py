@@ -11,7 +11,7 @@ from torch import Generator, Tensor, nn
 from coterie.core.config import Config
 from coterie.core.numbers import Few
 from coterie.experts.dispatch.expert_weights import experts_of
-from coterie.experts.dispatch.one import run_one
+from coterie.experts.dispatch.single_expert import run_one
 from coterie.experts.kinds import ExpertKind, ExpertPool
 from coterie.experts.routers.scores import init_linear, linear_f32
 

@@ -10,7 +10,7 @@ from torch import nn
 from coterie.adapters import LoraConfig, attach, base_digest
 from coterie.core.errors import CheckpointError, ConfigError, describe
 from coterie.core.folder import MANIFEST
-from coterie.core.places import placed
+from coterie.core.paths import placed
 from coterie.hub.layout import Manifest
 
 

@@ -13,7 +13,7 @@ from coterie.runs.config import RunConfig
 from coterie.runs.origins.synthetic_data import GeneratedConfig
 from coterie.runs.origins.trained_model import PretrainedConfig
 from coterie.solvers import GuidanceConfig
-from coterie.solvers.guided import GuidedConfig
+from coterie.solvers.network_guidance import GuidedConfig
 from coterie.train.objectives import RecognitionConfig
 
 PAPER = Paper(

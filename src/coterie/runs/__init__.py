@@ -8,4 +8,4 @@ import coterie.interop.diffusers.expert
 import coterie.runs.islands
 import coterie.runs.origins.synthetic_data
 import coterie.runs.origins.trained_model
-import coterie.solvers.guided  # noqa: F401
+import coterie.solvers.network_guidance  # noqa: F401

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from coterie.core.batch import Source
-from coterie.core.places import relative
+from coterie.core.paths import relative
 from coterie.ensembles import Ensemble, model_of
 from coterie.hub import save_pretrained
 from coterie.runs.build import based_model, build_source, check_fits, initial_model

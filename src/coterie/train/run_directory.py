@@ -16,7 +16,7 @@ from coterie.core.files import require_utf8
 from coterie.core.folder import clean, digest, open_own, refuse_link, write_text
 from coterie.core.json_reader import parse_json, read_object
 from coterie.core.outputs import refuse_foreign
-from coterie.core.places import beside
+from coterie.core.paths import beside
 from coterie.train import checkpoint
 from coterie.train.checkpoint import FOLDER
 from coterie.train.config import TrainConfig

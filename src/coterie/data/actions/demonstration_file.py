@@ -14,7 +14,7 @@ import numpy as np
 from pydantic import Field
 
 from coterie.core.errors import DataError, describe
-from coterie.core.places import Place, expanded
+from coterie.core.paths import Place, expanded
 from coterie.data.actions.chunks import ActionSource, Array, Demonstrations
 from coterie.data.arrays import check_numbers, read_npz, rows_digest
 from coterie.data.source import SOURCES, SourceConfig, SourceInfo, Split, split_rows

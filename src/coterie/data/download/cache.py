@@ -17,7 +17,7 @@ import numpy as np
 
 from coterie.core.errors import CheckpointError, DataError
 from coterie.core.folder import atomic_folder, clean, read_manifest, seal, verify_file
-from coterie.core.places import expanded
+from coterie.core.paths import expanded
 from coterie.data.arrays import open_npy
 
 FORMAT, VERSION = "coterie-data", 1

@@ -12,7 +12,7 @@ from pydantic import Field
 
 from coterie.core.errors import DataError, describe
 from coterie.core.files import escaped
-from coterie.core.places import Place
+from coterie.core.paths import Place
 from coterie.data.images.packaged import ImageConfig
 from coterie.data.images.pictures import SUFFIXES, Pictures
 from coterie.data.sample_files import (

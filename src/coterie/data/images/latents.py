@@ -15,7 +15,7 @@ from pydantic import Field
 
 from coterie.core.batch import Source
 from coterie.core.errors import DataError, describe
-from coterie.core.places import Place
+from coterie.core.paths import Place
 from coterie.data.arrays import native, open_npy, rows_digest
 from coterie.data.sample_files import existing_folder
 from coterie.data.source import SOURCES, ArraySource, SourceConfig, SourceInfo, Split, split_rows

@@ -16,7 +16,7 @@ from pydantic import Field
 from coterie.core.batch import Batch
 from coterie.core.errors import DataError, describe
 from coterie.core.files import escaped
-from coterie.core.places import Place
+from coterie.core.paths import Place
 from coterie.core.prediction import Condition
 from coterie.core.rng import numpy_generator
 from coterie.data.images.pictures import SUFFIXES, Dark, read_picture

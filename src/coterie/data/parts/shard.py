@@ -17,7 +17,7 @@ from torch import Tensor
 from coterie.core.batch import Batch, Source
 from coterie.core.errors import CheckpointError, DataError, describe
 from coterie.core.folder import atomic_folder, digest, read_manifest, seal, verify_file
-from coterie.core.places import Place, expanded
+from coterie.core.paths import Place, expanded
 from coterie.core.prediction import Condition
 from coterie.core.tensors import read_tensors, write_tensors
 from coterie.data.source import SOURCES, SPLITS, SourceConfig, SourceInfo, Split, as_rows

@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 from pydantic import Field
 
 from coterie.core.errors import DataError, describe
-from coterie.core.places import Place
+from coterie.core.paths import Place
 from coterie.core.rng import numpy_generator
 from coterie.data.arrays import open_npy
 from coterie.data.images.image_folder import scan_split

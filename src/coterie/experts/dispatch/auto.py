@@ -13,8 +13,8 @@ from coterie.core.graphs import recorded
 from coterie.experts.dispatch import native
 from coterie.experts.dispatch.backends import BACKENDS, available, run_fold, run_once
 from coterie.experts.dispatch.expert_weights import OneExpert
-from coterie.experts.dispatch.one import run_one
 from coterie.experts.dispatch.plan import DispatchPlan
+from coterie.experts.dispatch.single_expert import run_one
 from coterie.experts.dispatch.triton import serves
 from coterie.experts.kinds.pool import ExpertPool
 

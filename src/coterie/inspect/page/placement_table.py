@@ -9,7 +9,7 @@ from pathlib import Path
 
 from coterie.core.machine import commit, hardware_line
 from coterie.core.outputs import Outputs, pair_at
-from coterie.inspect.plots.placement import draw_placement
+from coterie.inspect.plots.device_placement import draw_placement
 from coterie.inspect.statistics.device_placement import RowCost
 from coterie.inspect.statistics.device_steps import simulate
 from coterie.inspect.statistics.routers import RouterStats

@@ -27,11 +27,6 @@ from coterie.inspect.page.report_json import (
     to_json,
 )
 from coterie.inspect.page.sections import build_sections, footer, header
-from coterie.inspect.plots.amounts import (
-    plot_amounts,
-    plot_amounts_by_class,
-    plot_amounts_by_position,
-)
 from coterie.inspect.plots.anomalies import anomaly_plots
 from coterie.inspect.plots.balance import (
     plot_affinity,
@@ -43,6 +38,11 @@ from coterie.inspect.plots.balance import (
     plot_prototypes,
 )
 from coterie.inspect.plots.clouds import plot_clouds
+from coterie.inspect.plots.experts_per_row import (
+    plot_amounts,
+    plot_amounts_by_class,
+    plot_amounts_by_position,
+)
 from coterie.inspect.plots.gates import plot_gate_maps
 from coterie.inspect.plots.particles import plot_particles
 from coterie.inspect.plots.positions import plot_positions

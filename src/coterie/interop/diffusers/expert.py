@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from coterie.core.context import NULL_LABEL
 from coterie.core.errors import CheckpointError, ConfigError, DataError, describe
 from coterie.core.folder import file_digest
-from coterie.core.places import Place
+from coterie.core.paths import Place
 from coterie.core.prediction import Condition, View
 from coterie.core.registry import Part
 from coterie.core.tensors import read_tensors

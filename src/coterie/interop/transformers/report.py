@@ -25,9 +25,9 @@ from coterie.core.errors import ConfigError, DataError, describe
 from coterie.core.machine import commit, hardware, hardware_line
 from coterie.core.routing import Routing
 from coterie.inspect import ReportData, Trace, report_outputs, write_report
-from coterie.interop.transformers.answers import watched_answers
-from coterie.interop.transformers.load import DType, ModelFolder
+from coterie.interop.transformers.expert_answers import watched_answers
 from coterie.interop.transformers.losses import LEVELS, Answer, Blocks, causal
+from coterie.interop.transformers.moe_folder import DType, ModelFolder
 from coterie.interop.transformers.selfcheck import selfcheck
 from coterie.interop.transformers.sites import find_moe_layers, tap
 from coterie.interop.transformers.text import Tokens, Windows, read_tokens

@@ -17,7 +17,7 @@ from coterie.core.errors import ConfigError, DataError, describe
 from coterie.core.files import regular_file
 
 if TYPE_CHECKING:
-    from coterie.interop.transformers.load import ModelFolder
+    from coterie.interop.transformers.moe_folder import ModelFolder
 
 BYTES = 256
 SPARE = 32

@@ -33,7 +33,7 @@ from coterie.core.rng import generator
 from coterie.core.tensors import assign, module_tensors, read_tensors, write_tensors
 from coterie.experts import ExpertLayerConfig
 from coterie.interop.transformers.fields import check_shapes
-from coterie.interop.transformers.pretrained import (
+from coterie.interop.transformers.safe_loading import (
     CAUSAL,
     build,
     load_weights,

@@ -20,7 +20,7 @@ from coterie.core.config import Config, override
 from coterie.core.errors import ConfigError, describe
 from coterie.core.folder import clean, write_text
 from coterie.core.json_reader import parse_json, read_json
-from coterie.core.places import beside
+from coterie.core.paths import beside
 from coterie.data.parts.shard import ShardConfig, write_shard
 from coterie.data.source import SPLITS
 from coterie.runs.build import build_source

@@ -14,7 +14,7 @@ from torch import Tensor
 from coterie.core.batch import Batch, Source
 from coterie.core.errors import CheckpointError, ConfigError, describe
 from coterie.core.json_reader import parse_json
-from coterie.core.places import Place
+from coterie.core.paths import Place
 from coterie.core.registry import Part
 from coterie.data import SOURCES, SourceConfig, SourceInfo, Split, Subset
 from coterie.data.source import as_rows

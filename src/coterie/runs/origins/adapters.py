@@ -25,7 +25,7 @@ from coterie.adapters.attach import Parts
 from coterie.adapters.files import CONFIG
 from coterie.core.errors import CheckpointError, ConfigError, describe
 from coterie.core.json_reader import read_object
-from coterie.core.places import beside, placed, relative
+from coterie.core.paths import beside, placed, relative
 from coterie.core.tensors import assign, module_tensors, require_finite
 from coterie.train import checkpoint
 from coterie.train.run_directory import stored_hash

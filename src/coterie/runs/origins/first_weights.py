@@ -18,7 +18,7 @@ from coterie.core.folder import MANIFEST, file_digest
 from coterie.core.json_reader import read_object
 from coterie.core.machine import commit
 from coterie.core.numbers import Total
-from coterie.core.places import Place, beside
+from coterie.core.paths import Place, beside
 from coterie.core.registry import Part
 from coterie.core.rng import generator
 from coterie.core.tensors import assign, module_tensors

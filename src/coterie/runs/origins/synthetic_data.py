@@ -9,7 +9,7 @@ import numpy as np
 from pydantic import Field
 
 from coterie.core.errors import ConfigError, describe
-from coterie.core.places import Place
+from coterie.core.paths import Place
 from coterie.core.rng import derive
 from coterie.data.download.cache import (
     cache_root,

@@ -14,7 +14,7 @@ from pydantic import Field, model_validator
 
 from coterie.core.errors import ConfigError, describe
 from coterie.core.folder import MANIFEST
-from coterie.core.places import Place
+from coterie.core.paths import Place
 from coterie.core.registry import Part
 from coterie.core.tensors import assign, module_tensors
 from coterie.denoiser import MODELS

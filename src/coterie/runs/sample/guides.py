@@ -22,7 +22,7 @@ from coterie.guides.tasks import target_of
 from coterie.runs.feature_networks import read_labels
 from coterie.runs.loading import LoadedRun
 from coterie.runs.origins.trained_model import PretrainedConfig
-from coterie.solvers.guided import GuidedConfig, GuidedDenoiser, reads_label
+from coterie.solvers.network_guidance import GuidedConfig, GuidedDenoiser, reads_label
 
 
 def with_guide(

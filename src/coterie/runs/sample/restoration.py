@@ -23,7 +23,7 @@ from coterie.core.errors import ConfigError, DataError, describe
 from coterie.core.folder import canonical, file_digest
 from coterie.core.json_reader import read_object
 from coterie.core.outputs import Outputs
-from coterie.core.places import relative
+from coterie.core.paths import relative
 from coterie.core.prediction import Condition
 from coterie.data.images.pictures import SUFFIXES, Dark, read_picture
 from coterie.data.sample_files import existing_folder, files_below

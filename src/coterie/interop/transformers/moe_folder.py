@@ -11,7 +11,7 @@ from torch import nn
 
 from coterie.core.cost import Parameters, count_parameters
 from coterie.interop.transformers.fields import check_shapes
-from coterie.interop.transformers.pretrained import (
+from coterie.interop.transformers.safe_loading import (
     build,
     load_weights,
     read_config,
