@@ -13,7 +13,7 @@ from combination_parts import factors, refusal
 from combinations import Cover, attempt, reason, wanted
 from coterie.core.sections import update_sections
 
-PAGE = Path(__file__).parents[1] / "docs" / "explanation" / "architecture.md"
+PAGE = Path(__file__).parents[1] / "docs" / "explanation" / "combinations.md"
 SECTION = "combinations"
 LEFT_OUT = ("model", "expert.num_experts", "slot.names")
 """Factors whose limits are those of others, or of the sizes that are tried here."""
