@@ -88,8 +88,8 @@ ctypes.PyDLL(None).sleep(600)
 """
     parent = f"""
 import sys, time
-from coterie.train import children
-child = children.start({code!r}, [])
+from coterie.runs.launch import child_processes
+child = child_processes.start({code!r}, [])
 time.sleep(600)
 """
     process = subprocess.Popen([sys.executable, "-c", parent], stdout=subprocess.PIPE)

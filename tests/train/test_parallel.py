@@ -200,7 +200,7 @@ def test_a_killed_process_costs_less_than_a_minute(tmp_path, alone, monkeypatch)
     started: list[subprocess.Popen[bytes]] = []
     real = subprocess.Popen
     monkeypatch.setattr(
-        supervisor.children.subprocess,
+        supervisor.child_processes.subprocess,
         "Popen",
         lambda *a, **k: started.append(real(*a, **k)) or started[-1],
     )

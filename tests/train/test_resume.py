@@ -36,7 +36,7 @@ FORK = multiprocessing.get_context("fork")
 
 CHILD = """
 import sys
-sys.path.insert(0, sys.argv[2])
+sys.path[:0] = sys.argv[2:]
 from pathlib import Path
 from test_resume import run_child
 run_child(Path(sys.argv[1]), kill_at=10)
@@ -111,7 +111,8 @@ def test_killed_processes_resume_to_the_bit(tmp_path, uninterrupted):
 
 
 def test_a_fresh_process_goes_on_from_one_that_was_killed(tmp_path, uninterrupted):
-    command = [sys.executable, "-c", CHILD, str(tmp_path), str(Path(__file__).parent)]
+    own, shared = Path(__file__).parents[:2]
+    command = [sys.executable, "-c", CHILD, str(tmp_path), str(own), str(shared)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == -signal.SIGKILL, done.stderr
     trainer_in(tmp_path).fit(False)
