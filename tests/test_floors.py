@@ -41,6 +41,10 @@ FLOOR = {area: floor for floor, areas in enumerate(FLOORS) for area in areas}
 # The one neighbour that may be named, one way only: a denoiser is a backbone with its process.
 NEIGHBOURS = {("denoiser", "backbones")}
 
+# Floors inside a folder, lowest first, where one was asked for: what is computed knows nothing of how
+# it is drawn, pictures nothing of the page.
+INSIDE = {"inspect": ("statistics", "plots", "page")}
+
 # What anyone may take from the package itself; everything there is only a shorter name.
 ROOT_NAMES = {"__version__"}
 
@@ -65,6 +69,14 @@ def complaint(area: str, target: str) -> str | None:
     return None
 
 
+def complaint_inside(area: str, folder: str, target: str) -> str | None:
+    """Why a file of ``area/folder`` may not import ``area/target``."""
+    floors = INSIDE.get(area, ())
+    if folder in floors and target in floors and floors.index(target) > floors.index(folder):
+        return f"imports {area}/{target} from {area}/{folder}: upward"
+    return None
+
+
 def violations(source: Path) -> list[str]:
     """One line per arrow of the tree under ``source`` that the floors forbid."""
     found = []
@@ -83,6 +95,9 @@ def violations(source: Path) -> list[str]:
                 if parts[0] != "coterie":
                     continue
                 reason = complaint(area, parts[1] if len(parts) > 1 else "the whole package")
+                if reason is None and parts[1] == area and len(parts) > 2:
+                    folder = path.relative_to(source).parts[1]
+                    reason = complaint_inside(area, folder, parts[2])
                 if reason is not None:
                     found.append(f"{where}:{getattr(node, 'lineno', 0)}: {reason}")
     return found
@@ -154,6 +169,8 @@ def test_a_package_that_hands_on_names_is_part_of_a_circle() -> None:
         ("train/a.py", "from coterie.runs.config import RunConfig", "upward"),
         ("serve/a.py", "from coterie.recipes import get_recipe", "only cli and bench may"),
         ("train/a.py", "from coterie import RunConfig", "from the package itself"),
+        ("inspect/statistics/a.py", "from coterie.inspect.page import html", "upward"),
+        ("inspect/plots/a.py", "from coterie.inspect.page.html import x", "upward"),
         ("extra/a.py", "import os", "stands on no floor"),
         (
             "core/a.py",
@@ -179,6 +196,8 @@ def test_a_forbidden_arrow_is_found(tmp_path: Path, where: str, code: str, reaso
         ("denoiser.py", "from coterie.backbones.dit import DiT"),
         ("cli/train.py", "def f():\n    from coterie.recipes import get_recipe"),
         ("__init__.py", "from coterie.recipes import get_recipe"),
+        ("inspect/page/a.py", "from coterie.inspect.plots.style import x"),
+        ("inspect/a.py", "from coterie.inspect.page.html import x"),
         ("train/a.py", "import torch, json\nfrom coterie.solvers import sample"),
     ],
 )

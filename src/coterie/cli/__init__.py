@@ -1,1 +1,1 @@
-"""Floor 7: the command line, one thin file per verb."""
+"""Floor 9: the command line, one thin file per verb."""

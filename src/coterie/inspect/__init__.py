@@ -1,4 +1,4 @@
-"""Who does what: traces of routings, their statistics, and a report for people.
+"""Floor 4: who does what: traces of routings, their statistics, and a report for people.
 
 Reads :class:`coterie.core.routing.Routing` records and nothing of a model.
 """

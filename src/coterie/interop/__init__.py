@@ -1,1 +1,1 @@
-"""Bridges to other libraries: their models, seen and changed through the same records."""
+"""Floor 5: bridges to other libraries: their models, seen and changed through the same records."""
