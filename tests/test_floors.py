@@ -41,8 +41,8 @@ FLOOR = {area: floor for floor, areas in enumerate(FLOORS) for area in areas}
 # The one neighbour that may be named, one way only: a denoiser is a backbone with its process.
 NEIGHBOURS = {("denoiser", "backbones")}
 
-# Floors inside a folder, lowest first, where one was asked for: what is computed knows nothing of how
-# it is drawn, pictures nothing of the page.
+# Floors inside a folder, lowest first: what is computed knows nothing of how it is drawn, pictures
+# nothing of the page.
 INSIDE = {"inspect": ("statistics", "plots", "page")}
 
 # What anyone may take from the package itself; everything there is only a shorter name.

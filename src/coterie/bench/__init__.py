@@ -1,1 +1,1 @@
-"""Floor 8: how fast the library is here, beside its peers: one module for each ``coterie bench`` command."""
+"""Floor 8: how fast the library is, beside its peers: a module for each ``coterie bench`` verb."""

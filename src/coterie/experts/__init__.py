@@ -1,4 +1,4 @@
-"""Floor 2: expert layers: routers, dispatch, experts, combine; and the losses that keep them in balance."""
+"""Floor 2: expert layers: routers, dispatch, experts, combine, and losses that keep the balance."""
 
 from coterie.experts.balance import BALANCES
 from coterie.experts.dispatch import DispatchPlan, dispatch, plan
