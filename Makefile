@@ -18,11 +18,12 @@ ifneq ($(shell $(USABLE) && echo yes),yes)
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test fuzz lint format verify bench clean
+.PHONY: help setup demo test docs fuzz lint format verify bench clean
 
 help:
 	@echo "make demo     train a small mixture of experts, sample from it, report who does what"
-	@echo "make test     lint, then the test suite"
+	@echo "make test     lint, build the site, then the test suite"
+	@echo "make docs     build the documentation site into site/; a dead link is an error"
 	@echo "make fuzz     damaged files and odd values for FUZZ_SECONDS=600 per suite; counts in results/fuzz"
 	@echo "make lint     ruff and mypy"
 	@echo "make format   rewrite the sources in the house format"
@@ -44,8 +45,12 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP)
 	@$(BIN)/coterie demo
 
-test: lint
+test: lint docs
 	@$(BIN)/python -m pytest --durations=15 -n auto --maxprocesses 4 --dist loadfile
+
+# Strict: a warning, a dead link, a page that no menu lists or that would fetch something is an error.
+docs: $(STAMP)
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 # Every test file that counts by tests/fuzz_budget.py, one after the other.
 fuzz: $(STAMP)
@@ -68,5 +73,5 @@ bench: $(STAMP)
 	@$(BIN)/coterie bench experts
 
 clean:
-	rm -rf $(VENV) build dist src/*.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) build dist site src/*.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

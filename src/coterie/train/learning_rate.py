@@ -20,6 +20,8 @@ Factor = Callable[[float], float]
 
 @SCHEDULES.register
 class ConstantSchedule(Part):
+    """The same learning rate throughout."""
+
     kind: Literal["constant"] = "constant"
 
     def build(self) -> Factor:

@@ -16,6 +16,8 @@ from coterie.train.objectives.base import OBJECTIVES
 
 @OBJECTIVES.register
 class ClassificationConfig(Part):
+    """The class of a sample, by cross entropy of logits."""
+
     kind: Literal["classification"] = "classification"
 
     def build(self, model: Any) -> Classification:

@@ -23,6 +23,8 @@ BITS = 1 / math.log(2)
 
 @OBJECTIVES.register
 class NextTokenConfig(Part):
+    """Each token of a text from those before it, by cross entropy of logits."""
+
     kind: Literal["next_token"] = "next_token"
 
     def build(self, model: Any) -> NextToken:
