@@ -20,9 +20,9 @@ from coterie.recipes import get_recipe, list_recipes
 from coterie.runs.config import RunConfig
 
 ROOT = Path(__file__).parents[2]
-COMBINATIONS = ROOT / "docs" / "explanation" / "architecture.md"
+COMBINATIONS = ROOT / "docs" / "explanation" / "combinations.md"
 TRIED = ("scores", "edits", "selects", "experts", "balances", "backbones", "models")
-"""Kinds of parts whose combinations are tried, and shown in the table of architecture.md."""
+"""Kinds of parts whose combinations are tried, and shown in the table of combinations.md."""
 TITLES = {
     "sources": ("Data sources", "where samples come from"),
     "processes": ("Noising processes", "how a sample is mixed with noise as time goes from 0 to 1"),
@@ -168,7 +168,7 @@ def page(plural: str) -> str:
         said += [
             "## What does not go together",
             "Every other pair goes together. The table is made by trying all of them "
-            "([with what it means](../../explanation/architecture.md#what-goes-with-what)).",
+            "([with what it means](../../explanation/combinations.md)).",
             rows,
         ]
     return "\n\n".join(said) + "\n"
