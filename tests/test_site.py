@@ -102,7 +102,8 @@ class Sample(Config):
     """Fields of every form."""
 
     steps: int = Field(default=3, gt=0, le=8)  # how many
-    sizes: tuple[int, ...] = ()
+    name: str = ""
+    sizes: tuple[int, ...] = ()  # type: ignore[assignment]
     pair: tuple[float, float] = (0.5, 1.0)
     mode: Literal["a", "b"] | None = None
     names: dict[str, int] = Field(default_factory=dict)
@@ -115,9 +116,10 @@ def test_fields_in_words() -> None:
     lines = field_words.table(Sample, {"select": "selects.md"}).splitlines()
     assert lines[2:] == [
         "| `steps` | int > 0, ≤ 8 | `3` | how many |",
+        "| `name` | str | empty |  |",
         "| `sizes` | list of int | `[]` |  |",
         "| `pair` | (float, float) | `[0.5, 1.0]` |  |",
-        "| `mode` | `a`, `b` or nothing | nothing |  |",
+        "| `mode` | `a`, `b` or `None` | `None` |  |",
         "| `names` | mapping of str to int | `{}` |  |",
         "| `select` | [select](selects.md) | required | Which experts are taken. |",
     ]

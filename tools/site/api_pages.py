@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import re
 from functools import cache
 
 import coterie
@@ -55,7 +56,8 @@ def package_page(package: str) -> str:
         for name, value in here.items()
         if id(value) in named
     ]
-    said = [f"# coterie.{package}", words(module.__doc__ or "")]
+    lead = re.sub(r"^Floor \d: (\w)", lambda start: start[1].upper(), words(module.__doc__ or ""))
+    said = [f"# coterie.{package}", lead]
     if parts:
         said.append(f"Registries, each with a page of its own: {', '.join(parts)}.")
     shown = [

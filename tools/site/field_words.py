@@ -57,7 +57,7 @@ def type_words(annotation: Any, metadata: Sequence[Any], links: Mapping[str, str
         return ", ".join(f"`{value}`" for value in args)
     if origin in (Union, UnionType):
         inner = [type_words(one, metadata, links) for one in args if one is not NoneType]
-        return " or ".join([*inner, *(["nothing"] if NoneType in args else [])])
+        return " or ".join([*inner, *(["`None`"] if NoneType in args else [])])
     if origin in SEQUENCES or annotation in SEQUENCES:
         inner = [type_words(one, (), links) for one in args if one is not Ellipsis]
         if Ellipsis in args or origin is not tuple:
@@ -83,7 +83,9 @@ def default_words(field: FieldInfo) -> str:
     if isinstance(value, BaseModel):
         return f"`{type(value).__name__}`"
     if value is None:
-        return "nothing"
+        return "`None`"
+    if value == "":
+        return "empty"
     said = "[]" if value == () else str(list(value) if isinstance(value, tuple) else value)
     return f"`{said}`" if len(said) <= LONGEST else "see the source"
 
@@ -103,7 +105,9 @@ def _said(cls: type[Config]) -> Iterator[tuple[str, str]]:
     comments = {
         token.start[0]: token.string.lstrip("# ")
         for token in tokenize.generate_tokens(io.StringIO(source).readline)
-        if token.type == tokenize.COMMENT and not token.line.lstrip().startswith("#")
+        if token.type == tokenize.COMMENT
+        and not token.line.lstrip().startswith("#")
+        and not token.string.startswith(("# type:", "# noqa"))
     }
     body = ast.parse(source).body[0].body  # type: ignore[attr-defined]
     for node, after in zip(body, [*body[1:], None]):

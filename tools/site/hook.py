@@ -29,7 +29,10 @@ def on_files(files: Files, config: Any) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str:
-    """``results/`` lies beside ``docs/`` in the repository and inside of it on the site."""
+    """``results/`` lies beside ``docs/`` in the repository and inside of it on the site. A page
+    without headings leaves the place of its table of contents to its tables."""
+    if not re.search(r"^##", markdown, re.MULTILINE):
+        page.meta.setdefault("hide", ["toc"])
     depth = page.file.src_uri.count("/")
     return markdown.replace(f"]({'../' * (depth + 1)}results/", f"]({'../' * depth}results/")
 
