@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import click
 import pytest
 import yaml
 from pydantic import Field, SerializeAsAny
@@ -73,11 +74,26 @@ def test_a_page_of_parts_says_what_does_not_go_together() -> None:
     assert rows[2] in part_pages.page("selects")
 
 
-def test_every_verb_is_shown() -> None:
+def test_every_verb_is_shown_with_its_options() -> None:
     page = verb_pages.page()
     for verb in VERBS:
-        assert f"    :module: coterie.cli.{verb}\n" in page
-        assert importlib.import_module(f"coterie.cli.{verb}").command.name
+        told = page.partition(f"\n## coterie {verb} {{ #coterie-{verb} }}\n")[2].partition("\n## ")[
+            0
+        ]
+        command = importlib.import_module(f"coterie.cli.{verb}").command
+        for name in [name for option in command.params for name in option.opts if name[0] == "-"]:
+            assert name in told, f"{verb} {name}"
+        for below in getattr(command, "verbs", ()):
+            assert f"### coterie {verb} {below} {{" in told
+    assert "UNSET" not in page
+
+
+def test_commands_in_a_help_text_keep_their_lines() -> None:
+    command = click.Command("v", help="Say\nmore | less.\n\n\b\n    coterie a\n    coterie b\n")
+    assert list(verb_pages.help_text(command)) == [
+        "Say more \\| less.",
+        "```text\ncoterie a\ncoterie b\n```",
+    ]
 
 
 def test_every_public_name_is_shown() -> None:
