@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from coterie.bench.goals import goal, timed
-from coterie.bench.summary import goals_table, read_goals, sections, short_table
+from coterie.bench.summary import goals_table, headlines, read_goals, sections, short_table
 from coterie.core.errors import DataError
 
 MACHINE = {"cpu": "x", "cores": 2, "torch": "y"}
@@ -46,6 +46,15 @@ def test_runs_on_one_and_two_threads_stand_in_one_row() -> None:
 def test_the_short_table_counts_and_names_misses() -> None:
     row = next(line for line in short_table(_results()).splitlines() if line.startswith("| P1 |"))
     assert "| 1 of 2 | S2: over the floor, 1 thread: 0.75 (<= 0.7) |" in row
+
+
+def test_headlines_give_the_range_of_all_sizes_and_say_what_is_missed() -> None:
+    figures = {"S2": 0.5, "B2": 1.25}
+    rows = [goal("P3", f"{n}: over the fastest peer", v, 1.05, True) for n, v in figures.items()]
+    first, last = headlines([_file(1, rows)]).splitlines()
+    assert " 0.50 to 1.25 times as long " in first
+    assert first.endswith("(missed: the goal is <= 1.05).")
+    assert last == "- 1 of 2 goals, all set beforehand, are met."
 
 
 def test_files_without_goals_are_passed_over(tmp_path: Path) -> None:

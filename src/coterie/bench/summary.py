@@ -27,6 +27,26 @@ TITLES = {
     "P12": "experts: times as fast on two threads as on one",
 }
 """What each goal is about, in the order of the table; others follow by name."""
+HEADLINES = (
+    (
+        ("P3", "over the fastest peer"),
+        "Expert layers, forward and training, take {} times as long as the fastest of three peers: "
+        "a plain loop, transformers' experts, torch's grouped product",
+    ),
+    (
+        ("P7", "tiny, 20 guided steps: diffusers / exact caches"),
+        "Sampling a small network with guidance is {} times as fast as in diffusers",
+    ),
+    (
+        ("P8", "coterie / diffusers"),
+        "Sampling DiT-S/2 with guidance takes {} times as long as in diffusers",
+    ),
+    (
+        ("parallel", "over DistributedDataParallel"),
+        "A training step in two processes takes {} times as long as with DistributedDataParallel",
+    ),
+)
+"""(goal, part of what was measured) and a sentence for the range of its figures."""
 HEAD = "| goal | what | bound |"
 _COLUMNS = " {n} ± spread | ms, ours / peer |"
 
@@ -35,9 +55,13 @@ Key = tuple[str, str, str]
 
 
 def sections(folder: str | Path) -> dict[str, str]:
-    """Both tables of the results in a folder, by the name of their place in a page."""
+    """Tables and headlines of the results in a folder, by the name of their place in a page."""
     results = read_goals(folder)
-    return {"goals": goals_table(results), "goals in short": short_table(results)}
+    return {
+        "goals": goals_table(results),
+        "goals in short": short_table(results),
+        "speed": headlines(results),
+    }
 
 
 def read_goals(folder: str | Path) -> list[Row]:
@@ -69,12 +93,11 @@ def goals_table(results: Sequence[Row]) -> str:
     for (name, what, bound), by_threads in rows.items():
         cells = [cell for n in threads for cell in _cells(by_threads.get(n))]
         lines.append(f"| {name} | {what} | {bound} | {' | '.join(cells)} |")
-    judged = [row for found in rows.values() for row in found.values() if row["met"] is not None]
     machine = results[0]["hardware"]
     commits = ", ".join(sorted({str(result["commit"]) for result in results}))
     lines += [
         "",
-        f"{sum(row['met'] for row in judged)} of {len(judged)} met, misses in bold. "
+        f"{_met(rows)} met, misses in bold. "
         f"{machine['cpu']}, {machine['cores']} cores, torch {machine['torch']}; commit {commits}.",
     ]
     return "\n".join(lines)
@@ -95,6 +118,32 @@ def short_table(results: Sequence[Row]) -> str:
         met = f"{sum(row['met'] for row, _ in found)} of {len(found)}"
         lines.append(f"| {name} | {title} | {met} | {missed} |")
     return "\n".join(lines)
+
+
+def headlines(results: Sequence[Row]) -> str:
+    """A list item for each of ``HEADLINES``, over all sizes and numbers of threads, and one that
+    counts what was met."""
+    rows, _ = _by_goal(results)
+    lines = []
+    for (name, part), sentence in HEADLINES:
+        found = [
+            row
+            for (goal, what, _), by_threads in rows.items()
+            for row in by_threads.values()
+            if goal == name and part in what and row["figure"] is not None
+        ]
+        if not found:
+            continue
+        low, high = (f"{end(row['figure'] for row in found):.2f}" for end in (min, max))
+        missed = sorted({row["bound"] for row in found if not row["met"]})
+        note = f" (missed: the goal is {', '.join(missed)})" if missed else ""
+        lines.append(f"- {sentence.format(low if low == high else f'{low} to {high}')}{note}.")
+    return "\n".join([*lines, f"- {_met(rows)} goals, all set beforehand, are met."])
+
+
+def _met(rows: dict[Key, dict[int, Row]]) -> str:
+    judged = [row for found in rows.values() for row in found.values() if row["met"] is not None]
+    return f"{sum(row['met'] for row in judged)} of {len(judged)}"
 
 
 def _threads(count: int) -> str:

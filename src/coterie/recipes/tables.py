@@ -1,4 +1,4 @@
-"""Measured claims as Markdown tables: every claim, and one row per recipe."""
+"""Measured claims as Markdown: every claim, one row per recipe, one sentence for all."""
 
 from __future__ import annotations
 
@@ -11,9 +11,13 @@ from coterie.recipes.base import Claim, get_recipe, list_recipes
 
 
 def sections(folder: str | Path) -> dict[str, str]:
-    """Both tables of the results in a folder, by the name of their place in a page."""
+    """Tables and headline of the results in a folder, by the name of their place in a page."""
     results = read_results(folder)
-    return {"claims": claims_table(results), "recipes' claims": recipes_table(results)}
+    return {
+        "claims": claims_table(results),
+        "recipes' claims": recipes_table(results),
+        "claims in short": headline(results),
+    }
 
 
 def read_results(folder: str | Path) -> list[dict[str, Any]]:
@@ -68,6 +72,16 @@ def recipes_table(results: list[dict[str, Any]]) -> str:
         figures = f"{first['metric']} | {first['ours']:.4g} | {_baseline(first)}"
         lines.append(f"| {result['recipe']} | {shown} | {first['claim']} | {figures} | {verdict} |")
     return "\n".join([*lines, "", f"In all {_count(results)}."])
+
+
+def headline(results: list[dict[str, Any]]) -> str:
+    """A list item that counts what is shown and what is not."""
+    claims = [claim for result in results for claim in result["claims"]]
+    shown = sum(claim["shown"] for claim in claims)
+    return (
+        f"- Of {len(claims)} claims of {len(results)} recipes {shown} are shown and "
+        f"{len(claims) - shown} are not."
+    )
 
 
 def _count(results: list[dict[str, Any]]) -> str:
