@@ -26,10 +26,12 @@ def command() -> None:
 @command.command("merge")
 @click.argument("runs", nargs=-1, required=True, type=RUN, metavar="RUN...")
 @click.option("--out", required=True, type=OUT, help="The new run.")
-@click.option("--weight", multiple=True, type=float, help="Of each RUN, in order; default 1.")
+@click.option(
+    "--weight", multiple=True, type=float, help="Weight of each RUN's adapters, in order. [1]"
+)
 @click.option("--dry-run", "-n", is_flag=True, help="Print the configuration, write nothing.")
 def merge(runs: tuple[Path, ...], out: Path, weight: tuple[float, ...], dry_run: bool) -> None:
-    """The sum of the adapters of RUNs, as a run that trains nothing and copies nothing."""
+    """Join the adapters of RUNs, which add up, in one run. Nothing is trained or copied."""
     from coterie.runs.origins.adapter_sum import merged_run
     from coterie.runs.training import start
 
@@ -41,7 +43,7 @@ def merge(runs: tuple[Path, ...], out: Path, weight: tuple[float, ...], dry_run:
 @click.argument("runs", nargs=-1, required=True, type=RUN, metavar="RUN...")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def check(runs: tuple[Path, ...], as_json: bool) -> None:
-    """Bases, free slots, overlaps and crosstalk of the adapters of RUNs."""
+    """Check whether adapters of RUNs go together: bases, free slots, overlap, crosstalk."""
     from coterie.runs.origins.adapter_sum import check_together
 
     found = check_together(runs)
@@ -60,7 +62,7 @@ def check(runs: tuple[Path, ...], as_json: bool) -> None:
 @click.option("--out", required=True, type=OUT, help="A new folder.")
 @click.option("--name", help="Which adapter, where RUN has several.")
 def export(run: Path, out: Path, name: str | None) -> None:
-    """Write an adapter of RUN as a folder that PEFT reads."""
+    """Write an adapter of RUN as a folder that the PEFT library reads."""
     from coterie.runs.origins.adapter_sum import export_adapter
 
     say(str(export_adapter(run, out, name)))

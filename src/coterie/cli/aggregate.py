@@ -16,26 +16,43 @@ if TYPE_CHECKING:
 
 @click.command("aggregate", context_settings=ANY_FLAG)
 @takes_paths("RUN RUN... [--PATH=VALUE]...")
-@click.option("--headroom", is_flag=True, help="Only say what a choice among RUNs could be worth.")
+@click.option(
+    "--headroom", is_flag=True, help="Train nothing: say what the best weights could gain."
+)
 @click.option(
     "--gate",
     type=click.Choice(["spatial", "step", "uniform"]),
     default="spatial",
     show_default=True,
-    help="Weights per pixel, per noise level, or the mean.",
+    help="Weights per pixel, weights per noise level, or equal weights.",
 )
-@click.option("--points", default="*", show_default=True, help="Where: mid,up.*; answer: answers.")
-@click.option("--width", type=click.IntRange(1), help="Channels of an aggregator. [128]")
-@click.option("--layers", type=click.IntRange(0), help="Layers of its transformer. [2]")
-@click.option("--heads", type=click.IntRange(1), help="Heads of its attention. [8]")
-@click.option("--groups", type=click.IntRange(1), help="Groups of its norms. [32]")
-@click.option("--process", help="Of networks of diffusers without a scheduler.")
+@click.option(
+    "--points",
+    default="*",
+    show_default=True,
+    help="Layers to fuse: mid,up.*; answer: the output alone.",
+)
+@click.option(
+    "--width", type=click.IntRange(1), help="Channels of the network that makes the weights. [128]"
+)
+@click.option("--layers", type=click.IntRange(0), help="Transformer layers of that network. [2]")
+@click.option("--heads", type=click.IntRange(1), help="Attention heads of that network. [8]")
+@click.option("--groups", type=click.IntRange(1), help="Groups of its group norms. [32]")
+@click.option(
+    "--process", help="Noising process of diffusers networks that come without a scheduler."
+)
 @click.option(
     "--view",
     type=click.Choice(["eps", "x0", "v", "flow"]),
-    help="What networks of diffusers without a scheduler answer. [eps]",
+    help="What diffusers networks without a scheduler predict. [eps]",
 )
-@click.option("--samples", type=click.IntRange(1), default=256, show_default=True, help="Probed.")
+@click.option(
+    "--samples",
+    type=click.IntRange(1),
+    default=256,
+    show_default=True,
+    help="Held-out samples to measure.",
+)
 @click.option("--out", type=OUT, help="Run to write.")
 @click.option("-n", "--dry-run", is_flag=True, help="Sizes, FLOPs and projected minutes only.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
@@ -54,7 +71,7 @@ def command(
     quiet: bool,
     **sizes: int | None,
 ) -> None:
-    """Fuse networks of one topology, feature by feature, by trained weights.
+    """Fuse networks of one architecture: trained weights per layer and pixel.
 
     Aggregators weigh the features of RUNs per pixel and layer; the RUNs stay as they are. First ask
     whether there is anything to gain; then train. The same command again resumes. RUN: a run or

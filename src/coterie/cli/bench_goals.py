@@ -20,10 +20,10 @@ from coterie.cli.output import say
 @click.option(
     "--update",
     type=click.Path(path_type=Path, exists=True, dir_okay=False),
-    help="Write the tables into this page instead.",
+    help="Write them into the marked places of this page instead.",
 )
 def command(results: Path, update: Path | None) -> None:
-    """What was set out for and what was measured, from results on one and on more threads.
+    """Print the goals of speed beside what was measured.
 
     Times nothing: reads what `coterie bench experts|sampling|cache ... --out FILE` left.
     """

@@ -61,41 +61,61 @@ class Kind(click.ParamType[dict[str, Any]]):
 
 @click.command("compose")
 @click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="RUN...")
-@click.option("--betas", type=Numbers(), help="Power of each density. [1 each; average: 1 / M]")
+@click.option(
+    "--betas", type=Numbers(), help="Power of each model's density. [1 each; average: 1 / M]"
+)
 @click.option(
     "--mode",
     type=click.Choice(["product", "average", "anneal", "tilt"]),
     default="product",
     show_default=True,
-    help="Product of densities, geometric average, one to a power, or a density times a reward.",
+    help="Product of densities, geometric average, power of one, or density times exp(reward).",
 )
-@click.option("--tilt", type=float, help="Mode tilt: how many times the reward.")
+@click.option("--tilt", type=float, help="Mode tilt: factor of the reward.")
 @click.option("--reward", type=Kind(), help="Mode tilt: brightness, symmetry, or JSON of a reward.")
-@click.option("--labels", type=Told(), help="Per RUN: given, null or a class. [given]")
-@click.option("--process", help="Process to sample in, where the runs have different ones.")
-@click.option("--data", type=Kind(), help="Without any run: the data, a kind or JSON.")
+@click.option(
+    "--labels",
+    type=Told(),
+    help="Label each RUN is given: that of the sample, null or a class. [given]",
+)
+@click.option("--process", help="Noising process to sample in, where the RUNs differ.")
+@click.option(
+    "--data", type=Kind(), help="Data source, where no RUN is a run directory: a kind or JSON."
+)
 @click.option(
     "--view",
     type=click.Choice(["eps", "x0", "v", "flow"]),
-    help="What networks of diffusers without a scheduler answer. [eps]",
+    help="What diffusers networks without a scheduler predict. [eps]",
 )
 @click.option(
     "--corrector",
     type=click.Choice(["fkc", "none"]),
     default="fkc",
     show_default=True,
-    help="Weighted particles, or the plain sum of scores.",
+    help="Exact in the limit, by weighted particles; or the plain sum of scores.",
 )
-@click.option("--particles", type=int, default=8, show_default=True, help="Particles of a system.")
+@click.option(
+    "--particles",
+    type=int,
+    default=8,
+    show_default=True,
+    help="Particles drawn together; they become as many samples.",
+)
 @click.option(
     "--scheme",
     type=click.Choice(["multinomial", "stratified", "systematic", "residual"]),
     default="systematic",
     show_default=True,
-    help="Of resampling.",
+    help="How particles are resampled.",
 )
-@click.option("--ess", type=float, default=0.5, show_default=True, help="Resample below this.")
-@click.option("--clamp", type=float, help="Cut off larger changes of a weight; biased. [off]")
+@click.option(
+    "--ess",
+    type=float,
+    default=0.5,
+    show_default=True,
+    help="Resample below this share of effective particles.",
+)
+@click.option("--clamp", type=float, help="Largest change of a log weight per step; a bias. [off]")
 @click.option("--out", type=OUT, required=True, help="Run to write.")
 @click.option("-n", "--dry-run", is_flag=True, help="The configuration only.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
@@ -118,7 +138,9 @@ def command(
     dry_run: bool,
     as_json: bool,
 ) -> None:
-    """Compose trained models: a run that trains nothing and is sampled like any other.
+    """Compose trained models by their densities: product, average, power, or times a reward.
+
+    The result is a run that trains nothing and is sampled like any other.
 
     RUN: a run or model directory, a pipeline of diffusers, or one network of it.
 

@@ -16,7 +16,9 @@ NUM = 100
 
 @click.command("demo", context_settings=ANY_FLAG)
 @takes_paths("[--PATH=VALUE]...")
-@click.option("--out", type=OUT, default=Path("runs/demo"), show_default=True)
+@click.option(
+    "--out", type=OUT, default=Path("runs/demo"), show_default=True, help="Run directory."
+)
 @threads_option()
 @click.option("-q", "--quiet", is_flag=True, help="No progress bar.")
 @click.pass_context

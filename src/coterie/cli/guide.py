@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @click.group("guide")
 def command() -> None:
-    """Guide the samples of a denoiser by a network that knows nothing of noise.
+    """Guide the samples of a denoiser by a network that was trained on clean pictures.
 
     \b
       coterie guide reader runs/denoiser --out runs/reader
@@ -28,9 +28,17 @@ def command() -> None:
 
 @command.command("reader", context_settings=ANY_FLAG)
 @takes_paths("DENOISER [--PATH=VALUE]...")
-@click.option("--task", type=click.Choice(["classes", "map", "pixels"]), default="classes")
-@click.option("--steps", type=click.IntRange(1), default=1000, show_default=True)
-@click.option("--out", required=True, type=OUT, help="Run directory.")
+@click.option(
+    "--task",
+    type=click.Choice(["classes", "map", "pixels"]),
+    default="classes",
+    show_default=True,
+    help="What it learns to read: a class, a height map, a class per pixel.",
+)
+@click.option(
+    "--steps", type=click.IntRange(1), default=1000, show_default=True, help="Optimiser steps."
+)
+@click.option("--out", required=True, type=OUT, help="Run directory to write.")
 @click.option("-n", "--dry-run", is_flag=True, help="Sizes, FLOPs and projected minutes only.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.option("-q", "--quiet", is_flag=True, help="No progress bar.")
@@ -49,12 +57,36 @@ def reader(
 
 @command.command("train", context_settings=ANY_FLAG)
 @takes_paths("DENOISER READER [--PATH=VALUE]...")
-@click.option("--experts", type=click.IntRange(1), default=5, show_default=True, help="Ranges.")
-@click.option("--rank", type=click.IntRange(1), default=4, show_default=True, help="Of each.")
-@click.option("--steps", type=click.IntRange(1), default=1000, show_default=True, help="Of all.")
-@click.option("--samples", type=click.IntRange(8), default=1000, show_default=True)
+@click.option(
+    "--experts",
+    type=click.IntRange(1),
+    default=5,
+    show_default=True,
+    help="Experts, one per range of noise levels.",
+)
+@click.option(
+    "--rank",
+    type=click.IntRange(1),
+    default=4,
+    show_default=True,
+    help="Rank of each expert's adapter.",
+)
+@click.option(
+    "--steps",
+    type=click.IntRange(1),
+    default=1000,
+    show_default=True,
+    help="Optimiser steps, all experts together.",
+)
+@click.option(
+    "--samples",
+    type=click.IntRange(8),
+    default=1000,
+    show_default=True,
+    help="Samples of DENOISER to learn from.",
+)
 @click.option("--labels", is_flag=True, help="Learn from labelled data, not from samples.")
-@click.option("--out", required=True, type=OUT, help="Run directory.")
+@click.option("--out", required=True, type=OUT, help="Run directory to write.")
 @click.option("-n", "--dry-run", is_flag=True, help="Sizes, FLOPs and projected minutes only.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.option("-q", "--quiet", is_flag=True, help="No progress bar.")
@@ -69,8 +101,9 @@ def train(
     labels: bool,
     **options: Any,
 ) -> None:
-    """Give the network of READER an expert for each range of DENOISER's noise levels, taught by its
-    own answers to SAMPLES clean samples of the denoiser. No labels are used."""
+    """Teach the network of READER to read noisy pictures: one small adapter for each range of
+    noise levels. It learns to answer for a noisy sample of DENOISER as it answers for the clean
+    one, so no labels are used."""
     from coterie.runs.origins.guides import guide_run
 
     words, paths = split(arguments)

@@ -19,7 +19,7 @@ ENGINES = ("slurm", "skypilot")
 
 @click.group("island", context_settings={"help_option_names": ["-h", "--help"]})
 def command() -> None:
-    """Train experts apart and make one system of them.
+    """Train denoisers apart, each on its part of the data (an island), and join them.
 
     \b
       coterie island plan ddm --islands 4 --out runs/islands
@@ -33,15 +33,17 @@ def command() -> None:
 @command.command("plan", context_settings=ANY_FLAG)
 @takes_paths("RECIPE [--PATH=VALUE]...")
 @click.option("--preset", default="tiny", show_default=True, help="Sizes: tiny, paper, gpu, ...")
-@click.option("--islands", type=int, default=4, show_default=True, help="How many.")
+@click.option(
+    "--islands", type=int, default=4, show_default=True, help="Number of parts of the data."
+)
 @click.option(
     "--by",
     type=click.Choice(["features", "labels", "random"]),
     default="features",
     show_default=True,
-    help="Clusters of frozen features, whole classes, or at random.",
+    help="How data are cut: clusters of features, whole classes, at random.",
 )
-@click.option("--seed", type=int, default=0, show_default=True, help="Of the partition.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Seed of the cut.")
 @click.option(
     "--budget",
     type=click.Choice(["batch", "steps", "each"]),
@@ -57,7 +59,9 @@ def command() -> None:
     help="A path into the configuration of island I alone; may be repeated.",
 )
 @click.option("--export", is_flag=True, help="Write each island's samples into its own folder.")
-@click.option("--emit", type=click.Choice(ENGINES), multiple=True, help="Job files to write.")
+@click.option(
+    "--emit", type=click.Choice(ENGINES), multiple=True, help="Write job files for a cluster."
+)
 @click.option("--out", type=OUT, help="Folder. [runs/RECIPE-islands]")
 @click.option("-n", "--dry-run", is_flag=True, help="Sizes and projected minutes only.")
 @JSON
@@ -77,7 +81,7 @@ def plan_command(
     dry_run: bool,
     as_json: bool,
 ) -> None:
-    """Cut the data of RECIPE into islands and write one run directory for each."""
+    """Cut the data of RECIPE into parts (islands); write a run directory for each."""
     recipe, base = recipe_and_config(ctx, arguments, preset)
     from coterie.runs.islands import PartitionConfig
     from coterie.runs.islands.plan import make_plan, preview
@@ -104,7 +108,9 @@ def plan_command(
 @command.command("run")
 @PLAN
 @click.option("--index", type=int, help="One island. [all]")
-@click.option("--jobs", type=int, default=1, show_default=True, help="Islands at a time.")
+@click.option(
+    "--jobs", type=int, default=1, show_default=True, help="Islands to train at the same time."
+)
 @JSON
 @QUIET
 def run_command(plan: Path, index: int | None, jobs: int, as_json: bool, quiet: bool) -> None:
@@ -124,7 +130,7 @@ def run_command(plan: Path, index: int | None, jobs: int, as_json: bool, quiet: 
 @PLAN
 @JSON
 def status_command(plan: Path, as_json: bool) -> None:
-    """How far each island is."""
+    """Print how far the training of each island is."""
     from coterie.runs.islands.workers import status
 
     rows = status(plan)
@@ -136,7 +142,7 @@ def status_command(plan: Path, as_json: bool) -> None:
 @QUIET
 @click.pass_context
 def router_command(ctx: click.Context, arguments: tuple[str, ...], quiet: bool) -> None:
-    """Train the router: which island is a noisy sample from? The same command resumes.
+    """Train the router, which tells the island of a noisy sample. The same command resumes.
 
     A flag with a dot is a path into its configuration, for example --train.steps=500.
     """
@@ -156,11 +162,17 @@ def router_command(ctx: click.Context, arguments: tuple[str, ...], quiet: bool) 
     type=click.Choice(["full", "top-1", "top-k", "nucleus", "sampled"]),
     default="top-1",
     show_default=True,
-    help="Whose answers count: all, the most probable, ...",
+    help="Islands asked for each sample: all, the most probable one, ...",
 )
-@click.option("-k", type=int, default=2, show_default=True, help="For top-k.")
-@click.option("-p", type=float, default=0.9, show_default=True, help="Mass, for nucleus.")
-@click.option("--partial", is_flag=True, help="Without the islands that are not there.")
+@click.option("-k", type=int, default=2, show_default=True, help="Islands asked, for top-k.")
+@click.option(
+    "-p",
+    type=float,
+    default=0.9,
+    show_default=True,
+    help="Probability that the asked islands cover, for nucleus.",
+)
+@click.option("--partial", is_flag=True, help="Go without islands that are missing.")
 @click.pass_context
 def assemble_command(
     ctx: click.Context,
@@ -171,7 +183,7 @@ def assemble_command(
     p: float,
     partial: bool,
 ) -> None:
-    """Make the islands one model: a run that can be sampled and reported like any other."""
+    """Join the islands: a run that can be sampled and reported like any other."""
     plan, paths = _plan_and_paths(arguments)
     from coterie.runs.islands.assembly import assemble
 
@@ -194,7 +206,7 @@ def assemble_command(
 @QUIET
 @click.pass_context
 def distil_command(ctx: click.Context, arguments: tuple[str, ...], out: Path, quiet: bool) -> None:
-    """Train one dense model on what the islands answer. The same command resumes."""
+    """Train one dense model to predict what the islands do. The same command resumes."""
     plan, paths = _plan_and_paths(arguments)
     from coterie.runs.islands.assembly import distil
 

@@ -21,15 +21,19 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 def reads_text(tokens: str = "--tokens") -> Callable[[Any], Any]:
     """The options that say what a model is to read, and how; ``tokens``: the flag of how much."""
     options = (
-        click.option("--text", type=click.Path(path_type=Path), help="Text for a model to read."),
         click.option(
-            tokens, "tokens_read", type=click.IntRange(1), help="Tokens of the text. [8192]"
+            "--text",
+            type=click.Path(path_type=Path),
+            help="Hugging Face model: the text that it reads.",
         ),
-        click.option("--batch", type=click.IntRange(1), help="Windows at once. [4]"),
+        click.option(
+            tokens, "tokens_read", type=click.IntRange(1), help="Tokens of the text to read. [8192]"
+        ),
+        click.option("--batch", type=click.IntRange(1), help="Windows of text per batch. [4]"),
         click.option(
             "--context", type=click.IntRange(1), help="Tokens per window. [512, or fewer]"
         ),
-        click.option("--dtype", type=click.Choice(DTYPES), help="Of the weights. [as stored]"),
+        click.option("--dtype", type=click.Choice(DTYPES), help="Type of the weights. [as stored]"),
     )
 
     def add(command: Any) -> Any:

@@ -30,14 +30,26 @@ class Counts(click.ParamType[tuple[int, ...]]):
 
 @click.command("place")
 @click.argument("run", type=click.Path(path_type=Path))
-@click.option("--devices", type=Counts(), default="8,64,256,1024", show_default=True)
-@click.option("--tokens", type=click.IntRange(1), default=4096, show_default=True, help="A device.")
+@click.option(
+    "--devices",
+    type=Counts(),
+    default="8,64,256,1024",
+    show_default=True,
+    help="Numbers of devices to plan for.",
+)
+@click.option(
+    "--tokens",
+    type=click.IntRange(1),
+    default=4096,
+    show_default=True,
+    help="Tokens per device in a step.",
+)
 @click.option(
     "--spare",
     type=click.IntRange(0),
     default=1,
     show_default=True,
-    help="Copies a device may hold.",
+    help="Copies of busy experts that a device may hold in addition.",
 )
 @reads_text("--read")
 @click.option("--out", type=OUT, help="Folder. [RUN/placement]")
@@ -54,7 +66,9 @@ def command(
     quiet: bool,
     **reading: Any,
 ) -> None:
-    """Place the experts of RUN on many devices, by the loads of held-out data, and simulate a step.
+    """Plan which device holds which experts of RUN, from their loads on held-out data.
+
+    Then simulate a step: it lasts as long as the busiest device.
 
     RUN is a run directory, or the folder of a Hugging Face MoE model, which reads --text.
 

@@ -13,20 +13,28 @@ from coterie.cli.overrides import ANY_FLAG, split, takes_paths
 
 @click.command("ranges", context_settings=ANY_FLAG)
 @takes_paths("RUN RUN... [--PATH=VALUE]...")
-@click.option("--boundaries", help="Levels between the ranges, from noisy to clean: 0.7,0.3.")
+@click.option("--boundaries", help="Noise levels between the RUNs, from noisy to clean: 0.7,0.3.")
 @click.option(
     "--in",
     "unit",
     type=click.Choice(["t", "sigma", "log_snr"]),
     default="t",
     show_default=True,
-    help="What the boundaries are levels of.",
+    help="Unit of the boundaries.",
 )
 @click.option("--search", is_flag=True, help="Find order and boundaries on held-out data.")
-@click.option("--bins", type=click.IntRange(2), default=20, show_default=True, help="Of a search.")
-@click.option("--guidance", help="A weight for each range, from noisy to clean: 4,2.")
-@click.option("--precision", help="What each computes in: bfloat16,float32.")
-@click.option("--live", is_flag=True, help="Read the newest weights each time: runs still train.")
+@click.option(
+    "--bins",
+    type=click.IntRange(2),
+    default=20,
+    show_default=True,
+    help="Noise levels that a search measures.",
+)
+@click.option("--guidance", help="Guidance weight of each range, from noisy to clean: 4,2.")
+@click.option("--precision", help="Precision of each RUN: bfloat16,float32.")
+@click.option(
+    "--live", is_flag=True, help="Use the newest weights of RUNs that are still being trained."
+)
 @click.option("--out", type=OUT, help="Run to write.  [required]")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def command(
@@ -41,7 +49,7 @@ def command(
     out: Path | None,
     as_json: bool,
 ) -> None:
-    """Ask each RUN, the noisiest first, in its range of noise levels.
+    """Join RUNs, each of which answers in its range of noise levels, the noisiest first.
 
     Train an expert of a range from a base run, then join them:
 

@@ -25,7 +25,7 @@ from coterie.core.json_reader import read_object
 def command(
     run: Path, out: Path | None, dry_run: bool, as_json: bool, quiet: bool, **reading: Any
 ) -> None:
-    """Which experts answer in RUN, over layers, noise levels and classes: a page and its numbers.
+    """Show which experts serve which noise levels, classes and places: a page and its numbers.
 
     RUN is a run directory, or the folder of a Hugging Face MoE model, which reads --text:
 

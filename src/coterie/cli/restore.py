@@ -14,8 +14,16 @@ from coterie.cli.output import OUT, facts, progress_bar, say, say_json, threads_
 @click.argument("run", type=click.Path(path_type=Path))
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.option("--out", type=OUT, required=True, help="Folder to write.")
-@click.option("--overlap", type=int, help="Pixels that squares share. [a quarter of a square]")
-@click.option("--weights", type=click.Choice(["ema", "model"]), default="ema", show_default=True)
+@click.option(
+    "--overlap", type=int, help="Pixels that neighbouring tiles share. [a quarter of a tile]"
+)
+@click.option(
+    "--weights",
+    type=click.Choice(["ema", "model"]),
+    default="ema",
+    show_default=True,
+    help="Averaged weights, or those of the last step.",
+)
 @click.option("-n", "--dry-run", is_flag=True, help="Look at the pictures, restore none.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @threads_option("torch's own")

@@ -15,10 +15,20 @@ from coterie.cli.sample import Labels
 @click.argument("run", type=click.Path(path_type=Path))
 @click.option("--num", type=click.IntRange(1), default=200, show_default=True, help="Episodes.")
 @click.option("--labels", type=Labels(), help="Goals in turn: 3, or 0,3, or 0-3. [all]")
-@click.option("--seed", type=int, default=0, show_default=True, help="Of starts and noise.")
+@click.option(
+    "--seed", type=int, default=0, show_default=True, help="Seed of starting states and noise."
+)
 @click.option("--steps", type=click.IntRange(1), help="Solver steps per chunk. [the run's]")
-@click.option("--cached", is_flag=True, help="Use every exact cache; says what they save.")
-@click.option("--weights", type=click.Choice(["ema", "model"]), default="ema", show_default=True)
+@click.option(
+    "--cached", is_flag=True, help="Use every exact cache: same actions, less time; says how much."
+)
+@click.option(
+    "--weights",
+    type=click.Choice(["ema", "model"]),
+    default="ema",
+    show_default=True,
+    help="Averaged weights, or those of the last step.",
+)
 @click.option("--out", type=OUT, help="Folder. [RUN/rollouts]")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @threads_option("torch's own")
@@ -33,7 +43,7 @@ def command(
     quiet: bool,
     **options: Any,
 ) -> None:
-    """Episodes of RUN: how many reach their goal, with 95 % Wilson intervals, and pictures.
+    """Run the policy of RUN in its simulator: success rate with 95 % Wilson interval, pictures.
 
     A chunk of actions is carried out whole, then the next one is sampled.
 

@@ -54,51 +54,65 @@ class Places(Labels):
 
 @click.command("sample")
 @click.argument("run", type=click.Path(path_type=Path))
-@click.option("--num", type=click.IntRange(1, 1_000_000), default=64, show_default=True)
-@click.option("--labels", type=Labels(), help="Classes in turn: 3, or 0,3,7, or 0-9. [all]")
+@click.option(
+    "--num",
+    type=click.IntRange(1, 1_000_000),
+    default=64,
+    show_default=True,
+    help="Samples to draw.",
+)
+@click.option(
+    "--labels", type=Labels(), help="Classes to draw, in turn: 3, or 0,3,7, or 0-9. [all]"
+)
 @click.option(
     "--seed",
     type=int,
     default=0,
     show_default=True,
-    help="Of the draw: the seed of sample i follows from this and i (samples.json records it).",
+    help="Seed of the draw. The seed of sample i follows from it and i; samples.json has it.",
 )
 @click.option(
     "--index",
     type=Places(),
-    help="Only these of the --num samples, equal to the bit: 3, or 0,3,7, or 0-9.",
+    help="Draw only these of the --num samples, the same to the bit: 3, or 0,3,7, or 0-9.",
 )
 @click.option(
     "--seeds",
     type=Seeds(),
-    help="The samples' own seeds, as samples.json records them, one each: 3,17,42.",
+    help="Draw the samples with these seeds of samples.json: 3,17,42.",
 )
 @click.option("--steps", type=click.IntRange(1, 100_000), help="Solver steps. [the run's]")
 @click.option("--guidance", type=float, help="Guidance weight. [the run's]")
 @click.option(
     "--guide",
     type=click.Path(exists=True, path_type=Path),
-    help="Run of a guide (coterie guide train) whose gradient samples follow.",
+    help="Run of `coterie guide train` whose gradient guides the samples.",
 )
-@click.option("--scale", type=float, default=1.0, show_default=True, help="Of the guide.")
+@click.option("--scale", type=float, default=1.0, show_default=True, help="Strength of the guide.")
 @click.option(
     "--target",
     type=click.Path(exists=True, path_type=Path),
-    help="Picture whose map or pixels a guide of such follows. [held-out ones]",
+    help="Picture to match, for guides of maps or pixels. [held-out pictures]",
 )
 @click.option(
     "--cached",
     "use_cache",
     is_flag=True,
-    help="Use every exact cache that applies: the same samples, in less time.",
+    help="Use every exact cache: the same samples in less time.",
 )
 @click.option(
     "--compile",
     "use_compiler",
     is_flag=True,
-    help="Compile the network first, about a minute once: the same samples to rounding.",
+    help="Compile the network first (about a minute): the same samples to rounding.",
 )
-@click.option("--weights", type=click.Choice(["ema", "model"]), default="ema", show_default=True)
+@click.option(
+    "--weights",
+    type=click.Choice(["ema", "model"]),
+    default="ema",
+    show_default=True,
+    help="Averaged weights, or those of the last step.",
+)
 @click.option("--out", type=OUT, help="Folder. [RUN/samples, RUN/guided]")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @threads_option()

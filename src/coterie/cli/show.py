@@ -14,7 +14,7 @@ from coterie.cli.overrides import ANY_FLAG, recipe_and_config, takes_paths
 @click.option("--json", "as_json", is_flag=True, help="Print everything as one JSON object.")
 @click.pass_context
 def command(ctx: click.Context, arguments: tuple[str, ...], preset: str, as_json: bool) -> None:
-    """The paper, the whole configuration and the size of a recipe.
+    """Print the paper, the whole configuration and the size of a recipe.
 
     Every name in the configuration is a flag of `coterie train`, its path joined by dots.
     """

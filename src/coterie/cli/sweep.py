@@ -21,7 +21,7 @@ SAMPLES = 512
 
 @click.command("sweep", context_settings=ANY_FLAG)
 @takes_paths("RUN --PATH=VALUES...")
-@click.option("--limit", type=click.IntRange(1), help="Samples of a run. [512]")
+@click.option("--limit", type=click.IntRange(1), help="Held-out samples to measure. [512]")
 @reads_text()
 @click.option("--out", type=OUT, help="Folder. [RUN/sweep]")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
@@ -35,7 +35,7 @@ def command(
     quiet: bool,
     **reading: Any,
 ) -> None:
-    """Quality against cost: held-out loss of RUN when its routers choose otherwise, no retraining.
+    """Measure held-out loss and cost of RUN with other settings of its routers. No training.
 
     RUN is a run directory, or the folder of a Hugging Face MoE model, which reads --text.
 

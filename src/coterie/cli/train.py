@@ -13,29 +13,32 @@ from coterie.cli.overrides import ANY_FLAG, run_and_config, takes_paths
 
 @click.command("train", context_settings=ANY_FLAG)
 @takes_paths("RECIPE|RUN [--PATH=VALUE]...")
-@click.option("--preset", default="tiny", show_default=True, help="Sizes: tiny, paper, gpu, ...")
+@click.option(
+    "--preset",
+    default="tiny",
+    show_default=True,
+    help="Named sizes: tiny (minutes on a CPU), gpu, paper, ...",
+)
 @click.option("--out", type=OUT, help="Run directory. [runs/RECIPE]")
 @click.option("-n", "--dry-run", is_flag=True, help="Sizes, FLOPs and projected minutes only.")
 @click.option(
-    "--parallel", metavar="DEGREES", help="Processes, such as data=2 or expert=2,shard=2."
+    "--parallel", metavar="DEGREES", help="Train in several processes: data=2, or expert=2,shard=2."
 )
 @click.option(
     "--restarts",
     type=click.IntRange(0),
     default=3,
     show_default=True,
-    help="Starts again after a process has died.",
+    help="How often to start again after a process has died.",
 )
 @click.option(
     "--timeout",
     type=click.FloatRange(1),
     default=600.0,
     show_default=True,
-    help="Seconds a process may keep the others waiting.",
+    help="Seconds after which a process that others wait for counts as dead.",
 )
-@click.option(
-    "--oversubscribe", is_flag=True, help="Start more processes than the cores can serve."
-)
+@click.option("--oversubscribe", is_flag=True, help="Allow more processes than there are cores.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.option("-q", "--quiet", is_flag=True, help="No progress bar.")
 @click.pass_context

@@ -24,14 +24,20 @@ SAMPLES = 64  # on which the function is compared before and after
 @click.option("--mode", type=click.Choice(list(MODES)), help="[slice+copy]")
 @click.option("--copies", type=int, help="Copies of each feed-forward network. [4]")
 @click.option("--slices", type=int, help="Experts that each copy is cut into. [2]")
-@click.option("--copies-used", type=int, help="Whole copies that answer a token. [1]")
-@click.option("--layers", help="Blocks: all, odd, even, except_first, or 0,2,5. [all]")
-@click.option("--gates", help="auto, renorm, straight_through or raw. [auto]")
+@click.option("--copies-used", type=int, help="Copies that answer each token. [1]")
+@click.option("--layers", help="Blocks to change: all, odd, even, except_first, or 0,2,5. [all]")
+@click.option("--gates", help="How gates start: auto, renorm, straight_through or raw. [auto]")
 @click.option("--balance", type=float, help="Weight of the balance loss. [0.01]")
-@click.option("--router-scale", type=float, help="Standard deviation of the first logits. [1]")
-@click.option("--calibration", type=int, help="Samples that balance the router; 0 = none. [256]")
-@click.option("--noise", type=float, help="Noise on the experts, relative to each tensor. [0]")
-@click.option("--seed", type=int, help="Seed of router rows and noise. [0]")
+@click.option(
+    "--router-scale", type=float, help="Standard deviation of the router's logits at the start. [1]"
+)
+@click.option(
+    "--calibration", type=int, help="Samples by which the router starts balanced; 0 = none. [256]"
+)
+@click.option(
+    "--noise", type=float, help="Noise added to the experts' weights, relative to each tensor. [0]"
+)
+@click.option("--seed", type=int, help="Seed of the router's start and of the noise. [0]")
 @click.option("-n", "--dry-run", is_flag=True, help="Sizes and cost only.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.option("-q", "--quiet", is_flag=True, help="No progress bar.")
@@ -46,7 +52,7 @@ def command(
     quiet: bool,
     **fields: Any,
 ) -> None:
-    """Make experts of the feed-forward networks of SOURCE: copies, slices, or slices of copies.
+    """Turn the feed-forward networks of SOURCE into experts: copies, slices, or slices of copies.
 
     The result computes what SOURCE does (to rounding; it is measured) until it is trained on.
     SOURCE is a run directory (the result is one too, at step 0), a model directory of coterie, or

@@ -27,12 +27,14 @@ from coterie.cli.output import OUT, OUT_NAME, progress_bar, say, say_json, table
     show_default=True,
     help="Folder of the training runs; what is finished there is not repeated.",
 )
-@click.option("--seeds", type=click.IntRange(1), default=3, show_default=True)
+@click.option(
+    "--seeds", type=click.IntRange(1), default=3, show_default=True, help="Runs of each model."
+)
 @click.option("--workers", type=click.IntRange(1), help="Processes at a time. [one per core]")
 @click.option(
     "--update",
     type=click.Path(path_type=Path, exists=True),
-    help="Measure nothing: write tables of the results in --out into this page.",
+    help="Measure nothing: write the results in --out into the marked places of this page.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.option("-q", "--quiet", is_flag=True, help="No progress bar.")
@@ -46,7 +48,7 @@ def command(
     as_json: bool,
     quiet: bool,
 ) -> None:
-    """Measure what the papers claim, at small scale and equal budget. Without RECIPE: all.
+    """Measure what the papers of recipes claim, at small scale and equal budget. No RECIPE: all.
 
     A claim that does not show is reported as not shown; that is a result, not an error.
     """
