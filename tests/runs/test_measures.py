@@ -349,7 +349,7 @@ def test_every_measure_is_a_finite_number_and_is_described(tmp_path: Path) -> No
         *("round_overlap", "gate_entropy", "expert_similarity", "lbv_max", "own_share"),
         "train_tokens_per_second",
     }
-    page = Path(__file__).parents[2] / "docs" / "results.md"
+    page = Path(__file__).parents[2] / "docs" / "explanation" / "results.md"
     described = set(re.findall(r"`([\w/<>]+)`", page.read_text(encoding="utf-8")))
     images = evaluation.routing_measures(
         evaluation.held_out(as_run(small("dit-moe")), limit=16).trace
