@@ -1,6 +1,6 @@
-"""A network plus its process and preconditioning is a denoiser.
+"""The models: a backbone with a noising process is a denoiser.
 
-``denoiser(x, t, cond) -> Prediction`` is all that solvers, ensembles and guidance ever see.
+``denoiser(x, t, cond) -> Prediction`` is the interface that solvers, ensembles and guidance use.
 """
 
 from __future__ import annotations
@@ -41,38 +41,44 @@ def _first_parameter(module: nn.Module) -> Tensor | None:
 
 
 class Model(nn.Module):
-    """What all models share: a backbone whose expert slots have balance losses."""
+    """Base of all models: a backbone whose expert layers have balance losses."""
 
     backbone: nn.Module
 
     def aux_losses(
         self, routings: Sequence[Routing], rng: Generator | None = None
     ) -> tuple[Aux, ...]:
-        """Every balance loss of the routings of a pass; DataError for those of another model."""
+        """The balance losses of one forward pass, computed from its routings.
+
+        DataError if a routing is of another model.
+        """
         owners = hosts(self.backbone)
         made = zip(owners, claimed(owners, routings))
         return tuple(aux for host, own in made for aux in host.aux_losses(own, rng))
 
     def after_step(self, routings: Sequence[Routing]) -> None:
-        """Called by training after each optimiser step with the routings of all its batches."""
+        """Updates after an optimiser step, such as selection biases.
+
+        Training calls it once per optimiser step with the routings of all micro-batches.
+        """
         owners = hosts(self.backbone)
         for host, own in zip(owners, claimed(owners, routings)):
             host.after_step(own)
 
 
 def drawn_from(rng: Generator | None) -> dict[str, Any]:
-    """What the Context of one pass is told of ``rng``."""
+    """Fields of the Context that carry the random numbers of one pass."""
     return {"rng": rng, "seed": None if rng is None else PassSeed(rng)}
 
 
 def time_inputs(process: Process) -> Tensor:
-    """f32 [num_steps]: what a network's time embedding is fed at every step of the grid."""
+    """f32 [num_steps]: input of the network's time embedding at every step of the grid."""
     steps = torch.arange(process.num_steps)
     return process.time_input(process.time_of_index(steps)).float()
 
 
 def context_at(process: Process, t: Tensor, inputs: Tensor) -> Context:
-    """What a network is told of the noise level t [B]; ``inputs``: :func:`time_inputs`."""
+    """The Context of the noise levels t [B]; ``inputs``: :func:`time_inputs` of the process."""
     return Context(
         batch=t.shape[0],
         tokens=0,
@@ -86,13 +92,15 @@ def context_at(process: Process, t: Tensor, inputs: Tensor) -> Context:
 
 @MODELS.register
 class DenoiserConfig(Part):
-    """``view`` is what the bare network answers; with EDM preconditioning it must be x0."""
+    """A diffusion model: a backbone, the noising process and what the network predicts."""
 
     kind: Literal["denoiser"] = "denoiser"
-    backbone: Annotated[SerializeAsAny[Part], BACKBONES.validator] = DiTConfig()
+    backbone: Annotated[SerializeAsAny[Part], BACKBONES.validator] = DiTConfig()  # the network
     process: Annotated[SerializeAsAny[Part], PROCESSES.validator] = "rectified_flow"  # type: ignore[assignment]
+    """The noising process, alpha(t) and sigma(t)."""
     precondition: Annotated[SerializeAsAny[Part], PRECONDITIONS.validator] = "none"  # type: ignore[assignment]
-    view: Literal["x0", "eps", "score", "flow", "v"] = "flow"
+    """Scaling of the network's input and output; ``edm`` needs the view x0."""
+    view: Literal["x0", "eps", "score", "flow", "v"] = "flow"  # what the network predicts
 
     @model_validator(mode="after")
     def _check(self) -> DenoiserConfig:
@@ -110,15 +118,16 @@ class DenoiserConfig(Part):
         return self
 
     def build(self) -> Denoiser:
+        """A new model with random weights."""
         return Denoiser(self)
 
 
 class Denoiser(Model):
-    """``forward(x [B, ...], t f32 [B], cond) -> Prediction`` of x's shape, in ``config.view``. A
-    number is the time of all samples.
+    """A diffusion model: ``forward(x [B, ...], t f32 [B], cond) -> Prediction`` of x's shape.
 
-    ``sample_ids``, ``rng`` and ``progress`` reach the routers through the Context; none is needed
-    for sampling. ``ctx``: what is told of the times t, where a cache knows it beforehand.
+    The prediction is in ``config.view``. If t is a number, it is the time of all samples.
+    ``sample_ids``, ``rng`` and ``progress`` are passed to the routers through the Context; sampling
+    needs none of them. ``ctx``: the Context of the times t, if a cache has computed it.
     """
 
     def __init__(self, config: DenoiserConfig) -> None:
@@ -149,7 +158,8 @@ class Denoiser(Model):
         return self._answer(x, t, self.backbone(scaled, ctx, cond))
 
     def topology(self) -> Topology:
-        """Where the backbone can be tapped; ConfigError if it cannot run layer by layer."""
+        """Where the backbone can be split into layers; ConfigError if it cannot be run layer by
+        layer."""
         return as_layered(self.backbone, "backbone").topology()
 
     def layers(
@@ -198,15 +208,14 @@ class Denoiser(Model):
 
 @MODELS.register
 class TokenDenoiserConfig(Part):
-    """Text: the network's answer are logits. ``masking`` names the process.
-
-    ``next_token``: autoregressive, causal. ``masked``: each token is replaced by the mask token
-    with probability t and predicted back (absorbing diffusion), bidirectional.
-    """
+    """A text model: a backbone with logits for each position."""
 
     kind: Literal["token_denoiser"] = "token_denoiser"
     backbone: Annotated[SerializeAsAny[Part], BACKBONES.validator] = CausalConfig()
+    """the network; its ``answers`` are logits"""
     masking: Literal["next_token", "masked"] = "next_token"
+    """``next_token``: autoregressive, needs a causal trunk. ``masked``: absorbing diffusion, each
+    token is replaced by the mask token with probability t; needs a bidirectional trunk."""
 
     @model_validator(mode="after")
     def _check(self) -> TokenDenoiserConfig:
@@ -222,11 +231,13 @@ class TokenDenoiserConfig(Part):
         return self
 
     def build(self) -> TokenDenoiser:
+        """A new model with random weights."""
         return TokenDenoiser(self)
 
 
 class TokenDenoiser(Model):
-    """``forward(ids i64 [B, N], t f32 [B], cond) -> Prediction`` with logits f32 [B, N, V].
+    """A text model: ``forward(ids i64 [B, N], t f32 [B], cond) -> Prediction``, logits f32 [B, N,
+    V].
 
     t is the share of masked tokens (0 for an autoregressive model). The mask token is the last
     entry of the vocabulary.
@@ -239,6 +250,7 @@ class TokenDenoiser(Model):
 
     @property
     def mask_token(self) -> int:
+        """Id of the mask token."""
         return int(self.config.backbone.vocabulary) - 1
 
     def forward(
@@ -267,10 +279,11 @@ class TokenDenoiser(Model):
 
 @MODELS.register
 class PredictorConfig(Part):
-    """Several answers about one input, without noise: what a multi-task backbone is for."""
+    """A multi-task model without noise: one logit per task for each input."""
 
     kind: Literal["predictor"] = "predictor"
     backbone: Annotated[SerializeAsAny[Part], BACKBONES.validator]
+    """a backbone for tasks, such as ``multitask``"""
 
     @model_validator(mode="after")
     def _check(self) -> PredictorConfig:
@@ -280,13 +293,14 @@ class PredictorConfig(Part):
         return self
 
     def build(self) -> Predictor:
+        """A new model with random weights."""
         return Predictor(self)
 
 
 class Predictor(Model):
-    """``forward(x i64 [B, C], cond) -> Prediction`` with logits f32 [B, T], one per task.
+    """A multi-task model: ``forward(x i64 [B, C], cond) -> Prediction`` with logits f32 [B, T].
 
-    ``tasks``: numbers of those to answer, the others cost nothing; None: all.
+    ``tasks``: numbers of the tasks to compute, the others cost nothing; None: all.
     """
 
     def __init__(self, config: PredictorConfig) -> None:

@@ -1,1 +1,4 @@
-"""Floor 0: the contracts as records. Imports torch, numpy and pydantic only."""
+"""Records that all other packages exchange (Batch, Context, Prediction, Routing), and basic tools.
+
+Imports torch, numpy and pydantic only.
+"""

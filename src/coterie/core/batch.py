@@ -1,4 +1,4 @@
-"""What a data source yields and what an objective answers."""
+"""What a data source yields (:class:`Batch`) and what an objective returns (:class:`Losses`)."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from coterie.core.routing import Aux, Routing
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """B samples: ``x`` f32 [B, ...] in about [-1, 1] (or i64 [B, N]: token ids, feature ids)."""
+    """A training batch of B samples."""
 
-    x: Tensor
-    cond: Condition
+    x: Tensor  # f32 [B, ...] in about [-1, 1]; or i64 [B, N], token or feature ids
+    cond: Condition  # the condition of each sample: label, text, ...
     ids: Tensor  # i64 [B], index of each sample in its source
-    targets: Tensor | None = None  # f32 [B, T], an answer per task, NaN = not known
+    targets: Tensor | None = None  # f32 [B, T], a label per task; NaN where it is missing
 
 
 @runtime_checkable
@@ -39,32 +39,34 @@ class Source(Protocol):
     def __len__(self) -> int: ...
 
     def get(self, indices: Any) -> Batch:
-        """``indices``: 1-D integer array; raises DataError on non-finite data."""
+        """The samples at ``indices``, a 1-D integer array. DataError if the data are not finite."""
         ...
 
 
 @dataclass(frozen=True, eq=False)
 class Losses:
-    """What an objective answers. ``total`` is what training minimises."""
+    """What an objective returns for a batch. Training minimises ``total``."""
 
     main: dict[str, Tensor]  # named scalar losses, already weighted
-    aux: tuple[Aux, ...] = ()
-    routings: tuple[Routing, ...] = ()
+    aux: tuple[Aux, ...] = ()  # auxiliary losses, such as load balance; not yet weighted
+    routings: tuple[Routing, ...] = ()  # of every expert layer in the pass
     per_sample: Tensor | None = None  # [B], unweighted, detached: for noise-level bins
-    noise: Tensor | None = None  # [B], where each sample was evaluated, in [0, 1]
+    noise: Tensor | None = None  # [B], noise level of each sample, in [0, 1]
     extras: dict[str, Any] = field(default_factory=dict)
 
     @property
     def total(self) -> Tensor:
+        """Scalar f32: the sum of ``main`` and of the weighted ``aux``."""
         parts = [*self.main.values(), *(item.weight * item.value for item in self.aux)]
         return torch.stack([part.float() for part in parts]).sum()
 
 
 class Objective(Protocol):
-    """All the training loop knows about what is being learnt.
+    """Computes the losses of a model on a batch: ``objective(model, batch, rng, progress)``.
 
-    What it draws or sums for the batch it draws and sums by :mod:`coterie.core.share`: ``rng`` is
-    the same for every part of a batch, in micro-batches as in several processes.
+    ``progress`` is the share of training that is done, in [0, 1]. ``rng`` is the same for every
+    micro-batch and process of a step, so an objective draws random numbers, and sums over the
+    batch, with the functions of :mod:`coterie.core.share`.
     """
 
     def __call__(self, model: Any, batch: Batch, rng: Generator, progress: float) -> Losses: ...

@@ -35,8 +35,11 @@ class _Made(ModelMetaclass):
 
 
 class Config(BaseModel, metaclass=_Made):
-    """Base of all configurations: frozen, unknown keys refused; of numbers those that are not
-    finite, out of bounds or of another kind (:mod:`coterie.core.numbers`)."""
+    """Base of all configurations: frozen and validated.
+
+    Unknown keys are an error. So are numbers that are not finite, out of bounds, or of another type
+    than the field's (:mod:`coterie.core.numbers`).
+    """
 
     model_config = ConfigDict(
         frozen=True, extra="forbid", allow_inf_nan=False, validate_default=True
@@ -52,7 +55,7 @@ class Config(BaseModel, metaclass=_Made):
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Self:
-        """Validate ``data``; every problem is reported in the house form (:class:`ConfigError`)."""
+        """A configuration from ``data``. ConfigError lists every problem, one clause each."""
         try:
             return cls.model_validate(data)
         except ValidationError as error:
@@ -71,6 +74,7 @@ class Config(BaseModel, metaclass=_Made):
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
+        """Read a JSON file. ConfigError if there is none, or if it is not valid."""
         path = Path(path)
         if not path.is_file():
             raise ConfigError(describe("config file", str(path), "an existing file"))
@@ -82,7 +86,8 @@ class Config(BaseModel, metaclass=_Made):
             raise ConfigError(f"{path}: {error}") from None
 
     def replace(self, **changes: Any) -> Self:
-        """Validated copy with some fields changed (``model_copy`` would not validate)."""
+        """A validated copy with some fields changed (pydantic's ``model_copy`` does not
+        validate)."""
         data = {name: getattr(self, name) for name in type(self).model_fields}
         return type(self).from_dict({**data, **changes})
 
@@ -91,7 +96,7 @@ ConfigT = TypeVar("ConfigT", bound=Config)
 
 
 def explain(error: ValidationError, cls: type[Any]) -> str:
-    """Turn pydantic's report into one ``field: value ...`` clause per problem."""
+    """One clause ``field: value ...`` per problem of a pydantic error."""
     clauses = []
     for item in error.errors(include_url=False):
         path = ".".join(str(part) for part in item["loc"]) or cls.__name__
@@ -127,8 +132,8 @@ def override(config: ConfigT, assignments: Mapping[str, Any]) -> ConfigT:
     """Apply ``{"a.b.0.c": value}`` to a configuration and validate the result.
 
     String values are read as JSON where they parse (``3``, ``true``, ``null``, ``[1, 2]``), else
-    kept as strings. A path into an optional object that is absent makes it. An unknown path is an
-    error that lists the fields there.
+    kept as strings. A path into an optional object that is null creates that object. An unknown
+    path is a ConfigError that lists the fields which exist there.
     """
     data = config.model_dump(mode="json")
     for path, value in assignments.items():

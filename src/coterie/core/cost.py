@@ -1,7 +1,7 @@
-"""Counting: parameters (total and active) and multiply-adds, from shapes alone.
+"""Number of parameters (total and active) and of multiply-adds, computed from shapes alone.
 
-A module that routes declares ``active_share() -> {parameter name: share}`` (share of that
-parameter used for one token); everything else counts fully.
+A module that routes has a method ``active_share() -> {parameter name: share}``: the share of that
+parameter used for one token. All other parameters count fully.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from torch import nn
 
 @dataclass(frozen=True)
 class Parameters:
-    """``active``: parameters that take part in the answer for one unit."""
+    """Numbers of parameters of a model."""
 
     total: int
-    active: int
+    active: int  # those used for one token (or sample)
 
 
 def count_parameters(
@@ -25,8 +25,8 @@ def count_parameters(
 ) -> Parameters:
     """Count each parameter once (shared tensors too); works on the meta device.
 
-    ``measured``: shares of some modules in place of what they declare, which is an upper limit
-    where the number of experts varies; or of modules that declare nothing.
+    ``measured``: for some modules, shares by parameter name that replace those of
+    ``active_share()``, which are an upper limit where the number of experts per token varies.
     """
     measured = measured or {}
     shares: dict[int, float] = {}

@@ -1,4 +1,4 @@
-"""Errors for people: the field, its value, what is allowed, one hint."""
+"""Errors that a user can cause: each message names the field, its value and what is allowed."""
 
 from __future__ import annotations
 
@@ -10,33 +10,33 @@ LONGEST = 200
 
 
 class CoterieError(ValueError):
-    """Base of every error a user can cause; the command line prints it as one line."""
+    """Base of all errors that a user can cause; the command line prints them as one line."""
 
 
 class ConfigError(CoterieError):
-    """A configuration value is unknown, out of range, or does not fit another one."""
+    """A configuration value is unknown, out of range, or contradicts another one."""
 
 
 class DataError(CoterieError):
-    """Data that cannot be read, does not have the promised shape, or is not finite."""
+    """Data cannot be read, have another shape than expected, or are not finite."""
 
 
 class CheckpointError(CoterieError):
-    """A checkpoint or model file is damaged, foreign or incomplete."""
+    """A checkpoint or model file is damaged, incomplete or of another format."""
 
 
 class TrainingError(CoterieError):
-    """Training cannot go on (non-finite values, no disk); what was saved is intact."""
+    """Training cannot go on (non-finite values, no disk space). Saved files are intact."""
 
 
 def describe(field: str, value: object, allowed: str, hint: str = "") -> str:
-    """One line in the house form, e.g. ``router.top_k: 9 is not allowed; allowed: 1..8; hint``."""
+    """The message of an error: ``router.top_k: 9 is not allowed; allowed: 1..8; hint``."""
     text = f"{field}: {shown(value)} is not allowed; allowed: {allowed}"
     return f"{text}; {hint}" if hint else text
 
 
 def shown(value: object) -> str:
-    """A value in an error: on one line, and short whatever it is."""
+    """A value as it appears in an error message: on one line, shortened if long."""
     try:
         text = repr(value)
     except (ValueError, RecursionError):  # an integer of thousands of digits; deep nesting
@@ -45,7 +45,7 @@ def shown(value: object) -> str:
 
 
 def unknown(field: str, value: str, known: Iterable[str]) -> str:
-    """Message for a name outside a known set, with the closest match as the hint."""
+    """Message for a name that is not among ``known``; the hint is the most similar known name."""
     names = sorted(known)
     close = difflib.get_close_matches(str(value), names, n=1)
     return describe(field, value, ", ".join(names), f"did you mean {close[0]!r}?" if close else "")

@@ -1,4 +1,4 @@
-"""Opening what others wrote: special files are refused, and a reason is one line."""
+"""Checks before files are opened: special files are refused, and errors are one line."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ _KINDS = (
 
 
 def regular_file(path: Path, error: type[CoterieError] = DataError) -> int:
-    """The size in bytes of a regular file (or of what a link leads to). ``error`` for anything
-    else: opening a named pipe would wait for ever."""
+    """The size in bytes of a regular file; links are followed. ``error`` for anything else (opening
+    a named pipe would block for ever)."""
     try:
         found = path.stat()
     except (OSError, ValueError) as problem:
@@ -35,8 +35,8 @@ def regular_file(path: Path, error: type[CoterieError] = DataError) -> int:
 
 @contextmanager
 def read_by_library(said: str, error: type[CoterieError] = DataError) -> Iterator[None]:
-    """Whatever a library raises while it reads the file of others, as one line: ``said`` and the
-    reason in brackets. Errors of our own pass through."""
+    """Turn any exception of a library that reads a file into ``error``: ``said``, then the reason
+    in brackets. Coterie's own errors pass through."""
     try:
         yield
     except CoterieError:
@@ -46,14 +46,14 @@ def read_by_library(said: str, error: type[CoterieError] = DataError) -> Iterato
 
 
 def reason(problem: BaseException) -> str:
-    """Why something failed, as one line: libraries answer with many, or with none."""
+    """The message of an exception as one line; its type if it has no message."""
     text = " ".join(str(getattr(problem, "strerror", None) or problem).split())
     shown = text if len(text) <= LONGEST else text[:LONGEST] + " ..."
     return shown or type(problem).__name__
 
 
 def is_utf8(path: str | os.PathLike[str]) -> bool:
-    """Whether a name can be written as text: systems allow names of any bytes."""
+    """Whether a file name is valid UTF-8 (operating systems allow any bytes)."""
     try:
         os.fspath(path).encode("utf-8")
     except UnicodeEncodeError:
@@ -62,14 +62,15 @@ def is_utf8(path: str | os.PathLike[str]) -> bool:
 
 
 def escaped(path: str | os.PathLike[str]) -> str:
-    """A name for people, with the bytes that are no UTF-8 as ``\\xff``."""
+    r"""A file name for messages, with bytes that are not UTF-8 as ``\xff``."""
     return os.fsencode(path).decode("utf-8", errors="backslashreplace")
 
 
 def require_utf8(
     path: str | os.PathLike[str], field: str, error: type[CoterieError] = DataError
 ) -> None:
-    """``error`` for a name that no configuration and no safetensors file could be read under."""
+    """``error`` for a file name that is not UTF-8: configurations and safetensors cannot
+    hold it."""
     if not is_utf8(path):
         raise error(
             f"{field}: '{escaped(path)}' is not allowed; allowed: a name in UTF-8; rename it"

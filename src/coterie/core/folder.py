@@ -1,4 +1,4 @@
-"""Folders that are either complete and unchanged, or refused by name.
+"""Sealed folders: complete and unchanged, or refused with an error that names the file.
 
 A sealed folder holds files and a ``manifest.json`` with the size and SHA-256 of each, and a digest
 of the manifest itself. It is written beside its target and renamed, so a crash at any moment never
@@ -31,11 +31,11 @@ _CHUNK = 2**20
 
 
 class FolderWarning(UserWarning):
-    """Something in a folder was ignored; the message names it."""
+    """A file in a folder was ignored; the message names it."""
 
 
 def canonical(data: Any) -> str:
-    """The one JSON text of ``data``: sorted keys, no NaN; equal data give equal text."""
+    """``data`` as JSON text with sorted keys and no NaN; equal data give equal text."""
     return json.dumps(data, indent=1, sort_keys=True, allow_nan=False) + "\n"
 
 
@@ -63,24 +63,25 @@ def sync(path: Path) -> None:
 
 
 def temporary_of(path: Path) -> Path:
-    """Where this process writes what becomes ``path``."""
+    """The temporary path at which this process writes before it renames to ``path``."""
     return path.with_name(f"{TEMPORARY}{path.name}-{os.getpid()}")
 
 
 def open_own(path: Path, flags: int) -> int:
-    """A descriptor of a file of ours; OSError where the name is a link, which may lead anywhere."""
+    """A file descriptor of ``path``; OSError if it is a link, which could lead anywhere."""
     return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0) | os.O_CLOEXEC, 0o666)
 
 
 def write_text(path: Path, text: str) -> None:
     """Replace a file atomically: readers see the old text or the new one.
 
-    A link of that name is replaced, not followed."""
+    A link of that name is replaced, not followed.
+    """
     write_bytes(path, text.encode())
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """As :func:`write_text`."""
+    """As :func:`write_text`, for bytes."""
     temporary = temporary_of(path)
     try:
         temporary.unlink(missing_ok=True)
@@ -98,8 +99,8 @@ def write_bytes(path: Path, data: bytes) -> None:
 def atomic_folder(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
     """Yield an empty folder to fill; on success it becomes ``target``, else it is removed.
 
-    An existing target is replaced only with ``overwrite``. Failing disks (full, read-only) are a
-    CheckpointError; what was there before stays.
+    An existing target is replaced only with ``overwrite``. CheckpointError if the disk fails (full,
+    read-only); an existing target then stays.
     """
     require_utf8(target.absolute(), "folder", CheckpointError)
     refuse_link(target)
@@ -129,7 +130,7 @@ def atomic_folder(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
 
 
 def remove(folder: Path) -> None:
-    """Delete a folder so that a crash half-way leaves only a temporary name behind."""
+    """Delete a folder; a crash half-way leaves only a temporary name behind."""
     doomed = _set_aside(folder)
     if doomed is not None:
         shutil.rmtree(doomed)
@@ -145,8 +146,10 @@ def _set_aside(folder: Path) -> Path | None:
 
 
 def clean(parent: Path, names: re.Pattern[str]) -> None:
-    """Remove what interrupted writes of ``names`` left behind, and nothing that others may have
-    put there; call only while nobody writes them."""
+    """Remove temporary files that interrupted writes of ``names`` left in ``parent``.
+
+    Call it only while no other process writes there.
+    """
     if not parent.is_dir():
         return
     for path in parent.glob(f"{TEMPORARY}*"):
@@ -160,7 +163,7 @@ def clean(parent: Path, names: re.Pattern[str]) -> None:
 
 
 def refuse_link(path: Path, error: type[CoterieError] = CheckpointError) -> None:
-    """``error`` where the name is a link: writing there would change what lies elsewhere."""
+    """``error`` if the path is a link: writing through it would change a file elsewhere."""
     if path.is_symlink():
         raise error(f"{path}: a link to {os.readlink(path)}; nothing is written through links")
 
@@ -182,7 +185,7 @@ def seal(folder: Path, header: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def libraries() -> dict[str, str]:
-    """Versions that wrote a folder; kept for people, never compared."""
+    """Library versions, stored in a folder for information; never compared."""
     out = {"python": platform.python_version()}
     for name in ("coterie", "torch"):
         try:
@@ -193,7 +196,7 @@ def libraries() -> dict[str, str]:
 
 
 def read_manifest(folder: Path, kind: str, version: int) -> dict[str, Any]:
-    """The manifest of a sealed folder of format ``kind``; its files are not looked at yet."""
+    """The manifest of a sealed folder of format ``kind``; files are not yet checked."""
     path = folder / MANIFEST
     if path.is_symlink() or not path.is_file():
         raise CheckpointError(f"{path}: missing; {folder} is not a complete {kind}")
@@ -231,7 +234,7 @@ def _is_entry(entry: Any) -> bool:
 
 
 def check_name(name: str, where: Path) -> None:
-    """Refuse a file name that could lead out of its folder."""
+    """CheckpointError for a file name that could lead out of its folder."""
     parts = PurePosixPath(name).parts
     if not name or "\0" in name or "\\" in name or name.startswith("/") or ".." in parts:
         raise CheckpointError(f"{where / MANIFEST}: file name {name!r} is not allowed")
@@ -266,8 +269,8 @@ def _is_inside(path: Path, folder: Path) -> bool:
 
 
 def verify_folder(folder: Path, manifest: Mapping[str, Any]) -> None:
-    """Check every file the manifest lists, and that no other file is there but what systems leave
-    in folders that are looked at."""
+    """Check every file of the manifest. Other files are an error, but for those that operating
+    systems create (:func:`is_litter`)."""
     for name in manifest["files"]:
         verify_file(folder, name, manifest)
     for path in _walk(folder):
@@ -281,7 +284,7 @@ def verify_folder(folder: Path, manifest: Mapping[str, Any]) -> None:
 
 
 def is_litter(path: Path) -> bool:
-    """What desktops and network file systems leave behind, in any folder and at any time."""
+    """Whether a name is one that desktops and network file systems create in any folder."""
     known = path.name in (".DS_Store", "Thumbs.db", "desktop.ini")
     return known or path.name.startswith((".nfs", "._"))
 

@@ -1,4 +1,4 @@
-"""What code must know of graphs that are made of it."""
+"""Detection of graph recording (``torch.export``, ``torch.jit.trace``)."""
 
 from __future__ import annotations
 
@@ -6,6 +6,6 @@ import torch
 
 
 def recorded() -> bool:
-    """Whether a graph is being recorded that other inputs will run through (``torch.export``,
-    ``torch.jit.trace``). What a value decides on the host would be kept for all of them."""
+    """Whether a graph is being recorded that will run with other inputs (``torch.export``,
+    ``torch.jit.trace``). A decision made from tensor values would then be fixed for all inputs."""
     return torch.compiler.is_exporting() or torch.jit.is_tracing()

@@ -1,8 +1,7 @@
-"""JSON that others wrote: files and flags, read in one place, refused in one line.
+"""Reading JSON files and flags, with limits and one-line errors.
 
-Every reader of the package comes here, so that what no part of it can hold is refused by all of
-them: other encodings than UTF-8, files too large to be ours, numbers of thousands of digits, and
-nesting that would end the interpreter's stack here or wherever the tree is walked next.
+All JSON is read here, so that every command refuses the same: encodings other than UTF-8, very
+large files, numbers with thousands of digits, and nesting too deep for Python's stack.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ class _Refused(ValueError):
 def parse_json(
     text: str | bytes, where: str = "text", error: type[CoterieError] = ConfigError
 ) -> Any:
-    """The value that JSON text (bytes: UTF-8) holds; ``error`` names ``where``."""
+    """The value of JSON text (bytes: UTF-8); ``error`` names ``where``."""
     try:
         return _parse(text)
     except (ValueError, RecursionError) as problem:
@@ -34,7 +33,7 @@ def parse_json(
 
 
 def literal(text: str, where: str = "value") -> Any:
-    """The value of a flag: JSON where it parses, else the word itself."""
+    """The value of a command-line flag: JSON if it parses, else the text itself."""
     try:
         return _parse(text)
     except json.JSONDecodeError:
@@ -45,8 +44,8 @@ def literal(text: str, where: str = "value") -> Any:
 
 
 def read_json(path: Path, missing: str = "", error: type[CoterieError] = CheckpointError) -> Any:
-    """The JSON value in a file; ``error`` where there is no such file (``missing``: what that
-    means), it cannot be read, or something else is in it."""
+    """The value of a JSON file. ``error`` if the file does not exist (``missing``: what that
+    means), cannot be read or is not JSON."""
     try:
         if not path.is_file():  # a folder, a pipe or a device neither ends nor tells its size
             raise error(f"{path}: missing" + (f"; {missing}" if missing else ""))
@@ -62,7 +61,7 @@ def read_json(path: Path, missing: str = "", error: type[CoterieError] = Checkpo
 def read_object(
     path: Path, missing: str = "", error: type[CoterieError] = CheckpointError
 ) -> dict[str, Any]:
-    """As :func:`read_json`, for files that hold an object."""
+    """As :func:`read_json`, for files that hold a JSON object."""
     data = read_json(path, missing, error)
     if not isinstance(data, dict):
         raise error(f"{path}: not a JSON object")

@@ -1,4 +1,4 @@
-"""Where a number was measured: the machine, the versions, the commit."""
+"""The machine, library versions and commit that a measurement was made with."""
 
 from __future__ import annotations
 
@@ -36,6 +36,7 @@ def commit() -> str:
 
 
 def cpu_model() -> str:
+    """Name of the processor."""
     try:
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
             if line.startswith("model name"):
@@ -64,7 +65,7 @@ def hardware() -> dict[str, Any]:
 
 
 def hardware_line() -> str:
-    """The same for people, in one line."""
+    """:func:`hardware` as one line of text."""
     here = hardware()
     parts = [here["gpu"], here["cpu"], f"{here['cores']} cores", f"{here['memory_gib']} GiB"]
     return ", ".join([part for part in parts if part] + [f"torch {here['torch']}"])

@@ -1,8 +1,8 @@
-"""What a configuration asks of the machine's memory, from shapes, before anything is allocated.
+"""The least memory that a configuration needs, computed from shapes before anything is allocated.
 
-Weights, what the optimiser and the averages keep, and the least that one batch must hold. It is a
-lower limit: what is refused cannot run here, what passes may still be too much (``--dry-run`` and
-:mod:`coterie.runs.memory` say more).
+Counts weights, optimiser and averages, and the least that a batch holds. It is a lower limit: what
+it refuses cannot run here; what passes may still need too much (``--dry-run`` and
+:mod:`coterie.runs.memory` estimate more closely).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ LEAST = 1024  # smaller ones are not what makes a model large
 
 
 def memory_bytes() -> int:
-    """Bytes of this machine, or of its largest GPU where that has more."""
+    """Bytes of main memory of this machine, or of its largest GPU where that has more."""
     try:
         own = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (AttributeError, OSError, ValueError):
@@ -40,8 +40,11 @@ def memory_bytes() -> int:
 def on_meta(
     config: Any, build: Callable[[], Any], limit: int | None = None, whose: str = MACHINE
 ) -> nn.Module:
-    """The model as shapes alone; ConfigError where no tensor could be as large, or as soon as its
-    weights take more than ``limit`` bytes; ``whose``: where that limit comes from."""
+    """Build a model on the meta device: shapes without memory.
+
+    ConfigError if a tensor is too large to exist, or if the weights take more than ``limit`` bytes;
+    ``whose`` says in the message where the limit comes from.
+    """
     total = 0
 
     def count(_module: nn.Module, _name: str, value: nn.Parameter) -> None:
@@ -74,10 +77,10 @@ def check_memory(
     parts: int = 1,
     limit: int | None = None,
 ) -> int:
-    """Bytes that ``model`` (on any device) needs; ConfigError where this machine has fewer.
+    """Bytes that ``model`` (on any device) needs; ConfigError if this machine has less memory.
 
-    ``train``: with what its training keeps; ``batch``: samples that are there at once; ``parts``:
-    processes that may hold a part each.
+    ``train``: a TrainConfig, to count optimiser and averages; ``batch``: samples in memory at once;
+    ``parts``: number of processes among which the model may be split.
     """
     weights = sum(value.nbytes for value in chain(model.parameters(), model.buffers()))
     copies = 1 + (3 + len(train.ema) if train is not None else 0)  # gradient, two moments, averages
@@ -96,7 +99,7 @@ def _too_much(config: Any, needed: int, there: int, what: str, whose: str = MACH
 
 
 def sample_bytes(config: Any) -> int:
-    """The least that one sample holds in a pass forward: its numbers, and a stream of tokens."""
+    """The least bytes that one sample takes in a forward pass: its values and its tokens."""
     backbone = getattr(config, "backbone", None)
     shape = getattr(backbone, "sample_shape", None) or ()
     width = getattr(getattr(backbone, "trunk", None), "width", 0)
@@ -104,7 +107,7 @@ def sample_bytes(config: Any) -> int:
 
 
 def largest(config: Any) -> str:
-    """The fields with the largest numbers, by path."""
+    """The fields of a configuration with the largest numbers, by path, for an error message."""
     data = config.model_dump(mode="json") if isinstance(config, Config) else config
     found = sorted(_numbers(data, ""), key=lambda item: -item[1])
     named = [f"{path} {value:.10g}" for path, value in found if value >= LEAST][:SHOWN]
@@ -112,7 +115,7 @@ def largest(config: Any) -> str:
 
 
 def size(count: int) -> str:
-    """Bytes for people."""
+    """A number of bytes as text with a unit."""
     return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
 
 

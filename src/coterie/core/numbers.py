@@ -1,9 +1,8 @@
-"""Numbers of a configuration: what counts as one, and how large it may be where nothing is said.
+"""Which values count as numbers in a configuration, and bounds for fields that state none.
 
-A number is a number: ``true`` and ``"3"`` are none (text becomes a number only on the command line,
-:func:`coterie.core.config.override`). A field without bounds of its own has those of here, so that
-no value can overflow a tensor's size or a float32. How much memory a configuration asks for is
-another question (:mod:`coterie.core.memory`).
+``true`` and ``"3"`` are not numbers (text becomes a number only on the command line,
+:func:`coterie.core.config.override`). The general bounds keep every value from overflowing a
+tensor's size or a float32. Memory is checked elsewhere (:mod:`coterie.core.memory`).
 """
 
 from __future__ import annotations
@@ -33,7 +32,8 @@ Few = Annotated[int, Field(ge=1, le=4096)]
 
 
 def inner_size(ratio: float, width: int, field: str = "ratio") -> int:
-    """``field`` (a ratio) times the width, rounded; ConfigError where no tensor has such a size."""
+    """``field`` (a ratio) times the width, rounded; ConfigError if the result is too large for a
+    tensor."""
     size = round(ratio * width)
     if not 1 <= size <= SIZE:
         allowed = f"a ratio that makes an inner size of 1..{SIZE} of the width {width}"
@@ -42,7 +42,7 @@ def inner_size(ratio: float, width: int, field: str = "ratio") -> int:
 
 
 def bounded(schema: Any) -> Any:
-    """A schema of pydantic whose numbers are exact in kind and have bounds; changed in place."""
+    """Add strict types and general bounds to the numbers of a pydantic schema, in place."""
     if isinstance(schema, list | tuple):
         for item in schema:
             bounded(item)

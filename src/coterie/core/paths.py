@@ -1,7 +1,7 @@
-"""Paths in files are relative to the file that holds them, so that a tree can be moved whole.
+"""Paths in configuration files are relative to the file's folder, so that folders can be moved.
 
-In memory a path is what it is everywhere: absolute, or relative to the present folder. Only while a
-configuration is written or read :func:`beside` a folder, its :data:`Place` fields change form.
+In memory a path is absolute, or relative to the current folder. Inside :func:`beside`, fields of
+type :data:`Place` are converted as a configuration is written or read.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _folder: ContextVar[Path | None] = ContextVar("folder of the file", default=None
 
 @contextmanager
 def beside(folder: str | Path) -> Iterator[None]:
-    """Inside, configurations are those of a file in ``folder``, which is read or written."""
+    """Inside the block, configurations are written to, or read from, files in ``folder``."""
     token = _folder.set(Path(folder))
     try:
         yield
@@ -31,16 +31,14 @@ def beside(folder: str | Path) -> Iterator[None]:
 
 
 def placed(text: str, folder: str | Path) -> str:
-    """A path from a file in ``folder``, as it is in memory; absolute, for no folder is present
-    to those who read a file."""
+    """A path read from a file in ``folder``, made absolute."""
     if os.path.isabs(text) or text.startswith("~"):
         return text
     return os.path.realpath(os.path.join(folder, text))
 
 
 def relative(text: str, folder: str | Path) -> str:
-    """A path for a file in ``folder``. What shares nothing with it but the root stays absolute:
-    nobody moves both together."""
+    """A path as written to a file in ``folder``; absolute if the two share only the root folder."""
     if text.startswith("~"):
         return text
     there, here = os.path.realpath(text), os.path.realpath(folder)
@@ -49,7 +47,7 @@ def relative(text: str, folder: str | Path) -> str:
 
 
 def expanded(path: str | Path, field: str) -> Path:
-    """``path`` with ``~`` as the folder that it stands for; DataError where there is none."""
+    """``path`` with ``~`` replaced by the home folder; DataError if there is none."""
     try:
         return Path(path).expanduser()
     except RuntimeError:  # a user without a home, or no such user

@@ -1,4 +1,4 @@
-"""The denoiser contract: ``denoiser(x, t, cond) -> Prediction``; and what it is asked about."""
+"""The denoiser contract, ``denoiser(x, t, cond) -> Prediction``, and the condition."""
 
 from __future__ import annotations
 
@@ -23,19 +23,21 @@ VIEWS: tuple[str, ...] = ("x0", "eps", "score", "flow", "v")
 
 @dataclass(frozen=True, eq=False)
 class Prediction:
-    """What a denoiser answers: a tensor of x's shape, which view it is, and how it was made."""
+    """What a denoiser returns: a tensor of x's shape and the view it is in."""
 
-    value: Tensor
-    view: View
-    routings: tuple[Routing, ...] = ()
-    aux: tuple[Aux, ...] = ()
+    value: Tensor  # of x's shape; logits [B, N, V] for tokens
+    view: View  # what ``value`` is: x0, eps, score, flow, v or logits
+    routings: tuple[Routing, ...] = ()  # of every expert layer in the pass
+    aux: tuple[Aux, ...] = ()  # auxiliary losses of the pass
     variance: Tensor | None = None
-    """Learned variance, x's shape: -1 = posterior variance, +1 = forward variance (log-linear)."""
+    """Learned variance, x's shape, in [-1, 1]: -1 is the posterior variance, +1 the forward
+    variance; in between their logarithms are interpolated."""
     visible: Tensor | None = None
     """Which parts of x the network saw in masked training, bool [B, ...]; None: all of it."""
     weight_rate: Tensor | None = None
-    """f64 [B]: change of log weight per unit of lam of a particle that follows this answer, where
-    the answer alone does not sample what it stands for (Feynman-Kac correctors)."""
+    """f64 [B]: for Feynman-Kac particles, the change of a particle's log weight per unit of lam =
+    log(alpha / sigma). Set by products and tilts of densities, whose score alone does not sample
+    the wanted density."""
 
     def replace(self, **changes: Any) -> Self:
         return replaced(self, changes)
@@ -43,26 +45,28 @@ class Prediction:
 
 @dataclass(frozen=True, eq=False)
 class Condition:
-    """One record for every application. All tensors have the batch as first dimension.
+    """What samples are conditioned on. All tensors have the batch as first dimension.
 
-    ``static`` names the fields that do not depend on x or t (hence cacheable); all are by default.
-    ``keep`` names those that an unconditional sample has nevertheless.
+    Classifier-free guidance compares a condition with its null form (:meth:`drop`,
+    :meth:`as_null`), in which the fields of ``keep`` stay. ``static`` names the fields that do not
+    depend on x or t, so that work on them can be cached; by default all of them.
     """
 
     label: Tensor | None = None  # i64 [B], NULL_LABEL = unconditional
-    vector: Tensor | None = None  # [B, V]
-    tokens: Tensor | None = None  # [B, M, C]
+    vector: Tensor | None = None  # [B, V], any vector
+    tokens: Tensor | None = None  # [B, M, C], such as encoded text or observations
     tokens_mask: Tensor | None = None  # bool [B, M]
     channels: Tensor | None = None  # [B, C, ...], concatenated to x
-    references: Tensor | None = None  # [B, R, ...], samples that x is to be made after
-    reference_kinds: Tensor | None = None  # i64 [B, R], what each of them shows; -1 = none there
+    references: Tensor | None = None  # [B, R, ...], reference samples that x attends to
+    reference_kinds: Tensor | None = None
+    """i64 [B, R], kind of each reference; -1 = no reference there"""
     keys_values: Tensor | None = None  # [B, 2, L, M, D], reference keys and values per layer
-    keys_mask: Tensor | None = None  # bool [B, M], False = nobody may attend to it
-    task: Tensor | None = None  # i64 [B], a hard index (task, view, modality)
-    guidance: Tensor | None = None  # f32 [B], weight of guidance, where samples differ in it
+    keys_mask: Tensor | None = None  # bool [B, M], False = that token is not attended to
+    task: Tensor | None = None  # i64 [B], index of the task, view or modality
+    guidance: Tensor | None = None  # f32 [B], guidance weight of each sample, if they differ
     likelihood: Any = None  # callable (x0, ids) -> log p(y | x0), [B]
     null: Mapping[str, Tensor] = field(default_factory=dict)  # field -> its null row, [...]
-    unconditional: Condition | None = None  # the null form where it was worked out beforehand
+    unconditional: Condition | None = None  # the null form, if it was computed beforehand
     keep: frozenset[str] = frozenset({"task", "reference_kinds", "guidance"})
     static: frozenset[str] = frozenset(
         {"label", "vector", "tokens", "tokens_mask", "channels", "references", "reference_kinds"}
@@ -70,6 +74,7 @@ class Condition:
     )
 
     def tensors(self) -> dict[str, Tensor]:
+        """The tensor fields that are set, by name."""
         out = {}
         for item in dataclasses.fields(self):
             value = getattr(self, item.name)
@@ -78,15 +83,17 @@ class Condition:
         return out
 
     def replace(self, **changes: Any) -> Self:
+        """A copy with some fields changed."""
         return replaced(self, changes)
 
     def map(self, fn: Any) -> Self:
-        """Apply ``fn`` to every tensor field, those of the null form too."""
+        """Apply ``fn`` to every tensor field, those of ``unconditional`` too."""
         changes = {name: fn(value) for name, value in self.tensors().items()}
         null = self.unconditional
         return self.replace(**changes, unconditional=None if null is None else null.map(fn))
 
     def index(self, rows: Tensor) -> Self:
+        """The condition of some samples; ``rows`` i64 or bool [B]."""
         return self.map(lambda value: value[rows])
 
     def to(self, device: torch.device | str) -> Self:
@@ -109,7 +116,7 @@ class Condition:
         return self.replace(**changes)
 
     def as_null(self, batch: int) -> Self:
-        """Every row unconditional."""
+        """The null form: all samples unconditional; ``batch`` is their number B."""
         if self.unconditional is not None:
             return self.unconditional  # type: ignore[return-value]
         first = next(iter(self.tensors().values()), None)
@@ -118,7 +125,7 @@ class Condition:
 
     @cached_property
     def with_null(self) -> Condition:
-        """[2B]: as it is, then every row unconditional. Made once, for all steps of a run."""
+        """This condition, then its null form, stacked: [2B]. Computed once and kept."""
         batch = len(next(iter(self.tensors().values())))
         return Condition.cat(self, self.as_null(batch))
 
@@ -146,7 +153,7 @@ class DenoiserLike(Protocol):
 
 
 def as_times(t: Tensor | float, x: Tensor) -> Tensor:
-    """One time per sample of x: t [B]; a number is the time of all. DataError for all else."""
+    """A time per sample, t [B]; a number is used for all samples. DataError for other shapes."""
     if not isinstance(t, Tensor):
         if isinstance(t, bool) or not isinstance(t, int | float):
             raise DataError(describe("t", t, "a number, or a tensor [B]"))
@@ -157,7 +164,7 @@ def as_times(t: Tensor | float, x: Tensor) -> Tensor:
 
 
 def as_condition(cond: Condition | None) -> Condition:
-    """No condition is the empty one. DataError for what is none."""
+    """``cond``, or an empty Condition for None. DataError for any other type."""
     if cond is None:
         return Condition()
     if not isinstance(cond, Condition):

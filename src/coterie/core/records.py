@@ -1,4 +1,4 @@
-"""Frozen records with other values in some of their fields."""
+"""Copies of frozen dataclasses with some fields changed."""
 
 from __future__ import annotations
 
@@ -19,9 +19,8 @@ def _names(kind: type) -> tuple[str, ...]:
 def replaced(record: R, changes: dict[str, Any]) -> R:
     """As :func:`dataclasses.replace`, for frozen dataclasses without ``__post_init__``.
 
-    Records pass every block of a network, so a copy must cost little: fields are copied as they
-    lie, without calling the constructor. What a record has worked out of its fields
-    (``cached_property``) is left behind. TypeError for a name that is no field.
+    Faster, as records pass every block of a network: fields are copied without calling the
+    constructor. Cached properties are not copied. TypeError for a name that is not a field.
     """
     if torch.compiler.is_compiling():
         copy: R = dataclasses.replace(record, **changes)  # type: ignore[type-var]

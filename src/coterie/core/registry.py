@@ -27,7 +27,11 @@ from coterie.core.errors import ConfigError, describe, unknown
 
 
 class Part(Config):
-    """A configuration with a ``kind``; ``build`` (per registry) makes the part."""
+    """A configuration with a ``kind``; its ``build`` makes the object that it configures.
+
+    The arguments of ``build`` are those of the registry: a router score gets the width and the
+    number of experts.
+    """
 
     kind: str
 
@@ -43,7 +47,7 @@ PartT = TypeVar("PartT", bound=Part)
 
 
 class Registry:
-    """Maps ``kind`` to the configuration class of a part."""
+    """Maps each ``kind`` to the configuration class of a part."""
 
     def __init__(self, name: str, group: str | None = None) -> None:
         self.name = name
@@ -54,6 +58,7 @@ class Registry:
         self.validator = BeforeValidator(self.parse)
 
     def register(self, cls: type[PartT]) -> type[PartT]:
+        """Class decorator: add ``cls`` under the default of its field ``kind``."""
         kind = cls.model_fields["kind"].default
         if not isinstance(kind, str):
             raise TypeError(f"{cls.__name__}.kind needs a literal default")
@@ -62,10 +67,12 @@ class Registry:
         return cls
 
     def kinds(self) -> list[str]:
+        """Every known kind, those of installed packages included."""
         self._scan()
         return sorted(self._parts)
 
     def get(self, kind: str) -> type[Part]:
+        """The class of a kind. ConfigError for an unknown kind, with the most similar one."""
         self._scan()
         if kind not in self._parts:
             why = unknown("kind", kind, self._parts)
@@ -74,7 +81,7 @@ class Registry:
         return self._parts[kind]
 
     def parse(self, value: Any) -> Part:
-        """A part, or a mapping with ``kind``, or a bare kind name (all defaults)."""
+        """A part from a part, a mapping with ``kind``, or the name of a kind (default fields)."""
         if isinstance(value, Part):
             return value
         if isinstance(value, str):

@@ -1,7 +1,7 @@
-"""Randomness is passed in and addressed by name, never taken from the global generator.
+"""Random numbers: seeds derived from names, never torch's global generator.
 
-``generator(seed, "train", step)`` depends on its arguments alone, so training resumes exactly
-without saving generator states, and sample i of a batch depends on its own seed only.
+``generator(seed, "train", step)`` depends on its arguments alone. So training resumes exactly
+without saved generator states, and sample i of a batch depends on its own seed only.
 """
 
 from __future__ import annotations
@@ -18,25 +18,28 @@ from coterie.core.tensors import backward_runs
 
 
 def derive(seed: int, *stream: int | str) -> int:
-    """A 63-bit seed that is a function of ``seed`` and the stream's name."""
+    """A 63-bit seed, computed from ``seed`` and the name of the stream."""
     text = "/".join([str(int(seed)), *(str(part) for part in stream)])
     digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 
 
 def generator(seed: int, *stream: int | str, device: torch.device | str = "cpu") -> Generator:
+    """A torch generator for the stream of that name."""
     return Generator(device=device).manual_seed(derive(seed, *stream))
 
 
 def numpy_generator(seed: int, *stream: int | str) -> np.random.Generator:
+    """A numpy generator for the stream of that name."""
     return np.random.Generator(np.random.Philox(key=derive(seed, *stream)))
 
 
 class PassSeed:
-    """``seed()``: of what one forward pass of a model draws; taken from ``rng`` when first asked.
+    """Seed of the random numbers of one forward pass; taken from ``rng`` at the first call.
 
-    Each place of the pass draws from a generator of its own, made of this seed and of where it is
-    (``Context.drawing``): what gradient checkpointing runs again draws the same.
+    Each expert layer draws from its own generator, derived from this seed and the layer's place
+    (``Context.drawing``), so that gradient checkpointing, which runs the layer again, draws the
+    same numbers.
     """
 
     def __init__(self, rng: Generator) -> None:
@@ -54,7 +57,7 @@ class PassSeed:
 
 
 class SampleNoise:
-    """Independent noise per sample: row i depends on ``seeds[i]`` alone, never on batch mates."""
+    """Independent noise per sample: row i depends on ``seeds[i]`` alone, not on the other rows."""
 
     def __init__(self, seeds: Sequence[int], device: torch.device | str = "cpu") -> None:
         self.seeds = [int(seed) for seed in seeds]
@@ -65,7 +68,8 @@ class SampleNoise:
         return len(self.seeds)
 
     def index(self, rows: Sequence[int] | Tensor) -> SampleNoise:
-        """Of some samples: what one of the two draws, the other does not draw again."""
+        """The noise of some samples. Generators are shared: numbers drawn here are not
+        drawn again."""
         chosen = rows.tolist() if isinstance(rows, Tensor) else list(rows)
         made = SampleNoise([], self.device)
         made.seeds = [self.seeds[row] for row in chosen]
@@ -73,18 +77,18 @@ class SampleNoise:
         return made
 
     def joined(self, other: SampleNoise) -> SampleNoise:
-        """Of these samples and then of those of ``other``."""
+        """The noise of these samples, then of those of ``other``."""
         made = SampleNoise([], self.device)
         made.seeds = [*self.seeds, *other.seeds]
         made._generators = [*self._generators, *other._generators]
         return made
 
     def normal(self, shape: Sequence[int]) -> Tensor:
-        """f32 [B, *shape]. Drawn on the CPU, so equal on every device."""
+        """Standard normal f32 [B, *shape]. Drawn on the CPU, so equal on every device."""
         rows = [torch.randn(tuple(shape), generator=g) for g in self._generators]
         return torch.stack(rows).to(self.device)
 
     def uniform(self, shape: Sequence[int] = ()) -> Tensor:
-        """f32 [B, *shape] in [0, 1)."""
+        """Uniform f32 [B, *shape] in [0, 1). Drawn on the CPU."""
         rows = [torch.rand(tuple(shape), generator=g) for g in self._generators]
         return torch.stack(rows).to(self.device)

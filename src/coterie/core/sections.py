@@ -1,7 +1,7 @@
-"""Parts of a page that a command writes, so that pages and results cannot drift apart.
+"""Generated sections of a Markdown page, so that pages and results agree.
 
-A section stands between two marker lines, ``<!-- NAME: how it is written -->`` and
-``<!-- end of NAME -->``.
+A section stands between two marker lines, ``<!-- NAME: how it is written -->`` and ``<!-- end of
+NAME -->``.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from coterie.core.folder import write_text
 
 
 def section(text: str, name: str) -> str | None:
-    """What stands between the markers of ``name``; None where the text has none."""
+    """The text between the markers of ``name``; None if the page has no such markers."""
     found = _find(text, name)
     return found[1].strip() if found else None
 
 
 def update_sections(page: str | Path, sections: Mapping[str, str]) -> list[str]:
-    """Write those of ``sections`` that the page has markers for; their names.
+    """Write the ``sections`` that a page has markers for; returns their names.
 
-    Raises :class:`DataError` if it has none of them.
+    DataError if it has none of them.
     """
     path = Path(page)
     text, known = path.read_text(encoding="utf-8"), []

@@ -1,14 +1,14 @@
-"""A batch in equal parts: several processes hold one each, or one process has them in turn.
+"""A batch in equal parts: one part per process, or several parts (micro-batches) in turn.
 
-Inside :func:`sharing`, what is drawn for a batch is drawn for the whole of it and cut, and what is
-summed over a batch is summed over all parts: so every part computes with its own samples what would
-be computed with all of them. Outside, every function here is the identity. Whatever draws or counts
-rows of a batch in training does it through these functions: the generator is the same in all parts.
+Inside :func:`sharing`, random numbers for a batch are drawn for the whole batch and cut, and sums
+over a batch run over all its parts. So each part computes what it would in one large batch. Outside
+:func:`sharing` every function here is the identity. Code that draws random numbers or sums over
+rows in training uses these functions; the generator is the same in all parts.
 
-The loss of the whole batch is the mean of the parts' losses, and so are its gradients.
+The loss of the whole batch is the mean of the parts' losses; its gradient is the mean of theirs.
 
-Processes add up as they go. Parts in turn (:class:`Turns`, micro-batches) are first run through
-without gradients, for their sums alone.
+Processes exchange sums as they compute. Micro-batches (:class:`Turns`) first run a forward pass
+without gradients to obtain their sums.
 """
 
 from __future__ import annotations
@@ -27,9 +27,11 @@ Reduction = Literal["sum", "max"]
 
 @dataclass(frozen=True)
 class Share:
-    """The ``rank``-th of ``count`` equal parts; ``reduce`` adds up (or takes the largest of) a
-    tensor over all parts, in place, without gradient. ``returns`` is told before the sum of what
-    goes back into the model is asked for."""
+    """Which part of the batch this process holds: number ``rank`` of ``count`` equal parts.
+
+    ``reduce`` sums (or takes the maximum of) a tensor over all parts, in place, without gradient.
+    ``returns`` is called before a sum whose result changes the model's activations.
+    """
 
     rank: int
     count: int
@@ -51,13 +53,13 @@ def sharing(share: Share) -> Iterator[None]:
 
 
 def whole(rows: int) -> int:
-    """Rows of the whole batch where this process holds ``rows``."""
+    """Number of rows of the whole batch, if this part holds ``rows``."""
     share = _share.get()
     return rows if share is None else rows * share.count
 
 
 def own(values: Tensor) -> Tensor:
-    """This process's rows of values [rows of the whole batch, ...], sample after sample."""
+    """The rows of this part, of ``values`` [rows of the whole batch, ...] in sample order."""
     share = _share.get()
     return values if share is None else values.chunk(share.count)[share.rank]
 
@@ -75,11 +77,11 @@ def normal(shape: Sequence[int], rng: Generator) -> Tensor:
 
 
 def summed(*values: Tensor, returns: bool = False) -> tuple[Tensor, ...]:
-    """Each tensor added up over all parts, in one message, with gradient.
+    """Each tensor summed over all parts, in one message, with gradient.
 
-    The gradient holds where what is made of the sums is the same in every part, as a statistic of
-    the whole batch is; the tensors are of one floating type. ``returns``: what is made of them goes
-    back into the model, so that later sums depend on it.
+    The gradient is right where the result of the sums is the same in every part, as a statistic of
+    the whole batch is. All tensors have one floating type. ``returns``: the result changes the
+    model's activations, so that later sums depend on it.
     """
     share = _share.get()
     if share is None or not values:
@@ -92,20 +94,23 @@ def summed(*values: Tensor, returns: bool = False) -> tuple[Tensor, ...]:
 
 
 def over_batch(sums: Tensor, counts: Tensor) -> Tensor:
-    """``sums / counts`` where both are of the whole batch, as a part of which the parts' mean is
-    that: own sums over the mean of all counts, at least 1 in all."""
+    """``sums / counts`` of the whole batch, as this part's share: the mean over parts is that
+    ratio.
+
+    The part's own sums are divided by the mean count of all parts (at least 1 in total).
+    """
     (total,) = summed(counts.to(sums.dtype))
     return over_total(sums, total)
 
 
 def over_total(sums: Tensor, total: Tensor) -> Tensor:
-    """As :func:`over_batch`, where ``total`` is the count of the whole batch already."""
+    """As :func:`over_batch`, where ``total`` already is the count of the whole batch."""
     share = _share.get()
     return (sums if share is None else sums * share.count) / total.clamp_min(1)
 
 
 def largest(value: int, device: torch.device | str = "cpu") -> int:
-    """The largest of the parts' numbers."""
+    """The largest of the parts' values."""
     share = _share.get()
     if share is None:
         return value
@@ -126,11 +131,11 @@ class _Summed(torch.autograd.Function):
 
 
 class Turns:
-    """The ``count`` parts of one step's batch that this process has one after the other.
+    """The ``count`` micro-batches of one step, which this process runs one after the other.
 
-    :meth:`count_first` runs through them without gradients and keeps what each of them sums; then
-    :meth:`part` makes a part whose sums are those of all. Inside :func:`sharing` of processes every
-    part is cut once more, and sums are over all processes too.
+    :meth:`count_first` runs each without gradients and keeps its sums. Then, inside :meth:`part`,
+    sums are those over all micro-batches. Inside :func:`sharing` of several processes each
+    micro-batch is cut again, and sums are over all processes too.
     """
 
     def __init__(self, count: int) -> None:
@@ -142,7 +147,8 @@ class Turns:
         self._returning = 0
 
     def count_first(self, run: Callable[[int], object]) -> bool:
-        """``run(n)`` for every part n until its sums are known; whether there are any."""
+        """Call ``run(n)`` for every micro-batch n until its sums are known; returns whether the
+        model computes any sums."""
         passes = 0
         while True:
             self._returning = 0
@@ -160,7 +166,7 @@ class Turns:
 
     @contextmanager
     def part(self, turn: int) -> Iterator[None]:
-        """Inside the block this process holds the ``turn``-th part."""
+        """Inside the block this process holds micro-batch number ``turn``."""
         outer = _share.get() or Share(0, 1, lambda values, how: values)
         self._said = []
 

@@ -1,4 +1,4 @@
-"""Output for people, which no work depends on: where it cannot be written it is dropped."""
+"""Progress bars and notes on standard error; if they cannot be written they are dropped."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ from typing import Any, TextIO, cast
 
 
 class Dropping:
-    """A text stream whose failures are nobody's: a closed terminal, a full disk, a pipe whose
-    reader has left. What it is asked beside writing, the stream below answers."""
+    """A text stream that ignores failures to write: a closed terminal, a full disk, a closed pipe.
+
+    All other attributes are those of the stream below.
+    """
 
     def __init__(self, below: TextIO | None) -> None:
         self._below = below
@@ -34,7 +36,7 @@ class Dropping:
 
 
 def error_stream() -> TextIO:
-    """Standard error as it is now (None in a process without one), for bars and notes."""
+    """The current standard error (None in a process without one), for bars and notes."""
     if isinstance(sys.stderr, Dropping):
         return cast(TextIO, sys.stderr)
     return cast(TextIO, Dropping(sys.stderr))

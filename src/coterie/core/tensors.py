@@ -1,4 +1,4 @@
-"""Tensors of a module by name, to and from safetensors files; every mismatch is named."""
+"""Tensors of a module by name, to and from safetensors files; mismatches are errors with names."""
 
 from __future__ import annotations
 
@@ -14,8 +14,11 @@ from coterie.core.files import regular_file
 
 
 def borrow(module: nn.Module, borrowed: bool = True) -> None:
-    """Mark a module's own tensors as those of another model: closed to gradients, in eval mode in
-    training, and in no file of this one. Its children are not touched."""
+    """Mark a module's own tensors as part of another model (``borrowed`` False: undo it).
+
+    They get no gradient, stay in eval mode and are not saved with this model. Child modules are not
+    changed.
+    """
     module.is_borrowed = borrowed  # type: ignore[assignment]
     if borrowed:
         for parameter in module.parameters(recurse=False):
@@ -23,20 +26,21 @@ def borrow(module: nn.Module, borrowed: bool = True) -> None:
 
 
 def is_borrowed(module: nn.Module) -> bool:
+    """Whether :func:`borrow` marked the module."""
     return bool(getattr(module, "is_borrowed", False))
 
 
 def stands_still(part: nn.Module, whole: nn.Module) -> bool:
-    """Whether a part of ``whole`` is out of training: taken out (``is_frozen``), or in eval mode in
-    what trains. Nothing of it may move then, buffers included."""
+    """Whether ``part`` of ``whole`` is not trained: frozen (``is_frozen``), or in eval mode while
+    ``whole`` is in training mode. Its buffers may not change either."""
     return bool(getattr(part, "is_frozen", False)) or (whole.training and not part.training)
 
 
 def module_tensors(module: nn.Module, borrowed: bool = False) -> dict[str, Tensor]:
-    """Parameters and persistent buffers, each tensor once (tied weights under the first name);
-    those of borrowed modules left out, unless ``borrowed``.
+    """Parameters and persistent buffers, each tensor once (tied weights under the first name).
 
-    The values are the module's own tensors, not copies.
+    Borrowed modules are left out unless ``borrowed``. The values are the module's own tensors, not
+    copies.
     """
     out: dict[str, Tensor] = {}
     lent = [] if borrowed else [part for part in module.modules() if is_borrowed(part)]
@@ -55,16 +59,17 @@ def tensors_of(module: nn.Module) -> Iterator[Tensor]:
 
 
 def backward_runs() -> bool:
-    """Whether a backward pass runs in this thread: a forward pass seen then is one that gradient
-    checkpointing runs again."""
+    """Whether a backward pass runs in this thread. A forward pass at that moment is a recomputation
+    by gradient checkpointing."""
     return torch._C._current_graph_task_id() != -1
 
 
 def effective(module: nn.Module) -> dict[str, Tensor]:
-    """A module's own parameters by name, as its answer needs them: with what adapters add.
+    """A module's own parameters by name, with what adapters add to them.
 
-    Whoever reads a parameter past the module's call reads it here, so that what is put on a module
-    acts wherever its weights do."""
+    Code that reads a parameter without calling the module reads it here, so that adapters act there
+    too.
+    """
     own: dict[str, Tensor] = {n: v for n, v in module._parameters.items() if v is not None}
     added = module._modules.get("adapters")
     read = getattr(added, "read", None)
@@ -75,7 +80,7 @@ def effective(module: nn.Module) -> dict[str, Tensor]:
 
 
 def local(value: Tensor) -> Tensor:
-    """What this process holds of a tensor that is cut over several; any other as it is."""
+    """This process's part of a tensor that is split over processes; any other tensor unchanged."""
     held: Tensor = value.to_local() if hasattr(value, "to_local") else value
     return held
 
@@ -100,14 +105,14 @@ def assign(own: Mapping[str, Tensor], values: Mapping[str, Tensor], origin: str)
 
 
 def require_finite(values: Mapping[str, Tensor], where: str) -> None:
-    """CheckpointError names the first tensor that holds what no answer can come from."""
+    """CheckpointError that names the first tensor with NaN or infinity."""
     for name, value in values.items():
         if value.is_floating_point() and not bool(torch.isfinite(value).all()):
             raise CheckpointError(f"{where}: {name} holds NaN or infinity")
 
 
 def tensors_digest(values: Mapping[str, Tensor]) -> str:
-    """SHA-256 of names, types, shapes and values, in their order."""
+    """SHA-256 (hex) of names, types, shapes and values, in their order."""
     hasher = hashlib.sha256()
     for name, value in values.items():
         data = value.detach().cpu().contiguous()
@@ -130,7 +135,7 @@ def write_tensors(
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """All tensors of a safetensors file, on the CPU; a bad file is a CheckpointError."""
+    """All tensors of a safetensors file, on the CPU. CheckpointError if the file is damaged."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -142,9 +147,8 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def copy_tensors(path: Path) -> dict[str, Tensor]:
-    """As :func:`read_tensors`, but in memory of their own: aligned as any other tensor's, so that
-    every kernel computes with them as it did before they were saved. The file is open for one
-    tensor at a time, and no more of it than that is held beside the copies."""
+    """As :func:`read_tensors`, but copied to memory that torch allocates, which is aligned, so that
+    kernels compute the same bits as before saving. Tensors are read one at a time."""
     from safetensors import SafetensorError, safe_open
 
     regular_file(path, CheckpointError)

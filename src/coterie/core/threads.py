@@ -1,8 +1,9 @@
-"""How many threads work is done with: chosen by timing it, for the machine may do something else.
+"""The number of CPU threads for a computation, chosen by timing it.
 
-Two threads beside a busy core wait for each other; alone they are faster than one. So the work
-itself is timed with 1, 2, 4, ... threads in turn, and again when it has grown slow. Sums of torch
-may differ in their last bits between numbers of threads: whoever promises bits keeps the number.
+On a machine that is busy with other work, two threads may be slower than one. So the computation
+itself is timed with 1, 2, 4, ... threads, and again when it has become slow. Sums in torch may
+differ in their last bits between numbers of threads, so results that must be reproducible to the
+bit fix the number.
 """
 
 from __future__ import annotations
@@ -31,19 +32,20 @@ BETTER = 0.95  # another number replaces the present one where it takes this sha
 
 
 def cores() -> int:
-    """Cores that this process may use."""
+    """Number of cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
 def most_threads() -> int:
-    """More are not tried: torch's own number, which OMP_NUM_THREADS sets."""
+    """The largest number of threads that is tried: torch's own, which OMP_NUM_THREADS sets."""
     return max(1, min(cores(), torch.get_num_threads()))
 
 
 def check_threads(count: int, field: str = "train.threads") -> None:
-    """ConfigError above a multiple of the cores, unless OMP_NUM_THREADS asks for as many."""
+    """ConfigError unless 1 <= ``count`` <= ``PER_CORE`` threads per core, or OMP_NUM_THREADS if
+    that is larger."""
     asked = os.environ.get("OMP_NUM_THREADS", "")
     most = max(PER_CORE * cores(), int(asked) if asked.isascii() and asked.isdigit() else 0)
     if not 1 <= count <= most:
@@ -53,7 +55,7 @@ def check_threads(count: int, field: str = "train.threads") -> None:
 
 @contextmanager
 def threads(count: int | None) -> Iterator[None]:
-    """Torch with this many threads inside the block, as before after it; None: whatever is set."""
+    """Inside the block torch uses ``count`` threads; None: the number is not changed."""
     before = torch.get_num_threads()
     try:
         if count is not None:
@@ -65,7 +67,7 @@ def threads(count: int | None) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Asked:
-    """What a user says of threads: ``count`` is never changed; ``say`` is told what is chosen."""
+    """What the user set: ``count`` threads (None: choose), and ``say``, called with the choice."""
 
     count: int | None = None
     say: Callable[[str], None] = lambda line: None
@@ -76,13 +78,13 @@ _ASKED: ContextVar[Asked] = ContextVar("asked", default=_NOTHING)
 
 
 def asked() -> Asked:
-    """What is asked for where this runs."""
+    """The setting of the enclosing :func:`asking` block."""
     return _ASKED.get()
 
 
 @contextmanager
 def asking(count: int | None, say: Callable[[str], None]) -> Iterator[None]:
-    """Inside the block ``count`` threads (None: whatever is set or chosen)."""
+    """Inside the block ``count`` threads are used (None: as set, or as chosen by timing)."""
     if count is not None:
         check_threads(count, "--threads")
     token = _ASKED.set(Asked(count, say))
@@ -95,14 +97,14 @@ def asking(count: int | None, say: Callable[[str], None]) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Choice:
-    """``seconds``: median time of a call, by number of threads."""
+    """A chosen number of threads; ``seconds``: median time of a call by number of threads."""
 
     threads: int
     seconds: Mapping[int, float]
     cost: float  # s that choosing took
 
     def line(self, what: str, flag: str) -> str:
-        """What was chosen and why, for people."""
+        """The choice and its reason as one line of text."""
         others = ", ".join(f"{n}: {1e3 * s:.3g} ms" for n, s in sorted(self.seconds.items()))
         word = "thread" if self.threads == 1 else "threads"
         why = f"{what} with {others}" if others else "too short a run to time"
@@ -110,7 +112,7 @@ class Choice:
 
 
 def candidates(most: int) -> list[int]:
-    """1, 2, 4, ... and the most."""
+    """1, 2, 4, ... and ``most``."""
     return sorted({min(2**power, most) for power in range(most.bit_length() + 1)})
 
 
@@ -123,9 +125,9 @@ def choose(
 ) -> Choice:
     """Time ``call`` with every number of threads in turn, back and forth, and compare medians.
 
-    ``present`` is kept unless another is clearly faster. The number of threads is left as it was.
-    ``ahead``: how many such calls are to come. Choosing takes no more than ``SHARE`` of their time
-    once every candidate has been timed, and is left out where they are too few to win it back.
+    ``present`` is kept unless another number is clearly faster. On return the number of threads is
+    as before. ``ahead``: how many such calls will follow; timing takes at most ``SHARE`` of their
+    time (each candidate is timed once at least), and is skipped where it cannot pay off.
     """
     begin, tried = clock(), candidates(most)
     times: dict[int, list[float]] = {count: [] for count in tried}
@@ -140,7 +142,7 @@ def choose(
 
 
 def pays(most: int, ahead: int | None) -> bool:
-    """Whether choosing can be won back in ``ahead`` calls."""
+    """Whether timing the candidates can pay off in ``ahead`` calls."""
     return ahead is None or ahead >= LEAST_CALLS * (len(candidates(most)) + 1)
 
 
@@ -180,9 +182,9 @@ def _seconds(call: Callable[[], Any], clock: Callable[[], float], best: float | 
 
 
 class Watch:
-    """Says when work that is repeated has grown slow, or may have become faster with more threads.
+    """Tells when repeated work has become slow, or may be faster with more threads.
 
-    Compared are medians over ``window`` calls. Choosing again takes a hundredth of the time in all.
+    It compares medians over ``window`` calls. Choosing again takes about 1 % of the total time.
     """
 
     SLOWER = 1.3
@@ -195,7 +197,7 @@ class Watch:
         self._passed = 0.0
 
     def again(self, seconds: float) -> bool:
-        """Whether to choose again, after a call that took so long."""
+        """Whether to choose again, after a call that took ``seconds``."""
         self._passed += seconds
         self._recent.append(seconds)
         if len(self._recent) < self._window:

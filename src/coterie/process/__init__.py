@@ -1,4 +1,4 @@
-"""Floor 1: noising processes, views of a prediction, loss weights, times, preconditioning."""
+"""Noising processes, views of a prediction, loss weights, training times and preconditioning."""
 
 from coterie.process import discrete, learned_weightings, schedules
 from coterie.process.base import PROCESSES, Process, expand

@@ -1,9 +1,8 @@
-"""One process for every view of diffusion: ``x_t = alpha(t) x0 + sigma(t) eps``.
+"""A noising process: ``x_t = alpha(t) x0 + sigma(t) eps``.
 
-The variational, score and flow views differ only in what is derived from the pair (alpha, sigma);
-nothing derived is stored. Time runs from clean (``t_clean``) to noise (``t_max``). For every
-process but ``ve`` it is in [0, 1]; there it is sigma itself. Times keep their dtype and device, so
-float64 in gives float64 out.
+The variational, score and flow views of diffusion all follow from the pair (alpha, sigma). Time
+runs from clean (``t_clean``) to noise (``t_max``). It is in [0, 1] for every process but ``ve``,
+where it is sigma itself. Times keep their dtype and device: float64 in gives float64 out.
 """
 
 from __future__ import annotations
@@ -26,9 +25,9 @@ def expand(value: Tensor, like: Tensor) -> Tensor:
 
 
 class Process(ABC):
-    """A noising process. Subclasses are frozen dataclasses that give alpha and sigma.
+    """A noising process. Subclasses are frozen dataclasses that define alpha and sigma.
 
-    ``t_min, t_max`` bound the times a denoiser is asked about; ``t_clean`` is where sigma is 0.
+    A denoiser is called at times in [``t_min``, ``t_max``]; at ``t_clean`` sigma is 0.
     ``num_steps`` is the length of the original grid that ``step_index`` refers to.
     """
 
@@ -38,12 +37,12 @@ class Process(ABC):
 
     @property
     def discrete(self) -> bool:
-        """True if the process was defined, and is trained, on grid times only."""
+        """Whether the process is defined, and trained, on grid times only."""
         return False
 
     @property
     def t_clean(self) -> float:
-        """The time at which alpha is its clean value and sigma is 0; never asked of a network."""
+        """The time at which sigma is 0. A network is never called there."""
         return 0.0
 
     @abstractmethod
@@ -64,10 +63,10 @@ class Process(ABC):
 
     @abstractmethod
     def time_of_lam(self, lam: Tensor) -> Tensor:
-        """Inverse of :meth:`lam`."""
+        """The time at which :meth:`lam` has this value."""
 
     def lam(self, t: Tensor) -> Tensor:
-        """Half the log signal-to-noise ratio, log(alpha / sigma): falls as noise grows."""
+        """Half the log signal-to-noise ratio, log(alpha / sigma). It falls as noise grows."""
         return self.alpha(t).log() - self.sigma(t).log()
 
     def snr(self, t: Tensor) -> Tensor:
@@ -93,7 +92,7 @@ class Process(ABC):
         return float(self.sigma(at))
 
     def unit_time(self, t: Tensor) -> Tensor:
-        """Position of ``t`` in [0, 1], clean to noise: ``t`` itself unless the process says so."""
+        """Position of ``t`` in [0, 1] from clean to noise: ``t`` itself in most processes."""
         return t
 
     def time_of_unit(self, unit: Tensor) -> Tensor:
@@ -111,7 +110,7 @@ class Process(ABC):
         return self.time_of_unit(unit).to(dtype)
 
     def time_input(self, t: Tensor) -> Tensor:
-        """f32: what a network is fed by default, 1000 t."""
+        """f32: input of a network's time embedding, by default 1000 t."""
         return (1000.0 * t).float()
 
     def diffuse(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:

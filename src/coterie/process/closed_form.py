@@ -1,6 +1,6 @@
-"""Data distributions whose optimal denoiser is known exactly, under every process.
+"""Data distributions whose optimal denoiser is known in closed form, under every process.
 
-They prove solvers, guidance and ensembles without training. Components are isotropic Gaussians
+They test solvers, guidance and ensembles without training. Components are isotropic Gaussians
 N(mean_k, std_k^2 I). K components, B samples; data of any shape.
 """
 
@@ -97,7 +97,7 @@ class Mixture:
 
 
 class ExactDenoiser:
-    """A mixture's optimal denoiser behind the denoiser contract, answering in any view.
+    """The optimal denoiser of a mixture, in any view, usable like a trained network.
 
     A label in the condition selects that component; NULL_LABEL (or no label) is the mixture.
     """

@@ -1,12 +1,12 @@
-"""The one operator behind guidance: away from a weaker answer, through a stronger one.
+"""The formula of classifier-free guidance and its variants.
 
     D = D_base + (w - 1) (D_strong - D_weak),
 
-with base = strong unless said otherwise: then it is D_weak + w (D_strong - D_weak). Weak is the
-answer without condition (classifier-free guidance, Ho and Salimans 2022, arXiv:2207.12598), of a
-worse denoiser (autoguidance, Karras et al. 2024, arXiv:2406.02507), or of the same network with
-other experts. Linear, so the view does not matter, but for ``rescale`` (Lin et al. 2023,
-arXiv:2305.08891, eq. 15-16). Interval: Kynkaanniemi et al. 2024 (arXiv:2404.07724).
+with base = strong by default: D_weak + w (D_strong - D_weak). The weak prediction is that without
+condition (classifier-free guidance, Ho and Salimans 2022, arXiv:2207.12598), that of a worse
+denoiser (autoguidance, Karras et al. 2024, arXiv:2406.02507), or that of the same network with
+other experts. The formula is linear, so it is the same in every view, except with ``rescale`` (Lin
+et al. 2023, arXiv:2305.08891, eq. 15-16). Interval: Kynkaanniemi et al. 2024 (arXiv:2404.07724).
 """
 
 from __future__ import annotations
@@ -28,19 +28,21 @@ MOST = 1e4
 
 
 class ContrastConfig(Config):
-    """How far to move, where, and what is kept as it was."""
+    """Weight of guidance, the noise levels at which it acts, and rescaling."""
 
     weight: float = Field(1.0, ge=-MOST, le=MOST)
+    """factor w of the difference of predictions; 1: no guidance"""
     interval: tuple[float, float] | None = None
-    """Only where lo <= noise level <= hi; None: everywhere."""
+    """Noise levels (lo, hi) at which guidance acts; elsewhere w = 1. None: everywhere."""
     interval_in: Literal["t", "sigma"] = "t"
-    """What the interval counts: time t, or sigma / alpha."""
+    """Unit of ``interval``: time t, or sigma / alpha."""
     rescale: float = Field(0.0, ge=0, le=1)
-    """Share of rescaling to the strong answer's standard deviation, per sample."""
+    """Share of rescaling to the standard deviation of the strong prediction, per sample; 0:
+    none."""
     rescale_view: Literal["x0", "eps", "flow", "v"] = "x0"
-    """Rescaling is not linear, so the view it is done in matters."""
+    """View in which to rescale; the result depends on it."""
     channels: int | None = Field(None, ge=1)
-    """Change the first channels only (DiT guides 3 of 4); None: all."""
+    """Guide the first channels only (DiT guides 3 of 4); None: all."""
 
     @model_validator(mode="after")
     def _check_interval(self) -> Self:
@@ -49,7 +51,7 @@ class ContrastConfig(Config):
         return self
 
     def weighed(self, guidance: float | None) -> Self:
-        """With the weight that whoever asks calls ``guidance``; None: as it is."""
+        """A copy with the weight ``guidance``; unchanged for None."""
         if guidance is None:
             return self
         if not abs(guidance) <= MOST:
@@ -58,12 +60,12 @@ class ContrastConfig(Config):
 
     @property
     def plain(self) -> bool:
-        """One weight for every level and channel, and nothing rescaled."""
+        """Whether the weight is the same at every noise level and channel, without rescaling."""
         return self.interval is None and not self.rescale and self.channels is None
 
     def weights(self, process: Process, t: Tensor, own: Tensor | None = None) -> Tensor:
-        """f64 [B]: the weight inside the interval, 1 outside. ``own`` [B]: of each sample, in the
-        place of ``weight``."""
+        """f64 [B]: the weight inside the interval, 1 outside. ``own`` [B]: weights of the samples
+        that replace ``weight``."""
         level = t.double()
         if self.interval_in == "sigma":
             level = torch.exp(-process.lam(level))
@@ -85,9 +87,12 @@ def contrast(
     base: Prediction | None = None,
     own: Tensor | None = None,
 ) -> Prediction:
-    """``base`` (None: ``strong``) moved by the difference; all three at the same x [B, ...], t [B]
-    of ``process``. ``own``: weights of the samples, see :meth:`ContrastConfig.weights`. Answers in
-    the view of ``base``, with its routings."""
+    """The guided prediction at x [B, ...] and t [B]: ``base`` (None: ``strong``) plus the
+    difference.
+
+    ``own``: weights of the samples, see :meth:`ContrastConfig.weights`. The result is in the view
+    of ``base`` and has its routings.
+    """
     base = strong if base is None else base
     upper = as_view(process, strong, base.view, x, t).value
     lower = as_view(process, weak, base.view, x, t).value
@@ -127,11 +132,11 @@ def _rescale(
 def with_and_without(
     denoiser: DenoiserLike, x: Tensor, t: Tensor, cond: Condition
 ) -> tuple[Prediction, Prediction]:
-    """The answers to the condition and to its null form, from one stacked batch (conditional
-    first). Both carry the routings and auxiliary losses of the whole batch.
+    """The predictions with the condition and with its null form, from one stacked batch.
 
-    A denoiser that chooses among others answers both halves with the choice of the first, if it
-    has ``paired(x, t, cond, null) -> Prediction`` of the stacked batch.
+    Conditional samples come first. Both predictions carry the routings and auxiliary losses of the
+    whole batch. An ensemble that chooses members uses the choice of the conditional half for both,
+    if it has a method ``paired(x, t, cond, null) -> Prediction`` of the stacked batch.
     """
     batch = x.shape[0]
     if not cond.tensors():

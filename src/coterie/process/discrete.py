@@ -66,7 +66,7 @@ def _lam_and_slopes(log_bar: Tensor) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class DDPM(Process):
-    """Discrete variance-preserving process; see the module for its continuous extension."""
+    """Discrete variance-preserving process; the module describes it between grid times."""
 
     schedule: str
     num_steps: int
@@ -211,18 +211,22 @@ _DEFAULT_BETAS = {
 
 @PROCESSES.register
 class DDPMConfig(Part):
-    """DDPM process. Unset betas are the published ones for 1000 steps, times 1000 / num_steps.
+    """The discrete process of DDPM (arXiv:2006.11239).
 
-    ``alphas_cumprod``: alpha^2 of every index, for the schedule ``table`` alone: any that falls, to
-    0 at the last index where that is pure noise.
+    Unset betas are the published ones for 1000 steps, times 1000 / num_steps.
     """
 
     kind: Literal["ddpm"] = "ddpm"
     schedule: Betas = "linear"
-    num_steps: int = Field(1000, ge=2, le=10**6)
+    """of the forward variances beta; ``table``: given by ``alphas_cumprod``"""
+    num_steps: int = Field(1000, ge=2, le=10**6)  # number of steps T of the original grid
     beta_start: float | None = Field(None, gt=0, lt=1)
+    """variance of the first step; None: the published one"""
     beta_end: float | None = Field(None, gt=0, lt=1)
+    """variance of the last step; None: the published one"""
     alphas_cumprod: Table = Field((), repr=False)
+    """Alpha^2 of every step, for the schedule ``table`` alone; it falls, to 0 at the last step if
+    that is pure noise."""
 
     @model_validator(mode="after")
     def _check_betas(self) -> Self:

@@ -1,8 +1,8 @@
-"""Loss weights that are trained with the denoiser. Each module names its learning rate ``lr``.
+"""Loss weights that are trained with the denoiser, at a learning rate of their own (``lr``).
 
 ``uncertainty``: one log-variance per cluster of times (ANT-UW: Go et al. 2023, arXiv:2306.00354,
-after Kendall et al. 2018, arXiv:1705.07115). ``time_uncertainty``: a smooth u(t), loss
-exp(-u) L + u (Karras et al. 2024, arXiv:2312.02696, eq. 14).
+after Kendall et al. 2018, arXiv:1705.07115). ``time_uncertainty``: a smooth u(t), loss exp(-u) L +
+u (Karras et al. 2024, arXiv:2312.02696, eq. 14).
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from coterie.process.weightings import WEIGHTINGS, ConstantWeighting
 class ClusterUncertainty(nn.Module):
     """sum_i 0.5 (exp(-s_i) l_i + s_i), l_i = mean loss of cluster i / clusters.
 
-    Clusters that got no sample take no part, so their s_i keeps its value. Use with ``stratified``
-    times of as many clusters.
+    A cluster without a sample in the batch adds nothing, so its s_i does not change. Use it with
+    ``stratified`` times of as many clusters.
     """
 
     def __init__(self, process: Process, clusters: int, lr: float) -> None:
@@ -35,7 +35,7 @@ class ClusterUncertainty(nn.Module):
         self.log_variance = nn.Parameter(torch.zeros(clusters))
 
     def forward(self, t: Tensor, view: str) -> Tensor:
-        """The factor each sample's loss has at present, f32 [B]."""
+        """f32 [B]: the current factor of each sample's loss."""
         check_view(view)
         return 0.5 * torch.exp(-self.log_variance[cluster_of(self.process, t, self.clusters)])
 
@@ -53,11 +53,11 @@ class ClusterUncertainty(nn.Module):
 
 @WEIGHTINGS.register
 class UncertaintyWeighting(Part):
-    """Learned uncertainty per cluster of times."""
+    """A learned uncertainty for each of several equal ranges of time."""
 
     kind: Literal["uncertainty"] = "uncertainty"
-    clusters: int = Field(8, ge=1)
-    lr: float = Field(0.025, gt=0)
+    clusters: int = Field(8, ge=1)  # number of ranges
+    lr: float = Field(0.025, gt=0)  # learning rate of the uncertainties
 
     def build(self, process: Process) -> ClusterUncertainty:
         return ClusterUncertainty(process, self.clusters, self.lr)
@@ -93,12 +93,13 @@ class TimeUncertainty(nn.Module):
 
 @WEIGHTINGS.register
 class TimeUncertaintyWeighting(Part):
-    """Learned uncertainty as a smooth function of time, on top of a fixed ``base`` weighting."""
+    """A learned uncertainty that is a smooth function of time, on top of a fixed weighting."""
 
     kind: Literal["time_uncertainty"] = "time_uncertainty"
     base: Annotated[SerializeAsAny[Part], WEIGHTINGS.validator] = ConstantWeighting()
-    harmonics: int = Field(8, ge=1)
-    lr: float = Field(1e-2, gt=0)
+    """the fixed weighting"""
+    harmonics: int = Field(8, ge=1)  # number of Fourier features of time
+    lr: float = Field(1e-2, gt=0)  # learning rate of the uncertainty
 
     def build(self, process: Process) -> TimeUncertainty:
         return TimeUncertainty(process, self.base, self.harmonics, self.lr)

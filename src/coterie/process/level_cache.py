@@ -1,7 +1,7 @@
-"""A process that works out each noise level once.
+"""A process that computes alpha and sigma once per noise level.
 
-A sampler asks for alpha and sigma at the few times of its grid: as the end of one step and as the
-start of the next, for every conversion of a prediction, and again in each run on the same grid.
+A sampler needs them at the few times of its grid, but many times: at the end of one step and the
+start of the next, for every conversion of a prediction, and in each run on the same grid.
 """
 
 from __future__ import annotations
@@ -22,8 +22,10 @@ Number = float | Tensor
 
 
 class Remembered(Process):
-    """The same numbers as ``inner``, looked up at 0-dimensional float64 times on the CPU (those of
-    a grid); other times are passed on."""
+    """A process whose values are cached for the times of a grid (0-dimensional float64 on the CPU).
+
+    At other times it calls ``inner``.
+    """
 
     def __init__(self, inner: Process) -> None:
         self.inner = inner
@@ -120,17 +122,20 @@ def weights(
     *at: Number,
     told: Sequence[Any] = (),
 ) -> Sequence[Number]:
-    """What ``work_out(process, *at, *told)`` makes of noise levels ``at``: the numbers by which a
-    step weighs its tensors. Floats, worked out once, where ``process`` is remembered and ``at`` are
-    times of a grid; tensors [B] where samples stand at different times."""
+    """The coefficients ``work_out(process, *at, *told)`` of a solver step at the noise levels
+    ``at``.
+
+    Floats, cached, if ``process`` is :class:`Remembered` and ``at`` are times of a grid; tensors
+    [B] if samples are at different times.
+    """
     if isinstance(process, Remembered):
         return process.weights(work_out, at, told)
     return work_out(process, *at, *told)
 
 
 class OneCall(Process):
-    """A process during one call of a denoiser: what is converted and weighed at one and the same
-    tensor of times [B] works its coefficients out once."""
+    """A process during one call of a denoiser: it caches its coefficients for that call's times
+    [B]."""
 
     def __init__(self, process: Process) -> None:
         self.process = process
@@ -165,7 +170,7 @@ def _shared(process: Process) -> Remembered:
 
 
 def remembered(process: Process) -> Process:
-    """``process`` with its noise levels worked out once; equal processes share what is known."""
+    """``process`` with cached noise levels; equal processes share one cache."""
     if isinstance(process, Remembered):
         return process
     try:

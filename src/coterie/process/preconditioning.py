@@ -1,7 +1,7 @@
-"""How a network's raw output F becomes a prediction.
+"""Scaling of a network's input and output (preconditioning).
 
-EDM's coefficients (Karras et al. 2022, arXiv:2206.00364, table 1) hold for any process through
-s = sigma / alpha and the input x / alpha; written with alpha and sigma they are finite at alpha=0:
+EDM's coefficients (Karras et al. 2022, arXiv:2206.00364, table 1) hold for any process through s =
+sigma / alpha and the input x / alpha; written with alpha and sigma they are finite at alpha=0:
 
     c_in = 1/r, c_skip = alpha sigma_data^2 / r^2, c_out = sigma sigma_data / r,
     r^2 = sigma^2 + alpha^2 sigma_data^2.
@@ -23,16 +23,16 @@ PRECONDITIONS = Registry("precondition", "coterie.preconditions")
 
 
 class Precondition(Protocol):
-    """D = c_skip x + c_out F(c_in x)."""
+    """The prediction D = c_skip x + c_out F(c_in x) of a network F."""
 
     @property
     def view(self) -> str | None:
-        """The view of the result; None: the network's own."""
+        """The view of the prediction; None: that of the network."""
         ...
 
     @property
     def plain(self) -> bool:
-        """Whether D = F(x)."""
+        """Whether D = F(x), so that nothing is scaled."""
         ...
 
     def coefficients(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -51,7 +51,7 @@ class _Identity:
 
 @PRECONDITIONS.register
 class NoPrecondition(Part):
-    """The network's output is the prediction, in the network's own view."""
+    """No scaling: the network's output is the prediction."""
 
     kind: Literal["none"] = "none"
 
@@ -75,10 +75,10 @@ class _EDM:
 
 @PRECONDITIONS.register
 class EDMPrecondition(Part):
-    """Unit-variance network input and target for data of standard deviation ``sigma_data``."""
+    """EDM's scaling: network input and training target have unit variance."""
 
     kind: Literal["edm"] = "edm"
-    sigma_data: float = Field(0.5, gt=0)
+    sigma_data: float = Field(0.5, gt=0)  # standard deviation of the data
 
     def build(self, process: Process) -> Precondition:
         return _EDM(process, self.sigma_data)

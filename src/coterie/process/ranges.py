@@ -1,4 +1,4 @@
-"""Ranges of the noise level: which of several experts a time belongs to.
+"""Division of the noise levels into ranges, one per expert.
 
 Shapes: B batch.
 """
@@ -21,12 +21,13 @@ ROUNDING = 1e-6
 
 
 class RangesConfig(Config):
-    """``boundaries``: K - 1 noise levels from noisy to clean, for K half-open ranges; a level on a
-    boundary belongs to the noisier of its two. In ``t`` and ``sigma`` (sigma / alpha) they fall, in
-    ``log_snr`` (log alpha^2 / sigma^2) they rise."""
+    """K ranges of noise levels, given by the K - 1 boundaries between them."""
 
     boundaries: tuple[float, ...] = ()
+    """Levels from noisy to clean: falling in ``t`` and ``sigma``, rising in ``log_snr``. A level on
+    a boundary belongs to the noisier range."""
     boundaries_in: Literal["t", "sigma", "log_snr"] = "t"
+    """Unit of the boundaries: process time, sigma / alpha, or log(alpha^2 / sigma^2)."""
 
     @model_validator(mode="after")
     def _in_order(self) -> RangesConfig:
@@ -42,7 +43,7 @@ class RangesConfig(Config):
         return len(self.boundaries) + 1
 
     def range_at(self, process: Process, t: Tensor) -> Tensor:
-        """i64 [B]: the range that each t [B] lies in, 0 the noisiest."""
+        """i64 [B]: the range of each time t [B]; 0 is the noisiest."""
         level = _level(process, t.double(), self.boundaries_in)
         falling = -1.0 if self.boundaries_in == "log_snr" else 1.0
         edges = level.new_tensor(self.boundaries)
@@ -51,8 +52,8 @@ class RangesConfig(Config):
         return below.sum(1)
 
     def times(self, process: Process) -> list[float]:
-        """The boundaries as times of ``process``; ConfigError where one is none of its times, so
-        that a range is empty."""
+        """The boundaries as times of ``process``. ConfigError if one is outside its times, which
+        would leave a range empty."""
         with torch.device("cpu"):  # numbers, also where a model is built without memory
             levels = torch.tensor(self.boundaries, dtype=torch.float64)
             if self.boundaries_in != "t":
@@ -73,8 +74,10 @@ class RangesConfig(Config):
 
 
 def equal_ranges(process: Process, count: int) -> RangesConfig:
-    """``count`` ranges of the process's steps 0..T-1, range n from the clean end holding those in
-    [n T / count, (n + 1) T / count)."""
+    """``count`` ranges with equal numbers of the process's steps 0..T-1.
+
+    Range n, counted from the clean end, holds the steps in [n T / count, (n + 1) T / count).
+    """
     steps = process.num_steps
     if not 1 <= count <= steps:
         raise ConfigError(describe("ranges", count, f"1..{steps}, the steps of the process"))

@@ -78,11 +78,11 @@ class VPLinear(_VariancePreserving):
 
 @PROCESSES.register
 class VPLinearConfig(_UnitTime):
-    """Variance preserving with linear beta(t) = beta_min + (beta_max - beta_min) t."""
+    """Variance preserving, with beta(t) = beta_min + (beta_max - beta_min) t."""
 
     kind: Literal["vp_linear"] = "vp_linear"
-    beta_min: float = Field(0.1, gt=0)
-    beta_max: float = Field(20.0, gt=0)
+    beta_min: float = Field(0.1, gt=0)  # noise rate at t = 0
+    beta_max: float = Field(20.0, gt=0)  # noise rate at t = 1
 
     @model_validator(mode="after")
     def _check_betas(self) -> Self:
@@ -129,11 +129,11 @@ class Cosine(_VariancePreserving):
 
 @PROCESSES.register
 class CosineConfig(_UnitTime):
-    """Cosine schedule in continuous time. alpha is 0 at t = 1: sampling starts a little below."""
+    """Variance preserving, with the cosine schedule in continuous time."""
 
     kind: Literal["cosine"] = "cosine"
-    t_max: float = 0.995
-    s: float = Field(0.008, ge=0)
+    t_max: float = 0.995  # where sampling starts; at t = 1 alpha would be 0
+    s: float = Field(0.008, ge=0)  # offset that keeps the noise near t = 0 from being too small
 
     def build(self) -> Cosine:
         return Cosine(self.num_steps, self.t_min, self.t_max, self.s)
@@ -171,10 +171,11 @@ class RectifiedFlow(Process):
 
 @PROCESSES.register
 class RectifiedFlowConfig(_UnitTime):
-    """Straight paths. ``shift`` > 1 moves time towards noise: lam becomes lam - log(shift)."""
+    """Straight paths from data to noise: alpha = 1 - t, sigma = t (without shift)."""
 
     kind: Literal["rectified_flow"] = "rectified_flow"
     shift: float = Field(1.0, gt=0)
+    """above 1, more of the time is noisy: lam becomes lam - log(shift)"""
 
     def build(self) -> RectifiedFlow:
         return RectifiedFlow(self.num_steps, self.t_min, self.t_max, self.shift)
@@ -217,12 +218,12 @@ class VarianceExploding(Process):
 
 @PROCESSES.register
 class VarianceExplodingConfig(Part):
-    """Variance exploding (EDM): time is sigma, from ``sigma_max`` down to ``sigma_min``."""
+    """Variance exploding (EDM): alpha = 1, and time is sigma."""
 
     kind: Literal["ve"] = "ve"
-    num_steps: int = Field(1000, ge=2, le=10**6)
-    sigma_min: float = Field(0.002, gt=0)
-    sigma_max: float = Field(80.0, gt=0)
+    num_steps: int = Field(1000, ge=2, le=10**6)  # number of steps of the original grid
+    sigma_min: float = Field(0.002, gt=0)  # least noise level
+    sigma_max: float = Field(80.0, gt=0)  # greatest noise level, where sampling starts
 
     @model_validator(mode="after")
     def _check_range(self) -> Self:
@@ -261,7 +262,7 @@ class Trig(Process):
 
 @PROCESSES.register
 class TrigConfig(_UnitTime):
-    """Trigonometric interpolation: the flow velocity is pi/2 times the v-prediction."""
+    """alpha = cos(pi t / 2), sigma = sin(pi t / 2); flow is pi/2 times the v-prediction."""
 
     kind: Literal["trig"] = "trig"
 

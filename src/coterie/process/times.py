@@ -1,7 +1,7 @@
-"""Where along the process a training batch is evaluated: t f32 [B].
+"""Distributions of the noise levels in training: t f32 [B].
 
-Discrete processes get exact grid times. "Unit time" is t itself, or the position in log sigma
-for ``ve``.
+Discrete processes get exact grid times. "Unit time" is t itself, or the position in log sigma for
+``ve``.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ TIMES = Registry("times", "coterie.times")
 
 
 class Times(Protocol):
-    """Draws training times."""
+    """Draws the times of a training batch."""
 
     def sample(self, batch: int, rng: Generator) -> Tensor:
-        """f32 [batch], within the process's usable range."""
+        """f32 [batch], between the process's ``t_min`` and ``t_max``."""
         ...
 
 
@@ -86,8 +86,8 @@ class LogitNormalTimes(Part):
     """logit(unit time) ~ N(mean, std^2) (arXiv:2403.03206, section 3.1)."""
 
     kind: Literal["logit_normal"] = "logit_normal"
-    mean: float = 0.0
-    std: float = Field(1.0, gt=0)
+    mean: float = 0.0  # of logit(unit time)
+    std: float = Field(1.0, gt=0)  # of logit(unit time)
 
     def build(self, process: Process) -> Times:
         return _LogitNormal(process, self.mean, self.std)
@@ -109,8 +109,8 @@ class LogNormalSigmaTimes(Part):
     """ln(sigma / alpha) ~ N(mean, std^2), for any process (arXiv:2206.00364, table 1)."""
 
     kind: Literal["log_normal_sigma"] = "log_normal_sigma"
-    mean: float = -1.2
-    std: float = Field(1.2, gt=0)
+    mean: float = -1.2  # of ln(sigma / alpha)
+    std: float = Field(1.2, gt=0)  # of ln(sigma / alpha)
 
     def build(self, process: Process) -> Times:
         return _LogNormalSigma(process, self.mean, self.std)
@@ -133,12 +133,12 @@ class _LogLogisticSigma:
 
 @TIMES.register
 class LogLogisticSigmaTimes(Part):
-    """ln(sigma / alpha) ~ logistic about ln(median), cut off at the ends of the process, for any
-    process (MoDE, arXiv:2412.12953; BESO, arXiv:2304.02532)."""
+    """ln(sigma / alpha) follows a logistic distribution, truncated at the ends of the process
+    (MoDE, arXiv:2412.12953; BESO, arXiv:2304.02532)."""
 
     kind: Literal["log_logistic_sigma"] = "log_logistic_sigma"
-    median: float = Field(0.5, gt=0)
-    scale: float = Field(0.5, gt=0)
+    median: float = Field(0.5, gt=0)  # of sigma / alpha
+    scale: float = Field(0.5, gt=0)  # of the logistic distribution of ln(sigma / alpha)
 
     def build(self, process: Process) -> Times:
         return _LogLogisticSigma(process, self.median, self.scale)
@@ -164,13 +164,13 @@ class _Stratified:
 
 @TIMES.register
 class StratifiedTimes(Part):
-    """Each of ``clusters`` equal ranges of unit time gets batch / clusters samples.
+    """The same number of samples from each of several equal ranges of unit time.
 
-    If the batch is not a multiple, shares differ by one and which clusters get more is random.
+    If the batch is not a multiple of ``clusters``, numbers differ by one at random.
     """
 
     kind: Literal["stratified"] = "stratified"
-    clusters: int = Field(8, ge=1)
+    clusters: int = Field(8, ge=1)  # number of equal ranges of unit time
 
     def build(self, process: Process) -> Times:
         return _Stratified(process, self.clusters)

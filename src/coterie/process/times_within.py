@@ -1,4 +1,4 @@
-"""Training times inside a range of noise levels: what an expert of that range is trained on."""
+"""Training times inside a range of noise levels, for an expert of that range."""
 
 from __future__ import annotations
 
@@ -40,16 +40,17 @@ class _Within:
 
 @TIMES.register
 class WithinTimes(Part):
-    """``times`` given that low <= t < high; None: to the end of the process.
+    """Times of another distribution, restricted to low <= t < high.
 
-    Experts of neighbouring ranges trained so see, in proportion, what one network would: the
-    shares of the samples that fall into their ranges are :func:`share_within`.
+    If experts of neighbouring ranges get the shares :func:`share_within` of the samples, together
+    they see the distribution that one network would.
     """
 
     kind: Literal["within"] = "within"
     times: Annotated[SerializeAsAny[Part], TIMES.validator] = "uniform"  # type: ignore[assignment]
-    low: float | None = None
-    high: float | None = None
+    """the distribution to restrict"""
+    low: float | None = None  # least time; None: the clean end of the process
+    high: float | None = None  # upper limit of the time, excluded; None: the noisy end
 
     @model_validator(mode="after")
     def _check(self) -> WithinTimes:
@@ -61,7 +62,7 @@ class WithinTimes(Part):
         return self
 
     def build(self, process: Process) -> Times:
-        """ConfigError if next to nothing of ``times`` lies in the range."""
+        """ConfigError if ``times`` hardly ever falls into the range."""
         share = share_within(self, process)
         if share < LEAST:
             allowed = f"a range with at least {LEAST:.1%} of the times of {self.times.kind}"
@@ -75,7 +76,7 @@ class WithinTimes(Part):
 
 
 def share_within(config: WithinTimes, process: Process) -> float:
-    """Share of ``config.times`` that falls into the range, from draws that are always the same."""
+    """Share of ``config.times`` that falls into the range, estimated from a fixed set of draws."""
     made = config._within(process)
     t = made.inner.sample(PROBES, torch.Generator().manual_seed(0))
     return float(made.holds(t).double().mean())

@@ -1,8 +1,8 @@
-"""Serving a denoiser in a process it was not trained in.
+"""Using a denoiser under another process than it was trained with.
 
-Two processes with the same lam are one up to a scaling of x and a change of time:
-x_A / alpha_A = x_B / alpha_B where lam_A(t_A) = lam_B(t_B). This is the rule for mixing experts
-trained with different schedules.
+Two processes at the same lam = log(alpha / sigma) differ by a scaling of x and a change of time:
+x_A / alpha_A = x_B / alpha_B where lam_A(t_A) = lam_B(t_B). Ensembles mix experts trained with
+different schedules by this rule.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from coterie.process.views import as_view
 def transport(source: Process, target: Process, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
     """State ``x`` [B, ...] of ``source`` at ``t`` [B] -> (x, t) of the same lam in ``target``.
 
-    Noise levels outside the target's usable range are answered at its nearest end. The scale is
-    the ratio of sqrt(alpha^2 + sigma^2): alpha_B / alpha_A at equal lam, and finite at alpha = 0.
+    Noise levels outside the target's usable range are moved to its nearest end. The scale is the
+    ratio of sqrt(alpha^2 + sigma^2): alpha_B / alpha_A at equal lam, and finite at alpha = 0.
     """
     low, high = target.lam(t.new_tensor([target.t_max, target.t_min])).unbind()
     lam = source.lam(t)
@@ -34,7 +34,7 @@ def _norm(process: Process, t: Tensor) -> Tensor:
 
 
 class Transported:
-    """A denoiser of another process, answering in ``process``; its answer is an x0 view."""
+    """A denoiser of another process, usable under ``process``; it predicts x0."""
 
     def __init__(self, denoiser: DenoiserLike, process: Process) -> None:
         self.denoiser = denoiser

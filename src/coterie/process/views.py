@@ -1,9 +1,9 @@
-"""Conversion between the views of a prediction: the one place where it happens.
+"""Conversion between the views of a prediction.
 
 D = x0, E = eps, s = score, flow = alpha' D + sigma' E, v = alpha E - sigma D ("v-prediction").
-Given x all views are affine in D, so a convex combination of predictions may be made in any of
-them. Each pair uses the form that divides by what cannot vanish where that view is trained:
-D from x0, flow or v never divides by alpha alone; E from eps, score or v never by sigma.
+Given x, all views are affine in D, so a convex combination of predictions may be made in any of
+them. Each conversion divides by a quantity that is not 0 where the source view is trained: D from
+x0, flow or v never divides by alpha alone; E from eps, score or v never by sigma.
 """
 
 from __future__ import annotations
@@ -27,9 +27,11 @@ def check_view(view: str, field: str = "view") -> None:
 def convert(
     process: Process, value: Tensor, source: str, target: str, x: Tensor, t: Tensor
 ) -> Tensor:
-    """``value`` [B, ...], a ``source`` view of the state ``x`` [B, ...] at ``t`` [B] (or 0-d),
-    as a ``target`` view. Exact, differentiable in ``value`` and ``x``; ConfigError for an
-    unknown view."""
+    """Convert ``value`` [B, ...] from the view ``source`` to the view ``target``.
+
+    ``x`` [B, ...] is the state at ``t`` [B] (or 0-dimensional). Exact, differentiable in ``value``
+    and ``x``; ConfigError for an unknown view.
+    """
     check_view(source, "source")
     check_view(target, "target")
     if source == target:
@@ -47,7 +49,8 @@ def convert(
 
 
 def affine(process: Process, t: Tensor, source: str, target: str) -> tuple[Tensor, Tensor]:
-    """(a, b), shaped as ``t``: the ``target`` view is ``a x + b value`` of a ``source`` view."""
+    """(a, b), shaped as ``t``: the ``target`` view is ``a x + b value``, ``value`` in the view
+    ``source``."""
     none = torch.zeros_like(t)
     if source == target:
         return none, torch.ones_like(t)
@@ -56,7 +59,7 @@ def affine(process: Process, t: Tensor, source: str, target: str) -> tuple[Tenso
 
 
 def view_slope(process: Process, t: Tensor, source: str, target: str) -> Tensor:
-    """d ``target`` / d ``source`` at fixed x, [B]: all views are affine in each other."""
+    """d ``target`` / d ``source`` at fixed x, [B]."""
     if source == target:
         return torch.ones_like(t)
     return convert(process, torch.ones_like(t), source, target, torch.zeros_like(t), t)
@@ -107,7 +110,7 @@ class _Level:
 
 
 def target_of(process: Process, x0: Tensor, eps: Tensor, view: str, t: Tensor) -> Tensor:
-    """What a network with this ``view`` should answer for the pair (x0, eps) at ``t``.
+    """The training target of a network with this ``view``, for the pair (x0, eps) at ``t``.
 
     Never divides by alpha; only the score divides by sigma.
     """
@@ -150,7 +153,7 @@ def floored(process: Process, t: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def as_view(process: Process, prediction: Any, view: str, x: Tensor, t: Tensor) -> Any:
-    """A Prediction in another view, its routings and auxiliary losses kept."""
+    """``prediction`` in another view; routings and auxiliary losses are kept."""
     if prediction.view == view:
         return prediction
     value = convert(process, prediction.value, prediction.view, view, x, t)

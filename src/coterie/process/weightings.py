@@ -1,8 +1,9 @@
-"""Loss weights. One rule, stated for |D - x0|^2, holds for every view by the chain rule.
+"""Weights of the loss by noise level. A weighting is stated for |D - x0|^2 and converted to any
+view.
 
 ``weighting(t, view)`` multiplies the per-sample mean squared error made in ``view``;
-``weighting.combine(per_sample, t, view)`` is the scalar to minimise. The weight that matters is
-w(t) p(t): a weighting and a distribution of times are interchangeable.
+``weighting.combine(per_sample, t, view)`` is the scalar to minimise. Only the product w(t) p(t)
+with the density of training times matters.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ WEIGHTINGS = Registry("weighting", "coterie.weightings")
 
 
 class Weighting(Protocol):
-    """Weights of per-sample losses; the learned ones are ``nn.Module`` with an ``lr``."""
+    """Weights of per-sample losses. Learned ones are ``nn.Module`` with a learning rate ``lr``."""
 
     def __call__(self, t: Tensor, view: str) -> Tensor:
         """f32 [B]: factor of the squared error made in ``view``."""
@@ -62,7 +63,7 @@ class _Constant:
 
 @WEIGHTINGS.register
 class ConstantWeighting(Part):
-    """1 in whatever view the network predicts ("simple" loss)."""
+    """1 in the view that the network predicts (the "simple" loss)."""
 
     kind: Literal["constant"] = "constant"
 
