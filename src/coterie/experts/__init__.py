@@ -1,4 +1,4 @@
-"""Floor 2: expert layers: routers, dispatch, experts, combine, and losses that keep the balance."""
+"""Expert layers: routers, dispatch to experts, combination, and load-balance losses."""
 
 from coterie.experts.balance import BALANCES
 from coterie.experts.dispatch import DispatchPlan, dispatch, plan

@@ -1,4 +1,5 @@
-"""The network that all experts of a layer share behind them (MoFME, AAAI 2024)."""
+"""A network that all experts of a layer share, after their outputs are summed (MoFME, AAAI
+2024)."""
 
 from __future__ import annotations
 
@@ -12,15 +13,15 @@ from coterie.nn.mlp import GeluMLP
 
 
 class AdaptorConfig(Config):
-    """``ratio``: inner size, as a multiple of the width. ``dropout`` after both maps."""
+    """A two-layer GELU network after the experts."""
 
-    ratio: PositiveFloat
+    ratio: PositiveFloat  # inner size, as a multiple of the width
     activation: Literal["gelu_tanh", "gelu"] = "gelu_tanh"
-    dropout: float = Field(0.0, ge=0.0, lt=1.0)
+    dropout: float = Field(0.0, ge=0.0, lt=1.0)  # probability, after both linear maps
 
 
 def build_adaptor(config: AdaptorConfig | float | None, width: int) -> GeluMLP | None:
-    """A number is a ratio, with all else as it is by default."""
+    """The network; a number is short for ``AdaptorConfig(ratio=number)``, None gives no network."""
     if config is None:
         return None
     if isinstance(config, AdaptorConfig):

@@ -1,4 +1,4 @@
-"""What an expert layer is given: rows of the right shape, and a Context that agrees with them."""
+"""Checks of what an expert layer gets: rows of the right shape, and a Context that agrees."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from coterie.experts.routers import RouterConfig
 def shaped(
     h: Tensor, ctx: Context | None, width: int, grid: bool, router: RouterConfig, training: bool
 ) -> tuple[Tensor, Context]:
-    """h as [B, N, D] ([B, C, H, W] for experts that read grids), and what is told of it.
+    """h as [B, N, D] ([B, C, H, W] for experts on feature maps), and its Context.
 
-    Rows [N, D] are those of the Context's samples one after the other; without a Context they are
-    tokens of one sample, where each is routed alone. DataError where the two do not agree.
+    Rows [N, D] are the tokens of the Context's samples, one sample after the other; without a
+    Context they are tokens of one sample. DataError where shape and Context disagree.
     """
     dims, channels = (4, 1) if grid else (3, -1)
     if h.dim() == 2 and not grid:

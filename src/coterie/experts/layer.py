@@ -1,9 +1,9 @@
 """The expert layer: router -> dispatch -> experts -> combine, ``rounds`` times.
 
-    x_0 = h;  x_{c+1} = x_c + routed_c(x_c) + shared(x_c);  the layer answers x_C - x_0
+    x_0 = h;  x_{c+1} = x_c + routed_c(x_c) + shared(x_c);  the layer returns x_C - x_0
 
-The block that owns the slot adds the answer (``ffn``), or reads ``m = 1 + answer`` (``pre_block``).
-Several rounds over one pool: Chain-of-Experts (arXiv:2506.18945).
+The block around it adds the output (slot ``ffn``), or multiplies its input by ``m = 1 + output``
+(slot ``pre_block``). Several rounds over one pool: Chain-of-Experts (arXiv:2506.18945).
 """
 
 from __future__ import annotations
@@ -40,54 +40,40 @@ from coterie.nn.mlp import Star
 
 
 class ExpertLayerConfig(Config):
-    """An expert layer of any kind.
-
-    ``num_experts``: candidates of the router; None where the experts' kind fixes the number
-    (``channel_window``). ``slot_map``: candidate -> tensor of the pool, many to one (merged
-    experts); None = one tensor each.
-
-    ``router_reads`` ``stream``: the residual stream before its norm instead of what the experts
-    read; ``normalised``: the block's normalised input, without modulation (Nucleus-Image,
-    arXiv:2604.12163). ``router_reads_time``: the time embedding as well, joined to either.
-    ``stem``: a block that all experts share, before them (``star``: GELU(A x) * (C x)).
-    ``adaptor``: inner size, as a multiple of the width, of a GELU network they share behind them
-    (MoFME). ``shared`` experts read and add beside both.
-
-    ``rounds`` C: times the pool is passed. ``round_routing``: each round has its ``own`` router,
-    all use a ``shared`` one (its choice may still change with x_c), or the decision of the first
-    is ``frozen``. ``inner_residual`` False drops x_c from x_{c+1}. ``inner_norm``: RMS norm without
-    weights before router and experts from the second round on. ``answer`` ``output`` gives x_C
-    instead of x_C - x_0. ``accumulate_float32``: sum expert answers in float32 under lower
-    precision.
-
-    ``init_std``: matrices start N(0, init_std) where their own part states no start and has none by
-    its nature (a modulation by 1); null: by each part's own rule, or as the trunk around says.
-
-    ``self_gate`` adds gates for each task's own experts to those of the router (HoME).
-    ``noise_tasks`` T: the task of a sample is its noise level, in T equal parts of the original
-    grid.
-    """
+    """An expert layer: its experts, its router, and what surrounds them."""
 
     num_experts: int | None = Field(8, ge=1, le=65536)
+    """of the router; null where the kind of experts fixes it"""
     experts: Annotated[SerializeAsAny[Part], EXPERTS.validator] = SwiGLU()
-    router: RouterConfig = RouterConfig()
+    """kind of network of each expert"""
+    router: RouterConfig = RouterConfig()  # how experts are chosen
     router_reads: Reads = "input"
-    router_reads_time: bool = False
+    """The router's input: what the experts read, the residual ``stream`` before its norm, or the
+    ``normalised`` stream before modulation (Nucleus-Image, arXiv:2604.12163)."""
+    router_reads_time: bool = False  # append the time embedding to the router's input
     stem: Literal["none", "star"] = "none"
+    """shared block before the experts; star: GELU(A x) * (C x)"""
     adaptor: AdaptorConfig | PositiveFloat | None = None
-    shared: SharedConfig | None = None
-    self_gate: SelfGateConfig | None = None
-    noise_tasks: Few | None = None
+    """shared network after the experts (MoFME); a number: its ratio"""
+    shared: SharedConfig | None = None  # experts that every token uses, beside the routed ones
+    self_gate: SelfGateConfig | None = None  # second gates for each task's own experts (HoME)
+    noise_tasks: Few | None = None  # T: task of a sample = its noise level in T equal parts
     slot_map: tuple[NonNegativeInt, ...] | None = Field(None, min_length=1)
-    rounds: Few = 1
+    """router's expert -> index in the pool; null: one to one"""
+    rounds: Few = 1  # passes through the experts
     round_routing: Literal["own", "shared", "frozen"] = "own"
-    inner_residual: bool = True
-    inner_norm: bool = False
-    answer: Literal["delta", "output"] = "delta"
+    """router per round, one for all, or the first choice"""
+    inner_residual: bool = True  # False drops x_c from x_{c+1}
+    inner_norm: bool = False  # RMS norm without weights before each round after the first
+    answer: Literal["delta", "output"] = "delta"  # what the layer returns: x_C - x_0, or x_C
     balance: tuple[Annotated[SerializeAsAny[Part], BALANCES.validator], ...] = ()
+    """load-balance losses"""
     dispatch: Literal["auto", "loop", "dense", "sorted", "grouped", "triton", "native"] = "auto"
-    accumulate_float32: bool = False
+    """implementation; auto: the fastest"""
+    accumulate_float32: bool = False  # sum expert outputs in float32 under lower precision
     init_std: float | None = Field(None, ge=0.0)
+    """Standard deviation of initial weight matrices, for parts that set none themselves; null: each
+    part's own rule, or the trunk's ``init_std``."""
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
@@ -121,7 +107,7 @@ class ExpertLayerConfig(Config):
             within(f"balance.{place}", lambda b=balance: b.check(self.router, count))  # type: ignore[misc]
 
     def check(self, width: int) -> None:
-        """Raise ConfigError where a layer of this width cannot be built."""
+        """ConfigError if a layer of this width cannot be built."""
         if self.kind.fixed_count(width) is not None:
             hint = f"the number of {self.kind.kind} experts is fixed, one per candidate"
             if self.slot_map is not None:
@@ -161,7 +147,7 @@ class ExpertLayerConfig(Config):
 
     @property
     def reads(self) -> list[tuple[str, str, tuple[str, ...]]]:
-        """(field, its value, fields of the Context without which the layer cannot work)."""
+        """Context fields that the layer needs: (configuration field, its value, Context fields)."""
         found = [(f"router.{field}", value, names) for field, value, names in self.router.reads]
         if self.self_gate is not None:
             found.append(("self_gate", "given", ("task",)))
@@ -179,7 +165,7 @@ class ExpertLayerConfig(Config):
         return cast(ExpertKind, self.experts)
 
     def starting(self, std: float | None) -> Self:
-        """With its ``init_std``, or ``std`` where it has none, told to the parts that have none."""
+        """A copy in which parts without an ``init_std`` have the layer's, or else ``std``."""
         std = std if self.init_std is None else self.init_std
         if std is None:
             return self
@@ -187,7 +173,7 @@ class ExpertLayerConfig(Config):
         return self.replace(init_std=std, experts=starting(self.kind, std), router=router)
 
     def candidates(self, width: int) -> int:
-        """How many experts the router chooses among at this width."""
+        """Number of experts that the router chooses among at this width."""
         fixed = self.kind.fixed_count(width)
         if fixed is None and self.num_experts is None:
             hint = f"experts of kind {self.kind.kind!r} come in any number"
@@ -200,14 +186,14 @@ class ExpertLayerConfig(Config):
         return count
 
     def tensors(self, width: int) -> int:
-        """How many experts the pool holds: one per candidate or slot, plus the reserved one."""
+        """Number of experts in the pool at this width, the reserved one included."""
         routed = self.candidates(width)
         if self.slot_map is not None:
             routed = max(self.slot_map) + 1
         return routed + self.router.num_reserved
 
     def build_pool(self, width: int) -> ExpertPool:
-        """A pool of the right size, to be owned outside and passed to several layers."""
+        """A pool of the right size, to be registered elsewhere and passed to several layers."""
         return ExpertPool(self.starting(None).kind, self.tensors(width), width)
 
     def build(
@@ -220,23 +206,24 @@ class ExpertLayerConfig(Config):
         stream_width: int | None = None,
         init_std: float | None = None,
     ) -> ExpertLayer:
-        """``time_width``, ``stream_width``: sizes of ctx.time_embedding and ctx.stream where they
-        are not ``width``. ``pool_layers``: the layers that own equal parts of a shared ``pool``, in
-        its order. ``always``: a module with the experts' input and output in the place of shared
-        experts. ``init_std``: as the field, where that is null."""
+        """A new layer of this width.
+
+        ``time_width``, ``stream_width``: sizes of ctx.time_embedding and ctx.stream if not
+        ``width``. ``pool_layers``: the layers that own equal parts of a shared ``pool``, in its
+        order. ``always``: a module that takes the place of shared experts. ``init_std``: used where
+        the field is null.
+        """
         own = self.starting(init_std)
         return ExpertLayer(self, width, time_width, pool, pool_layers, always, stream_width, own)
 
 
 class ExpertLayer(nn.Module):
-    """``layer(h [B, N, D], ctx) -> ExpertOutput``; [B, C, H, W] where the experts read grids, and
-    [N, D], also without a context, where each row is routed alone.
+    """An expert layer: ``layer(h [B, N, D], ctx) -> ExpertOutput``.
 
-    Where the N rows of a sample are one and the same (h is expanded, not copied), experts answer
-    it once, and each of the N routings weighs the answers: N tasks that are asked of one input.
-
-    A ``pool`` that is passed in stays out of this module's parameters and state: whoever owns it
-    registers it, once, however many layers use it.
+    h is [B, C, H, W] for experts on feature maps; it may be [N, D], also without a Context. If h is
+    one row per sample, expanded to N rows (not copied), each expert runs once per sample and the N
+    routings weight its output: N tasks on one input. A ``pool`` that is passed in is not registered
+    in this module; its owner registers it once for all layers that use it.
     """
 
     pool: ExpertPool
@@ -303,9 +290,9 @@ class ExpertLayer(nn.Module):
         return (*self.config.slot_map, *range(first, first + self.config.router.num_reserved))
 
     def reset_parameters(self, rng: Generator | None = None) -> None:
-        """Initialisation of each part's paper; apply after a backbone's generic pass.
+        """Initialise each part as in its paper; call it after a backbone's general initialisation.
 
-        A pool or a module that was passed in is left to its owner.
+        A pool or module that was passed in is not changed.
         """
         for router in self.routers:
             cast(Router, router).reset_parameters(rng)
@@ -320,7 +307,7 @@ class ExpertLayer(nn.Module):
             start_linears(part, std, rng)
 
     def router(self, round: int) -> Router:
-        """The router of one round."""
+        """The router of a round."""
         return cast(Router, self.routers[round if self.config.round_routing == "own" else 0])
 
     def forward(self, h: Tensor, ctx: Context | None = None) -> ExpertOutput:
@@ -360,9 +347,10 @@ class ExpertLayer(nn.Module):
         return routing if self.self_gate is None else self.self_gate(x, routing, ctx)
 
     def combine(self, x: Tensor, routing: Routing) -> Tensor:
-        """Routed answer plus shared answer for x [B, N, D] or [B, C, H, W] under a given routing.
+        """Output of routed and shared experts for x [B, N, D] or [B, C, H, W] under a given
+        routing.
 
-        Takes any routing of the right shape: a recorded, edited or cached one works too.
+        Any routing of the right shape works: recorded, edited or cached.
         """
         made = plan(routing, self._slots, self.pool.num_experts)
         u = x if self.stem is None else self.stem(x)
@@ -387,5 +375,5 @@ class ExpertLayer(nn.Module):
 
 
 def routers_of(layers: Iterable[ExpertLayer]) -> list[Router]:
-    """Routers in the order of (layer, round), as a balance's ``after_step`` expects them."""
+    """Routers in the order of (layer, round), which a balance part's ``after_step`` expects."""
     return [layer.router(round) for layer in layers for round in range(layer.config.rounds)]

@@ -1,4 +1,4 @@
-"""What a layer must be where its experts, or the place it stands in, cannot serve any other."""
+"""Constraints on an expert layer that come from its experts or from its slot."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an expert layer answers."""
+"""The output of an expert layer."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from coterie.core.routing import Routing
 
 @dataclass(frozen=True, eq=False)
 class ExpertOutput:
-    """``y`` [B, N, D] (float type of the input), one routing per round, the router state."""
+    """Output of an expert layer."""
 
-    y: Tensor
-    routings: tuple[Routing, ...]
-    state: Tensor | None = None
+    y: Tensor  # [B, N, D], in the input's float type
+    routings: tuple[Routing, ...]  # one per round
+    state: Tensor | None = None  # state of a recurrent router, for the next layer

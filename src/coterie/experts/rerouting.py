@@ -1,4 +1,4 @@
-"""A trained model under other routing settings, with its own weights: nothing is copied."""
+"""Running a trained model with other router settings; weights are not copied."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ READ_EACH_TIME = ("select", "weight", "when", "probability", "scale", "renorm_ep
 
 
 def token_routers(model: nn.Module) -> list[Router]:
-    """Routers that choose for each token; those of noise levels have no best token to lose."""
+    """The routers that choose per token; routers by noise level are left out."""
     routers = [module for module in model.modules() if isinstance(module, Router)]
     return [router for router in routers if router.config.routed_unit == "token"]
 
@@ -27,7 +27,7 @@ def token_routers(model: nn.Module) -> list[Router]:
 def rerouted(
     model: nn.Module, change: Callable[[RouterConfig, int], RouterConfig]
 ) -> Iterator[None]:
-    """Inside the block every router of tokens runs with ``change(config, num_experts)``."""
+    """Inside the block every token router runs with ``change(config, num_experts)``."""
     routers = token_routers(model)
     before = [router.config for router in routers]
     try:
@@ -41,14 +41,14 @@ def rerouted(
 
 
 def check_paths(settings: Mapping[str, Any]) -> None:
-    """ConfigError for a path into a router's configuration that needs other weights."""
+    """ConfigError for a router setting that would need other weights."""
     for path in settings:
         if path.split(".")[0] not in READ_EACH_TIME:
             raise ConfigError(unknown(path, path.split(".")[0], READ_EACH_TIME))
 
 
 def changed(config: RouterConfig, settings: Mapping[str, Any]) -> RouterConfig:
-    """``config`` with the settings applied: whole parts first, then fields inside them."""
+    """``config`` with ``settings`` applied: whole parts first, then fields inside them."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # what they warn of concerns training
         for depth in sorted({path.count(".") for path in settings}):

@@ -1,4 +1,4 @@
-"""What a layer's router is given beside what its experts read. B samples, N tokens, D width."""
+"""The input of a layer's router. B samples, N tokens, D width."""
 
 from __future__ import annotations
 
@@ -15,8 +15,10 @@ Reads = Literal["input", "stream", "normalised"]
 
 
 def router_input(x: Tensor, ctx: Context, reads: Reads, time: bool) -> Tensor:
-    """[B, N, ...]: the rows that are scored, where experts read x [B, N, D] or [B, C, H, W]; with
-    the ``time`` embedding of their sample behind each."""
+    """[B, N, ...]: the router's input, where experts read x [B, N, D] or [B, C, H, W].
+
+    With ``time`` the sample's time embedding is appended to each row.
+    """
     rows = {"input": x, "stream": ctx.stream, "normalised": ctx.normalised}[reads]
     if rows is None:
         raise ConfigError(describe("router_reads", reads, "input", TRUNK_ONLY))
@@ -31,7 +33,7 @@ def router_input(x: Tensor, ctx: Context, reads: Reads, time: bool) -> Tensor:
 
 
 def noise_task(ctx: Context, num_tasks: int) -> Tensor:
-    """i64 [B]: in which of ``num_tasks`` equal parts of the original grid a sample's step lies."""
+    """i64 [B]: which of ``num_tasks`` equal parts of the original grid the sample's step is in."""
     if ctx.step_index is None:
         raise ConfigError("noise_tasks: they need a step of the noise grid in the context")
     return ctx.step_index * num_tasks // ctx.num_steps

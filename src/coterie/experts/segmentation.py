@@ -25,18 +25,18 @@ from coterie.experts.shared import SharedConfig
 
 @dataclass(frozen=True)
 class Segments:
-    """The resolved numbers. ``hidden_gap``: m * hidden - base_hidden, 0 where m divides."""
+    """Sizes of a segmented layer."""
 
     num_experts: int
     top_k: int
     hidden: int
     num_shared: int
-    hidden_gap: int
+    hidden_gap: int  # m * hidden - base_hidden; 0 if F is a multiple of m
 
 
 @dataclass(frozen=True)
 class LayerCost:
-    """Of one layer: parameters, parameters used for one token, multiply-adds of one token."""
+    """Parameters of one layer, those used for one token, and multiply-adds per token."""
 
     total: int
     active: int
@@ -44,13 +44,14 @@ class LayerCost:
 
 
 class Segmentation(Config):
-    """``base_experts`` N, ``base_k`` K, ``base_hidden`` F, ``segment`` m, ``shared`` K_s."""
+    """An expert layer given by the unsegmented one, the number of segments and of shared
+    experts."""
 
-    base_experts: PositiveInt = 16
-    base_k: PositiveInt = 2
-    base_hidden: PositiveInt
-    segment: PositiveInt = 4
-    shared: NonNegativeInt = 1
+    base_experts: PositiveInt = 16  # N, number of experts before segmentation
+    base_k: PositiveInt = 2  # K, experts per token before segmentation
+    base_hidden: PositiveInt  # F, inner size of an expert before segmentation
+    segment: PositiveInt = 4  # m, parts into which each expert is cut
+    shared: NonNegativeInt = 1  # K_s, shared experts after segmentation
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
@@ -65,6 +66,7 @@ class Segmentation(Config):
         return self
 
     def resolve(self) -> Segments:
+        """The sizes of the segmented layer."""
         hidden = round(self.base_hidden / self.segment)
         return Segments(
             num_experts=self.segment * self.base_experts - self.shared,
@@ -77,7 +79,7 @@ class Segmentation(Config):
     def layer(
         self, experts: ExpertKind | None = None, router: RouterConfig | None = None
     ) -> ExpertLayerConfig:
-        """The layer with these numbers; the rest from ``experts`` (default SwiGLU), ``router``."""
+        """The segmented layer; ``experts`` (default SwiGLU) and ``router`` give everything else."""
         numbers = self.resolve()
         kind = (SwiGLU() if experts is None else experts).with_hidden(numbers.hidden)
         router = RouterConfig() if router is None else router
@@ -96,7 +98,7 @@ class Segmentation(Config):
         return self.replace(segment=1, shared=0)
 
     def summary(self, width: int) -> str:
-        """Resolved numbers and costs of this layer and of its unsegmented twin, two lines."""
+        """Sizes and costs of this layer and of the unsegmented one, as two lines of text."""
         lines = []
         for name, rule in (("segmented", self), ("unsegmented", self.twin())):
             numbers, cost = rule.resolve(), layer_cost(rule.layer(), width)
@@ -110,7 +112,7 @@ class Segmentation(Config):
 
 
 def layer_cost(config: ExpertLayerConfig, width: int) -> LayerCost:
-    """Counted on shapes alone, nothing is allocated."""
+    """Cost of a layer, computed from shapes; nothing is allocated."""
     with torch.device("meta"):
         layer = config.build(width)
     counted = count_parameters(layer)
@@ -119,8 +121,10 @@ def layer_cost(config: ExpertLayerConfig, width: int) -> LayerCost:
 
 
 def multiply_adds(layer: ExpertLayer, chosen: float) -> float:
-    """Of a layer for one row that chose ``chosen`` experts in all its rounds: these, what is always
-    on around them (shared experts, stem, adaptor) and the routers, each as often as it runs."""
+    """Multiply-adds of a layer for one row that chose ``chosen`` experts over all rounds.
+
+    Counts these, the parts that every row uses (shared experts, stem, adaptor) and the routers.
+    """
     width, rounds = layer.width, layer.config.rounds
     total = _matrix_elements(layer.pool.kind.shapes(width)) * chosen
     runs = rounds if layer.config.round_routing == "shared" else 1

@@ -1,9 +1,9 @@
-"""A second gate for a task's own experts, beside the one they share with all (HoME,
-arXiv:2408.05430).
+"""A second gate for each task's own experts, added to the router's gates (HoME, arXiv:2408.05430).
 
-``y = sum_e g_e E_e + sum_{j own} s_j E_j``: what the router's gate ignores still answers, and
-learns. s is a sigmoid where a task owns one expert and a softmax where it owns several. Legend:
-B samples, N rows of a sample, D width, T tasks, P own experts at most, E candidates.
+``y = sum_e g_e E_e + sum_{j own} s_j E_j``. So a task's own expert contributes, and learns, even if
+the router gives it a small gate. s is a sigmoid where a task owns one expert and a softmax where it
+owns several. Legend: B samples, N rows of a sample, D width, T tasks, P the most experts that a
+task owns, E experts of the router.
 """
 
 from __future__ import annotations
@@ -26,9 +26,10 @@ from coterie.experts.routers.scores import init_linear, linear_by_task
 
 
 class SelfGateConfig(Config):
-    """``by_task``: the candidates that are each task's own; a task may have none."""
+    """Which experts belong to which task."""
 
     by_task: tuple[tuple[NonNegativeInt, ...], ...]
+    """for each task, the experts that it owns; may be empty"""
 
     @model_validator(mode="after")
     def _some(self) -> Self:
@@ -39,8 +40,8 @@ class SelfGateConfig(Config):
         return self
 
     def check(self, router: RouterConfig, kind: ExpertKind, num_experts: int) -> None:
-        """ConfigError where an own expert is not there, could be closed, or reads something else
-        than the task's other ones."""
+        """ConfigError if an own expert does not exist, could be masked out by the router, or reads
+        another stream than the task's other experts."""
         if router.select.kind != "dense":
             hint = "an expert that is not selected does not answer"
             raise ConfigError(describe("by_task", router.select.kind, "router.select dense", hint))
@@ -63,15 +64,15 @@ class SelfGateConfig(Config):
 
 
 def streams_of(kind: ExpertKind, experts: Sequence[int]) -> set[int]:
-    """Which parts of a row some experts read, where a row has several."""
+    """Indices of the parts of a row that some experts read, where a row has several."""
     reads = getattr(kind, "reads", None)
     return set() if reads is None else {reads[e] for e in experts}
 
 
 class SelfGate(nn.Module):
-    """``forward(h [B, N, D], routing, ctx) -> routing`` with the second gates added to the first.
+    """``forward(h [B, N, D], routing, ctx) -> routing`` with the second gates added.
 
-    It reads what the task's own experts read.
+    The gates read the same stream as the task's own experts.
     """
 
     own: Tensor

@@ -1,4 +1,4 @@
-"""Shared experts: always on, outside the softmax, never counted by a balance loss."""
+"""Shared experts: used by every token, outside the router's softmax and all balance losses."""
 
 from __future__ import annotations
 
@@ -17,25 +17,22 @@ from coterie.experts.routers.scores import init_linear, linear_f32
 
 
 class SharedConfig(Config):
-    """``count`` shared experts of inner size ``hidden``, of the same kind as the routed ones.
+    """Experts that every token uses, of the same kind as the routed ones."""
 
-    ``gate`` ``one``: weight exactly 1, merged into one expert of inner size count * hidden (the
-    same function). ``self``: each times its own gate read from the input, a sigmoid for one
-    expert and a softmax over several (Qwen2-MoE's shared gate, HoME's self gate). All of it times
-    ``scale`` (0.5 in RMoE's released code).
-    """
-
-    hidden: PositiveInt
-    count: Few = 1
+    hidden: PositiveInt  # inner size of each
+    count: Few = 1  # number of shared experts
     gate: Literal["one", "self"] = "one"
-    scale: float = 1.0
+    """``one``: weight 1; the experts are merged into one of inner size count * hidden (the same
+    function). ``self``: a gate computed from the input, a sigmoid for one expert and a softmax for
+    several (Qwen2-MoE, HoME)."""
+    scale: float = 1.0  # factor of their output (0.5 in RMoE's released code)
 
     def build(self, kind: ExpertKind, width: int) -> SharedExperts:
         return SharedExperts(self, kind, width)
 
 
 class SharedExperts(nn.Module):
-    """``forward(x [..., D]) -> [..., D]``."""
+    """The shared experts: ``forward(x [..., D]) -> [..., D]``."""
 
     def __init__(self, config: SharedConfig, kind: ExpertKind, width: int) -> None:
         super().__init__()

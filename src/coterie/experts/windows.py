@@ -1,8 +1,8 @@
-"""Sliding windows over ordered units, placed by noise level.
+"""Sliding windows over channels or experts, placed by noise level.
 
-One rule serves two systems: DTR slides a window over hidden channels (arXiv:2310.07138, eq. for
-m_t), Switch-DiT's prior slides one over all expert units (arXiv:2403.09176). Step 0 is the least
-noisy; ``alpha`` > 1 gives noisy steps more units of their own.
+DTR slides a window over hidden channels (arXiv:2310.07138, eq. for m_t), Switch-DiT's prior slides
+one over all experts (arXiv:2403.09176). Step 0 is the least noisy; ``alpha`` > 1 moves the windows
+of noisy steps further apart.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 def window_size(units: int, share: float) -> int:
-    """How many units a window holds: the product in double precision, truncated."""
+    """Units in a window: ``units * share`` in double precision, truncated."""
     return int(units * share)
 
 

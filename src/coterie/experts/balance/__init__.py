@@ -1,4 +1,4 @@
-"""Balance: auxiliary losses and updates that read Routing records only."""
+"""Load balance: auxiliary losses and bias updates, computed from Routing records."""
 
 from coterie.experts.balance.base import BALANCES, BalancePart
 from coterie.experts.balance.contrastive import ContrastiveBalance

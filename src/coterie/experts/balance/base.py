@@ -1,8 +1,7 @@
-"""What a balance part answers, and how statistics read a Routing.
+"""Base class of balance losses, and sums over the rows of a Routing.
 
-Every loss reads Routing records and nothing else, so it works for any router, exists whether or
-not logits are logged, and stays attached to the graph. Rows with mask False never count.
-Legend: R rows, E scored experts, K choices.
+Every loss reads Routing records only, so it works for any router. Rows with mask False are left
+out. Legend: R rows, E scored experts, K choices.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ BALANCES = Registry("balance", "coterie.balances")
 
 
 class BalancePart(Part):
-    """Base of balance configurations; the configuration is the object (nothing is learnt)."""
+    """Base of balance losses. They have no parameters, so ``build`` returns the configuration."""
 
     kind: str
 
@@ -30,15 +29,15 @@ class BalancePart(Part):
         return self
 
     def losses(self, routings: Sequence[Routing], rng: Generator | None = None) -> tuple[Aux, ...]:
-        """Auxiliary losses of all routings of one slot (all layers and rounds)."""
+        """Losses of all routings of one slot (all layers and rounds)."""
         return ()
 
     def after_step(self, routers: Sequence[Router], routings: Sequence[Routing]) -> None:
-        """Once per optimiser step, with the routings of all its micro-batches."""
+        """Update routers once per optimiser step, given the routings of all its micro-batches."""
 
     def check(self, router: RouterConfig, num_experts: int | None) -> None:
-        """Raise ConfigError where this part cannot work with that router and this number of
-        candidates (None: not yet known)."""
+        """ConfigError if this loss does not work with that router and number of experts (None:
+        unknown)."""
 
 
 def scored_columns(routing: Routing, values: Tensor) -> Tensor:
@@ -53,8 +52,8 @@ def by_sequence(routing: Routing, values: Tensor, apart: bool) -> Tensor:
 
 
 def mean_rows(routings: Sequence[Routing], values: Iterable[Tensor]) -> list[Tensor]:
-    """Mean over the batch's rows that count of the values [R] of each routing, 0 where none does;
-    a part of it that processes average where they share the batch."""
+    """For each routing, the mean of values [R] over the unmasked rows of the whole batch; 0 if
+    none."""
     made: list[Tensor] = []
     for routing, each, (_, rows) in zip(routings, values, loads(routings)):
         # NaN in a masked row must not spread.
@@ -79,6 +78,6 @@ def stack(routings: Sequence[Routing]) -> Routing:
 
 
 def term(name: str, routing: Routing, value: Tensor, weight: float) -> Aux:
-    """One loss of one layer; later rounds of a layer are named apart, all are added."""
+    """The loss of one layer; later rounds of a layer have names of their own."""
     full = name if routing.round == 0 else f"{name}_round{routing.round}"
     return Aux(full, value, weight, routing.layer)

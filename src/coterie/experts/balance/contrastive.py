@@ -19,17 +19,17 @@ from coterie.experts.routers import CosineScore, RouterConfig
 
 @BALANCES.register
 class ContrastiveBalance(BalancePart):
-    """Cross-entropy of ``cos(P_i, mu_j) / tau`` with target j = i; rows are the prototypes.
+    """Routing contrastive loss: cross-entropy of ``cos(P_i, mu_j) / tau`` with target j = i.
 
-    mu_j is the mean of the rows that chose expert j, with gradient. Only experts that have any
-    take part; the loss is 0 for fewer than two. ``statistics`` ``batch``: means over the batch
-    (token choice); ``sequence``: per sample, averaged over samples and experts (expert choice).
+    P_i is the prototype of expert i, mu_j the mean of the rows that chose expert j, with gradient.
+    Experts without rows are left out; the loss is 0 for fewer than two.
     """
 
     kind: Literal["contrastive"] = "contrastive"
-    weight: NonNegativeFloat = 1.0
-    tau: PositiveFloat = 0.07
+    weight: NonNegativeFloat = 1.0  # factor in the training loss
+    tau: PositiveFloat = 0.07  # temperature
     statistics: Literal["batch", "sequence"] = "batch"
+    """Means over the batch (token choice), or per sample and then averaged (expert choice)."""
 
     def losses(self, routings: Sequence[Routing], rng: Generator | None = None) -> tuple[Aux, ...]:
         return tuple(term("contrastive", r, self.value(r), self.weight) for r in routings)

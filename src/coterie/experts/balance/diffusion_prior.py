@@ -25,13 +25,14 @@ class DiffusionPrior(BalancePart):
     """``mean_b JSD(P_b, R_b)``: P the layers' probabilities at the sample's step, R the prior.
 
     The prior's map Q slides a window of L*K units over all U; a Hungarian assignment (without
-    gradient) matches the usage map of all T steps to it. One term for the whole model.
+    gradient) matches the usage map of all T steps to it. One loss for the whole model.
     """
 
     kind: Literal["diffusion_prior"] = "diffusion_prior"
-    weight: NonNegativeFloat = 1.0
+    weight: NonNegativeFloat = 1.0  # factor in the training loss
     alpha: PositiveFloat = 4.0
-    eps: PositiveFloat = 1e-6
+    """exponent of the window's position; above 1, noisy steps lie further apart"""
+    eps: PositiveFloat = 1e-6  # added inside the logarithms
 
     def losses(self, routings: Sequence[Routing], rng: Generator | None = None) -> tuple[Aux, ...]:
         usable = sorted(

@@ -1,4 +1,4 @@
-"""Losses on load: Switch form, router z-loss, entropy; and the bias that needs no loss."""
+"""Losses on expert load (Switch form, router z-loss, entropy), and the loss-free bias update."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from coterie.experts.routers import Router, RouterConfig
 
 @BALANCES.register
 class NoBalance(BalancePart):
-    """No loss."""
+    """No balance loss."""
 
     kind: Literal["none"] = "none"
 
@@ -35,22 +35,23 @@ class NoBalance(BalancePart):
 class SwitchBalance(BalancePart):
     """``E * sum_e f_e P_e`` per layer and round (arXiv:2101.03961, eq. 4): 1 when uniform.
 
-    f_e: share of all choices that went to e (so dividing by K is included); no gradient.
-    P_e: mean probability of e. ``statistics``: over the batch, or per sequence and then averaged
-    (DeepSeekMoE's released form, CoE). ``groups`` > 0: the device form of DeepSeekMoE, mean f and
-    summed P over equal consecutive groups. ``per_choice`` False: f_e per row, not divided by the
-    mean number of choices (dynamic routing). ``importance`` ``gates``: P from gates (MoDE).
-    ``pooled``: one term from the rows of all layers and rounds together (Mixtral, RMoE), or of all
-    layers that share a pool of experts (ReXMoE).
+    f_e is the share of all choices that went to e, without gradient. P_e is the mean probability of
+    e.
     """
 
     kind: Literal["switch"] = "switch"
-    weight: NonNegativeFloat = 0.01
+    weight: NonNegativeFloat = 0.01  # factor in the training loss
     statistics: Literal["batch", "sequence"] = "batch"
+    """Over the batch, or per sequence and then averaged (DeepSeekMoE's released code, CoE)."""
     groups: PositiveInt | None = None
+    """Number of equal groups of consecutive experts, for DeepSeekMoE's device loss: mean f and
+    summed P of each group. null: single experts."""
     per_choice: bool = True
-    importance: Literal["probs", "gates"] = "probs"
+    """False: f_e per row, not divided by the mean number of choices (dynamic routing)."""
+    importance: Literal["probs", "gates"] = "probs"  # P from probabilities, or from gates (MoDE)
     pooled: bool = False
+    """One loss from the rows of all layers and rounds together (Mixtral, RMoE), or of all layers
+    that share a pool (ReXMoE)."""
 
     def losses(self, routings: Sequence[Routing], rng: Generator | None = None) -> tuple[Aux, ...]:
         if not routings:
@@ -64,8 +65,8 @@ class SwitchBalance(BalancePart):
         return self.values([routing])[0]
 
     def values(self, routings: Sequence[Routing]) -> list[Tensor]:
-        """That of each: parts that processes average where they share the batch, whose f is of the
-        whole of it."""
+        """The loss of each routing: this process's part, whose mean over processes is the loss; f
+        is of the whole batch."""
         if self.statistics == "sequence" and routings[0].unit == "token":
             rows = [by_sequence(r, r.rows_mask().float(), True).sum(dim=1) for r in routings]
             counts = summed(*((rows_S > 0).float().sum() for rows_S in rows))
@@ -122,7 +123,7 @@ class ZLoss(BalancePart):
     """``mean(logsumexp(logits) ** 2)``: keeps logits small (arXiv:2202.08906)."""
 
     kind: Literal["z_loss"] = "z_loss"
-    weight: NonNegativeFloat = 1e-3
+    weight: NonNegativeFloat = 1e-3  # factor in the training loss
 
     def losses(self, routings: Sequence[Routing], rng: Generator | None = None) -> tuple[Aux, ...]:
         values = mean_rows(routings, map(self._of, routings))
@@ -137,13 +138,11 @@ class ZLoss(BalancePart):
 
 @BALANCES.register
 class EntropyLoss(BalancePart):
-    """Mean entropy of the probabilities in nats; a positive weight makes rows decisive.
-
-    (Dynamic routing, arXiv:2403.07652.)
-    """
+    """Mean entropy of the probabilities, in nats (dynamic routing, arXiv:2403.07652)."""
 
     kind: Literal["entropy"] = "entropy"
     weight: float = 1e-4
+    """factor in the training loss; positive: fewer experts share a row's probability"""
 
     def losses(self, routings: Sequence[Routing], rng: Generator | None = None) -> tuple[Aux, ...]:
         values = mean_rows(routings, map(self._of, routings))
@@ -165,14 +164,13 @@ class EntropyLoss(BalancePart):
 
 @BALANCES.register
 class SelectionBiasUpdate(BalancePart):
-    """``bias += rate * sign(mean load - load)`` once per optimiser step (DeepSeek-V3).
+    """``bias += rate * sign(mean load - load)`` once per optimiser step (DeepSeek-V3); no loss.
 
-    No loss. Counts come from the routings handed over, summed over micro-batches, layers' own
-    rounds included; forward never changes the bias, so evaluation never counts.
+    Loads are summed over all micro-batches. Evaluation does not change the bias.
     """
 
     kind: Literal["selection_bias"] = "selection_bias"
-    rate: PositiveFloat = 1e-3
+    rate: PositiveFloat = 1e-3  # change of the bias per optimiser step
 
     def after_step(self, routers: Sequence[Router], routings: Sequence[Routing]) -> None:
         """``routers`` in the order of the (layer, round) pairs of the routings; a router that

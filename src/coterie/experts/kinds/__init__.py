@@ -1,4 +1,4 @@
-"""Expert kinds: what an expert computes and how its weights are laid out."""
+"""Kinds of experts: what one expert computes and the layout of its weights."""
 
 from coterie.experts.kinds.base import EXPERTS, ExpertKind, Weights
 from coterie.experts.kinds.conv import Conv

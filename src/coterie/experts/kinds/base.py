@@ -1,8 +1,8 @@
-"""What an expert is: shapes, initialisation and one forward written once for every dispatch.
+"""Base of expert kinds: shapes, initialisation, and a forward pass that every backend uses.
 
-A kind never sees stacked weights. It asks a :class:`Weights` for the affine map of a name, so the
-same four lines serve one expert on its rows (``loop``, ``sorted``, ``dense``) and all experts on
-sorted rows at once (``grouped``).
+The forward pass of a kind does not see stacked weights. It asks a :class:`Weights` for the linear
+map of a name. So the same code computes one expert on its rows (``loop``, ``sorted``, ``dense``)
+and all experts on sorted rows (``grouped``).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ EXPERTS = Registry("experts", "coterie.experts")
 
 
 class Geometry(NamedTuple):
-    """How a convolution walks over a grid, in the order of torch's arguments."""
+    """Arguments of a convolution, in torch's order."""
 
     stride: int
     padding: int
@@ -30,9 +30,11 @@ class Geometry(NamedTuple):
 
 
 class FeedForward(NamedTuple):
-    """``down(activation(up x + up_bias)) + down_bias`` by names of an expert's parameters, for
-    backends with kernels of their own. ``up`` [F, D], or [2F, D] where ``gated`` (rows of the gate
-    first: ``activation(gate) * up``), ``down`` [D, F]; None: no such bias."""
+    """Names of an expert's parameters in ``down(activation(up x + up_bias)) + down_bias``.
+
+    For backends with kernels of their own. ``up`` is [F, D], or [2F, D] if ``gated`` (rows of the
+    gate first: ``activation(gate) * up``); ``down`` is [D, F]. A bias is None if there is none.
+    """
 
     up: str
     down: str
@@ -43,7 +45,7 @@ class FeedForward(NamedTuple):
 
 
 class Weights(Protocol):
-    """The parameters that apply to the rows at hand."""
+    """Access to the parameters that apply to the given rows."""
 
     def linear(self, x: Tensor, weight: str, bias: str | None = None) -> Tensor:
         """x [..., in] -> [..., out] by ``weight`` [out, in] and ``bias`` [out] of each row."""
@@ -63,13 +65,15 @@ class Weights(Protocol):
         ...
 
     def normalise(self, x: Tensor, momentum: float, eps: float) -> Tensor:
-        """x [..., D] with mean 0 and variance 1 of each unit over the rows of each expert; outside
-        training by the statistics ``mean`` and ``variance``, which training moves."""
+        """x [..., D] normalised per unit over the rows of each expert (batch norm).
+
+        Outside training it uses the running ``mean`` and ``variance``, which training updates.
+        """
         ...
 
 
 class ExpertKind(Part):
-    """Base of all expert kinds. ``width`` D is the size of an expert's input and output."""
+    """Base of all kinds of experts. ``width`` D is the size of an expert's input and output."""
 
     kind: str
     foldable: ClassVar[bool] = False
@@ -94,7 +98,7 @@ class ExpertKind(Part):
         raise NotImplementedError
 
     def feed_forward(self) -> FeedForward | None:
-        """What :meth:`forward` is where it is a feed-forward network and nothing more."""
+        """The parameters' names, if :meth:`forward` is a plain feed-forward network; else None."""
         return None
 
     def reset(self, name: str, parameter: Tensor, rng: Generator | None) -> None:
@@ -102,7 +106,7 @@ class ExpertKind(Part):
         raise NotImplementedError
 
     def module(self, width: int) -> nn.Module:
-        """A plain module with the same function, its parameters named by :meth:`plain_names`."""
+        """A plain module that computes the same; :meth:`plain_names` maps parameter names."""
         raise NotImplementedError
 
     def plain_names(self) -> dict[str, str]:
@@ -110,18 +114,18 @@ class ExpertKind(Part):
         raise NotImplementedError
 
     def output_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
-        """Shape of the answer to x of this shape."""
+        """Shape of the output for an input of this shape."""
         return tuple(shape)
 
     def weights_of(self, module: nn.Module) -> dict[str, Tensor] | None:
-        """The parameters of a module that is one expert of this kind, by our names; else None."""
+        """A module's parameters by this kind's names; None if it is not one expert of this kind."""
         return None
 
     def fuse(self, experts: Sequence[Mapping[str, Tensor]], gates: Tensor) -> dict[str, Tensor]:
-        """One expert that answers ``sum_k gates[k] expert_k(x)``: its parameters and buffers.
+        """Parameters and buffers of one expert that computes ``sum_k gates[k] expert_k(x)``.
 
-        ``experts``: those of at least one expert, by our names, of any inner sizes; ``gates`` f32
-        [k]. Exact but for rounding. ConfigError where this kind has no such expert.
+        ``experts``: parameters of one or more experts, of any inner sizes; ``gates`` f32 [k]. Exact
+        but for rounding. ConfigError if this kind has no such expert.
         """
         hint = "its experts do not add up to one"
         raise ConfigError(describe("experts", self.kind, "a kind that can be fused", hint))
@@ -131,24 +135,26 @@ class ExpertKind(Part):
         return {}
 
     def statistics(self, width: int) -> dict[str, Tensor]:
-        """What training moves besides the parameters of ONE expert, as it starts."""
+        """Initial running statistics of ONE expert; training updates them."""
         return {}
 
     def forward_all(self, x: Tensor, weights: Weights, experts: Sequence[int]) -> Tensor:
-        """Every one of ``experts`` on every row: x [R, D] -> [E, R, D]. ``weights`` take x with
-        the experts in front."""
+        """All of ``experts`` on every row: x [R, D] -> [E, R, D].
+
+        ``weights`` get x with the experts as first dimension.
+        """
         return self.forward(x.expand(len(experts), *x.shape), weights)
 
     def stream_width(self, width: int) -> int:
-        """How much of a row one expert reads."""
+        """Number of channels of a row that one expert reads."""
         return width
 
     def fixed_count(self, width: int) -> int | None:
-        """How many experts there are where the kind decides it; None = the layer decides."""
+        """Number of experts if the kind fixes it; None: the layer decides."""
         return None
 
     def with_hidden(self, hidden: int) -> ExpertKind:
-        """The same kind with another inner size; ConfigError for kinds without one."""
+        """The same kind with another inner size; ConfigError if it has none."""
         hint = "shared experts and segments have an inner size of their own"
         raise ConfigError(describe("experts", self.kind, "a feed-forward network", hint))
 
@@ -156,7 +162,7 @@ class ExpertKind(Part):
 def weighted_sum(
     experts: Sequence[Mapping[str, Tensor]], gates: Tensor, names: Iterable[str]
 ) -> dict[str, Tensor]:
-    """``sum_k gates[k] expert_k[name]`` for parameters in which an expert's answer is linear."""
+    """``sum_k gates[k] expert_k[name]``, for parameters in which an expert is linear."""
     return {
         name: torch.stack([scaled(one[name], gate) for one, gate in zip(experts, gates)]).sum(0)
         for name in names
@@ -169,7 +175,7 @@ def scaled(weight: Tensor, gate: Tensor) -> Tensor:
 
 
 def xavier_uniform(weight: Tensor, rng: Generator | None) -> None:
-    """Glorot uniform of one expert's [out, in] slice (on the stack the fans would be wrong)."""
+    """Xavier uniform initialisation of one expert's [out, in] matrix."""
     fan_out, fan_in = weight.shape
     bound = math.sqrt(6.0 / (fan_in + fan_out))
     with torch.no_grad():
@@ -177,12 +183,13 @@ def xavier_uniform(weight: Tensor, rng: Generator | None) -> None:
 
 
 def normal(weight: Tensor, std: float, rng: Generator | None) -> None:
+    """Initialise with N(0, std)."""
     with torch.no_grad():
         weight.normal_(0.0, std, generator=rng)
 
 
 def start_linears(module: nn.Module | None, std: float | None, rng: Generator | None) -> None:
-    """Matrices of a module's own linear maps N(0, std), or by Xavier's rule; biases 0."""
+    """Initialise a module's linear maps: weights N(0, std) or Xavier uniform, biases 0."""
     for linear in () if module is None else module.children():
         if isinstance(linear, nn.Linear) and linear.weight.device.type != "meta":
             if std is None:

@@ -23,13 +23,13 @@ from coterie.experts.kinds.base import EXPERTS, ExpertKind, Geometry, Weights, w
 class Conv(ExpertKind):
     """A square 2-D convolution with zero padding, from ``width`` channels to ``out``.
 
-    None stands for what a convolution of the network has in whose place the experts are; elsewhere
-    for a 3 x 3 kernel with bias that keeps channels and size.
+    Unset fields are those of the convolution that the experts replace; elsewhere those of a 3 x 3
+    convolution with bias that keeps channels and size.
     """
 
     kind: Literal["conv"] = "conv"
-    kernel: PositiveInt | None = None
-    out: PositiveInt | None = None
+    kernel: PositiveInt | None = None  # side of the kernel in pixels
+    out: PositiveInt | None = None  # output channels
     stride: PositiveInt | None = None
     padding: NonNegativeInt | None = None
     dilation: PositiveInt | None = None
@@ -91,7 +91,7 @@ class Conv(ExpertKind):
         return {"weight": "weight"} if self.bias is False else {"weight": "weight", "bias": "bias"}
 
     def weights_of(self, module: nn.Module) -> dict[str, Tensor] | None:
-        """None for subclasses and watched modules too: what they do is not only a convolution."""
+        """None for subclasses and hooked modules too, as they may compute something else."""
         if type(module) is not nn.Conv2d or module._forward_hooks or module._forward_pre_hooks:
             return None
         if module.padding_mode != "zeros" or self.model_dump(exclude={"kind"}) != _facts(module):
@@ -99,7 +99,8 @@ class Conv(ExpertKind):
         return dict(module.named_parameters())
 
     def like(self, module: nn.Conv2d) -> Self:
-        """These experts in the place of ``module``; ConfigError where a field says otherwise."""
+        """A copy with the unset fields of ``module``; ConfigError if a set field differs
+        from it."""
         if module.padding_mode != "zeros":
             raise ConfigError(describe("padding_mode", module.padding_mode, "zeros"))
         found = _facts(module)

@@ -1,7 +1,7 @@
-"""Experts that shape what a block reads: m = 1 + layer(z) in the ``pre_block`` slot.
+"""Experts that scale the input of a block: m = 1 + layer(z), in the slot ``pre_block``.
 
 ``affine`` (Switch-DiT, arXiv:2403.09176): one map D -> D per expert that starts at zero, so m = 1.
-``channel_window`` (DTR, arXiv:2310.07138): no parameters; expert e answers 0 on the channels it
+``channel_window`` (DTR, arXiv:2310.07138): no parameters; expert e returns 0 on the channels it
 keeps and -1 on the others, so m is the binary mask.
 """
 
@@ -49,17 +49,14 @@ class Affine(ExpertKind):
 
 @EXPERTS.register
 class ChannelWindow(ExpertKind):
-    """Expert e keeps ``n = int(C * share)`` of C channels.
-
-    ``window``: channels e .. e+n-1, so there are C - n + 1 experts. ``random``: ``num_masks``
-    independent random subsets drawn from ``seed`` (the control of the DTR paper).
-    """
+    """Fixed channel masks: expert e keeps ``n = int(C * share)`` of C channels."""
 
     kind: Literal["channel_window"] = "channel_window"
-    share: float = Field(default=0.8, gt=0.0, le=1.0)
+    share: float = Field(default=0.8, gt=0.0, le=1.0)  # share of the channels that an expert keeps
     mode: Literal["window", "random"] = "window"
-    num_masks: int = Field(1000, ge=1, le=10**6)
-    seed: Seed = 0
+    """window: channels e .. e+n-1, so C - n + 1 experts; random: random subsets"""
+    num_masks: int = Field(1000, ge=1, le=10**6)  # number of experts in mode random
+    seed: Seed = 0  # of the random subsets
     input_free: ClassVar[bool] = True
 
     def shapes(self, width: int) -> dict[str, tuple[int, ...]]:

@@ -52,13 +52,10 @@ class _HiddenKind(ExpertKind):
 
 @EXPERTS.register
 class SwiGLU(_HiddenKind):
-    """``down(SiLU(gate(x)) * up(x))``, no biases; three matrices D x F.
-
-    ``activation``: GELU in the place of SiLU (GEGLU), exact or in its tanh approximation.
-    """
+    """``down(SiLU(gate(x)) * up(x))``, without biases; three matrices D x F."""
 
     kind: Literal["swiglu"] = "swiglu"
-    activation: Literal["silu", "gelu", "gelu_tanh"] = "silu"
+    activation: Literal["silu", "gelu", "gelu_tanh"] = "silu"  # of the gate; gelu gives GEGLU
     ends: ClassVar[tuple[str, ...]] = ("down",)
 
     def shapes(self, width: int) -> dict[str, tuple[int, ...]]:
@@ -88,11 +85,11 @@ class SwiGLU(_HiddenKind):
 
 @EXPERTS.register
 class GeluMLP(_HiddenKind):
-    """``down(GELU_tanh(up(x) + b1)) + b2``: the feed-forward block of a DiT. ``activation``: or
-    GELU exactly."""
+    """``down(GELU(up(x) + b1)) + b2``: the feed-forward block of a DiT."""
 
     kind: Literal["gelu_mlp"] = "gelu_mlp"
     activation: Literal["gelu_tanh", "gelu"] = "gelu_tanh"
+    """GELU in its tanh approximation, or exact"""
     ends: ClassVar[tuple[str, ...]] = ("down", "down_bias")
 
     def shapes(self, width: int) -> dict[str, tuple[int, ...]]:

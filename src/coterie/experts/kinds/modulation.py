@@ -1,4 +1,4 @@
-"""Experts that only modulate features another block has made (MoFME, AAAI 2024).
+"""Experts that scale and shift features which a shared network has computed (MoFME, AAAI 2024).
 
 ``FME_i(u) = gamma_i(u) * u + beta_i(u)``: as cheap as two linear maps, or as two vectors.
 """
@@ -17,11 +17,11 @@ from coterie.nn import mlp
 
 @EXPERTS.register
 class Modulation(ExpertKind):
-    """``linear``: gamma_i and beta_i are affine maps of u, 2 D^2 parameters and biases. ``vector``:
-    they are vectors, 2 D parameters (FiLM). Biases of gamma start at 1: features pass at first."""
+    """A scale and a shift of the features, the identity at the start."""
 
     kind: Literal["modulation"] = "modulation"
     form: Literal["linear", "vector"] = "linear"
+    """gamma and beta are linear maps of u (2 D^2 parameters), or vectors (2 D, FiLM)"""
     ends: ClassVar[tuple[str, ...]] = ("gamma", "beta", "gamma_bias", "beta_bias")
 
     def shapes(self, width: int) -> dict[str, tuple[int, ...]]:

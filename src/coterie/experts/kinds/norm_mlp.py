@@ -1,9 +1,9 @@
-"""Feed-forward experts whose answers are normalised, and which rescale their own input (HoME,
+"""Feed-forward experts with normalised outputs and a gate on their input features (HoME,
 arXiv:2408.05430).
 
-``act(norm(W2 act(W1 v + b1) + b2))`` with ``v = x * 2 sigmoid(A (B x))``. Normalised answers have
-one scale, so that a gate weighs them fairly; with ReLU and nothing else it is the usual expert of a
-multi-task mixture. Legend: R rows, D width, S streams, O outputs, r rank.
+``act(norm(W2 act(W1 v + b1) + b2))`` with ``v = x * 2 sigmoid(A (B x))``. Normalised outputs have
+one scale, so gates compare experts fairly. With ReLU and no norm or feature gate it is the usual
+expert of multi-task mixtures. Legend: R rows, D width, S streams, O outputs, r rank.
 """
 
 from __future__ import annotations
@@ -24,24 +24,19 @@ from coterie.nn import norm_mlp
 
 @EXPERTS.register
 class NormMLP(ExpertKind):
-    """``hidden``: inner size of a second layer, None: one map alone. ``out``: size of the answer,
-    None: that of the input. ``norm``: over the rows of a batch (running statistics outside
-    training), over the units of a row, or none; ``activation`` follows it.
-
-    ``feature_rank`` r: low-rank feature gate of each expert's own, 1 at the start. ``reads``: the
-    stream of each expert, where rows hold ``streams`` S of them one after the other; there are then
-    as many experts.
-    """
+    """A feed-forward expert with normalised output and an optional gate on its input features."""
 
     kind: Literal["norm_mlp"] = "norm_mlp"
-    hidden: PositiveInt | None = None
-    out: PositiveInt | None = None
+    hidden: PositiveInt | None = None  # inner size of a second layer; null: one linear map
+    out: PositiveInt | None = None  # size of the output; null: that of the input
     norm: norm_mlp.Norm = "batch"
-    activation: norm_mlp.Activation = "silu"
-    feature_rank: PositiveInt | None = None
-    streams: Few = 1
+    """batch (over rows, with running statistics), layer (over units) or none"""
+    activation: norm_mlp.Activation = "silu"  # after each layer
+    feature_rank: PositiveInt | None = None  # rank of the gate on the input features; null: no gate
+    streams: Few = 1  # S: a row holds S parts of equal size
     reads: tuple[NonNegativeInt, ...] | None = None
-    eps: PositiveFloat = 1e-5
+    """for each expert, the number of the part that it reads; sets the number of experts"""
+    eps: PositiveFloat = 1e-5  # added to the variance
     momentum: float = Field(default=0.1, gt=0, le=1)  # of the running statistics
 
     @model_validator(mode="after")
@@ -55,7 +50,7 @@ class NormMLP(ExpertKind):
 
     @property
     def ends(self) -> tuple[str, ...]:  # type: ignore[override]
-        """ReLU at 0 has no gradient: such experts cannot start at zero."""
+        """Parameters that can start at zero; none with ReLU, whose gradient at 0 is 0."""
         if self.activation == "relu":
             return ()
         return ("down", "down_bias") if self.norm == "none" else ("gain", "offset")
@@ -177,9 +172,12 @@ class NormMLP(ExpertKind):
         return self.replace(norm="none")
 
     def fold(self, stacks: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Stacks, with the running statistics, of experts normalised over the batch -> those of
-        experts without norm that answer the same: ``gamma / sqrt(var + eps)`` goes into the map in
-        front of it, the rest is its bias."""
+        """Fold batch norm into the linear maps: stacks with running statistics -> stacks without
+        norm.
+
+        The output is the same: ``gamma / sqrt(var + eps)`` scales the map before, the rest is its
+        bias.
+        """
         left = dict(stacks)
         gain, offset, mean, variance = (
             left.pop(name).double() for name in ("gain", "offset", "mean", "variance")

@@ -14,11 +14,11 @@ from coterie.experts.kinds.base import ExpertKind
 
 
 class ExpertPool(nn.Module):
-    """E experts of one kind; every parameter is [E, *shape of one expert].
+    """Stacked parameters of E experts of one kind; each tensor is [E, *shape of one expert].
 
     A pool may serve several layers (register it once; a shared tensor appears once in counts and
-    optimisers). Never index ``pool.gate_up[e]`` under autograd: the backward would build a full
-    zero stack per expert; :meth:`unbind` splits all experts with one backward.
+    optimisers). Do not index ``pool.gate_up[e]`` under autograd, which builds a full zero stack per
+    expert in the backward pass; :meth:`unbind` splits all experts with one backward.
     """
 
     def __init__(self, kind: ExpertKind, num_experts: int, width: int) -> None:
@@ -43,8 +43,11 @@ class ExpertPool(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self, rng: Generator | None = None) -> None:
-        """The kind's initialisation, expert by expert. ``rng`` None: torch's own generator, as
-        every ``nn.Linear`` does, so that no two layers start alike."""
+        """Initialise each expert by its kind's rule.
+
+        ``rng`` None: torch's global generator, as ``nn.Linear`` uses, so that layers start
+        differently.
+        """
         for name, stack in self.stacks().items():
             if stack.device.type == "meta":
                 continue
@@ -58,26 +61,26 @@ class ExpertPool(nn.Module):
 
     @torch.no_grad()
     def silence(self) -> None:
-        """Let every expert answer 0: zeros in the parameters behind which nothing follows."""
+        """Zero the last parameters of every expert, so that it returns 0."""
         for name in set(self.kind.ends) & set(self.names):
             getattr(self, name).zero_()
 
     def stacks(self) -> dict[str, Tensor]:
-        """Parameter name -> [E, ...], as they are stored."""
+        """Parameter name -> [E, ...], as stored."""
         return {name: getattr(self, name) for name in self.names}
 
     def adapted(self) -> ExpertPool:
-        """What a call computes with: this pool, or a view of it with what adapters add."""
+        """This pool, or a view of it with what adapters add; used for computing."""
         if "adapters" not in self._modules:
             return self
         return cast(ExpertPool, _Adapted(self, effective(self)))
 
     def statistics(self) -> dict[str, Tensor]:
-        """What training moves besides parameters: name -> [E, ...]."""
+        """Running statistics: name -> [E, ...]."""
         return {name: self.get_buffer(name) for name in self.moving}
 
     def tensors(self) -> dict[str, Tensor]:
-        """All that the experts have learnt: name -> [E, ...]."""
+        """Parameters and running statistics: name -> [E, ...]."""
         return {**self.stacks(), **self.statistics()}
 
     def unbind(self) -> list[dict[str, Tensor]]:
@@ -101,7 +104,7 @@ class ExpertPool(nn.Module):
         return {name: stack.detach()[expert].clone() for name, stack in self.tensors().items()}
 
     def load_expert_state(self, expert: int, tensors: Mapping[str, Tensor]) -> None:
-        """Replace one expert; raises CheckpointError unless names and shapes are exactly ours."""
+        """Replace one expert; CheckpointError unless names and shapes match."""
         self._check(expert)
         shapes = {name: tuple(stack.shape[1:]) for name, stack in self.tensors().items()}
         if set(tensors) != set(shapes):
@@ -114,7 +117,8 @@ class ExpertPool(nn.Module):
                 stack[expert].copy_(tensors[name])
 
     def register_use(self, experts_per_row: float) -> None:
-        """A layer tells how many of these experts it uses for one row (for active counts)."""
+        """Tell the pool how many of its experts a layer uses per row, for active parameter
+        counts."""
         self._used_per_row += experts_per_row
 
     def active_share(self) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""Routers: one module, composed from registered scores, edits and selections."""
+"""Routers, composed of a score, edits of the logits and a selection."""
 
 from coterie.experts.routers.base import EDITS, SCORES, SELECTS, ScorePart, SelectPart
 from coterie.experts.routers.config import RouterConfig

@@ -1,6 +1,6 @@
-"""Registries of the router's parts, and what a score module answers.
+"""Base classes and registries of a router's parts.
 
-Legend: R rows, E candidates, D width, S steps of the noise grid, B samples, N tokens.
+Legend: R rows, E experts, D width, S steps of the noise grid, B samples, N tokens.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ SELECTS = Registry("select", "coterie.selects")
 
 @dataclass(frozen=True, eq=False)
 class Scored:
-    """Raw logits of one call and what the losses of this kind of router need."""
+    """Logits of one call, and what the losses for this kind of router need."""
 
     logits: Tensor  # f32 [R, E]
-    prototypes: Tensor | None = None  # [E, D]
+    prototypes: Tensor | None = None  # [E, D], of routers that compare rows with prototypes
     table: Tensor | None = None  # f32 [S, E], logits of every step
-    state: Tensor | None = None  # [R, P]
+    state: Tensor | None = None  # [R, P], of recurrent routers
 
 
 class ScoreModule(nn.Module):
@@ -43,7 +43,7 @@ class ScoreModule(nn.Module):
 
 
 class ScorePart(Part):
-    """Base of score configurations."""
+    """Base of scores: a part that computes one logit per row and expert."""
 
     kind: str
     unit: ClassVar[Literal["token", "sample"] | None] = None
@@ -52,37 +52,39 @@ class ScorePart(Part):
     """Whether logits depend on the rows themselves (else on the context alone)."""
     learned: ClassVar[bool] = True
     draws: ClassVar[bool] = False
-    """Whether it draws while training. ``ctx.rng`` is then the router's own in this place."""
+    """Whether it draws random numbers in training, from ``ctx.rng``."""
 
     @property
     def reads(self) -> tuple[str, ...]:
-        """Fields of the Context without which there is no score."""
+        """Context fields that the score needs."""
         return ()
 
     @property
     def state_size(self) -> int:
-        """Size of the state that travels from layer to layer; 0 = none."""
+        """Size of the state that is passed from layer to layer; 0: none."""
         return 0
 
     def check(self, num_experts: int, width: int) -> None:
-        """Raise ConfigError where the score does not fit this many candidates or this width."""
+        """ConfigError if the score does not fit this number of experts or this width."""
 
     def build(self, width: int, num_experts: int, time_width: int | None) -> ScoreModule:
+        """The module ``(x f32 [R, D], ctx) -> Scored``."""
         raise NotImplementedError
 
 
 class EditPart(Part):
-    """Base of logit edits."""
+    """Base of edits: a part that changes the logits before experts are selected."""
 
     kind: str
     for_table: ClassVar[bool] = False
     """Whether the edit also applies to the table of all steps (it must not depend on rows)."""
     draws: ClassVar[bool] = False
-    """As of a score."""
+    """Whether it draws random numbers in training."""
     closes: ClassVar[bool] = False
-    """Whether the edit closes candidates, that is gives them logit -inf."""
+    """Whether the edit excludes experts, by the logit -inf."""
     masks: Literal["logits", "probs"] = "logits"
-    """``probs``: what the edit closes gets probability 0 after the softmax."""
+    """When experts are excluded: in the logits, or (``probs``) after the softmax, by
+    probability 0."""
 
     @model_validator(mode="after")
     def _masks_what_it_closes(self) -> Self:
@@ -93,7 +95,7 @@ class EditPart(Part):
 
     @property
     def reads(self) -> tuple[str, ...]:
-        """Fields of the Context without which the edit cannot work."""
+        """Context fields that the edit needs."""
         return ()
 
     def build(self, num_experts: int) -> nn.Module:
@@ -102,15 +104,16 @@ class EditPart(Part):
         raise NotImplementedError
 
     def fewest(self, num_experts: int) -> int:
-        """How many candidates a row can choose among at the least while training."""
+        """The least number of experts that a row can choose among in training."""
         return num_experts
 
     def check(self, num_experts: int) -> None:
-        """Raise ConfigError where the edit does not fit the number of candidates."""
+        """ConfigError if the edit does not fit this number of experts."""
 
 
 class SelectPart(Part):
-    """Base of selections: scores f32 [R, E] -> ids i64 [R, K], best first, E = nobody.
+    """Base of selections: scores f32 [R, E] -> ids i64 [R, K], best first; the id E marks an unused
+    choice.
 
     A score of -inf is never chosen. Ties go to the lowest index.
     """
@@ -121,9 +124,9 @@ class SelectPart(Part):
     by_probability: ClassVar[bool] = False
     """Whether scores must be probabilities."""
     draws: ClassVar[bool] = False
-    """As of a score."""
+    """Whether it draws random numbers in training."""
     ignores_scores: ClassVar[bool] = False
-    """Whether a choice does not depend on the scores, but for closed candidates."""
+    """Whether the choice is independent of the scores, except for excluded experts."""
 
     def select(
         self, scores: Tensor, ctx: Context, shape: tuple[int, int], valid: Tensor | None
@@ -132,22 +135,22 @@ class SelectPart(Part):
 
     @property
     def least(self) -> int:
-        """How many candidates a row must find open."""
+        """The number of experts that must not be excluded for a row."""
         return 1
 
     def expected(self, num_experts: int) -> float:
-        """Experts used per row (an upper limit where it varies), for active counts."""
+        """Experts used per row (an upper limit if it varies), for active parameter counts."""
         raise NotImplementedError
 
     def check(self, num_experts: int) -> None:
-        """Raise ConfigError where the selection does not fit the number of candidates."""
+        """ConfigError if the selection does not fit this number of experts."""
 
 
 PartT = TypeVar("PartT", bound=Part)
 
 
 def starting(part: PartT, std: float) -> PartT:
-    """``part``, and parts inside it, with ``init_std`` where they could have one and have none."""
+    """``part`` with ``init_std`` = ``std``, also in parts inside it, wherever it is unset."""
     changes: dict[str, object] = {}
     for name in type(part).model_fields:
         value = getattr(part, name)
@@ -159,7 +162,7 @@ def starting(part: PartT, std: float) -> PartT:
 
 
 def own_candidates(ctx: Context, num_experts: int) -> slice:
-    """Which candidates belong to this layer; all of them where no pool is shared."""
+    """Indices of the experts that this layer owns; all of them if no pool is shared."""
     if not ctx.pool_layers:
         return slice(0, num_experts)
     each = num_experts // len(ctx.pool_layers)
@@ -168,7 +171,7 @@ def own_candidates(ctx: Context, num_experts: int) -> slice:
 
 
 def per_row(value: Tensor, shape: tuple[int, int], rows: int) -> Tensor:
-    """A fact per sample [B] or per token [B, N] or per position [N], as one value per row [R]."""
+    """A value per sample [B], per token [B, N] or per position [N], as one value per row [R]."""
     batch, tokens = shape
     if rows == batch * tokens and value.dim() == 2:
         return value.expand(batch, tokens).reshape(-1)

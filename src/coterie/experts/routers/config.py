@@ -1,4 +1,4 @@
-"""A router's configuration: score -> edits -> probability -> select -> weight."""
+"""A router's configuration: score -> edits -> probability -> selection -> gate."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from coterie.experts.routers.selections import TopK
 
 
 def within(path: str, check: Callable[[], None]) -> None:
-    """Run a check of a part; its errors name the field relative to ``path``'s owner."""
+    """Run a check of a part; its errors name the field under ``path``."""
     try:
         check()
     except ConfigError as error:
@@ -26,33 +26,32 @@ def within(path: str, check: Callable[[], None]) -> None:
 
 
 class RouterConfig(Config):
-    """What decides which experts a row uses and with what gate. All arithmetic is float32.
-
-    ``probability``: softmax or sigmoid of the logits, or the logits themselves (``identity``);
-    ``softmax_tokens``: for each expert, softmax over the tokens of a sample (expert choice only).
-    ``when``: ``before`` = probabilities of all candidates, then select; ``after`` = select by
-    logits, then the softmax over the selected ones only. ``weight``: gates are the selected
-    probabilities (``raw``), these divided by their sum + ``renorm_eps`` (``renorm``), 1 (``one``),
-    or 1 with the gradient of the probability (``straight_through``: the router learns, though one
-    expert alone answers in full); always times ``scale``. ``selection_bias`` adds a buffer [E] to
-    what is selected by, never to the gates (DeepSeek-V3); ``expert_scale`` multiplies each gate by
-    a learned number of its expert, 1 at the start (DiffusionGemma). ``partition`` ``null_label``:
-    unconditional samples go with gate 1 to one more expert at the end of the pool and are masked
-    in the Routing (ProMoE).
-    """
+    """How a router chooses experts for each row, and their gates. All arithmetic is float32."""
 
     score: Annotated[SerializeAsAny[Part], SCORES.validator] = LinearScore()
+    """how logits are computed, one per expert"""
     edits: tuple[Annotated[SerializeAsAny[Part], EDITS.validator], ...] = ()
+    """changes of the logits, in this order"""
     probability: Literal["softmax", "sigmoid", "identity", "softmax_tokens"] = "softmax"
+    """Function of the logits; ``softmax_tokens``: for each expert, softmax over the tokens of a
+    sample (expert choice only)."""
     when: Literal["before", "after"] = "before"
+    """``before``: probabilities of all experts, then selection. ``after``: selection by logits,
+    then softmax over the selected experts."""
     select: Annotated[SerializeAsAny[Part], SELECTS.validator] = TopK()
+    """which experts are used, and how many"""
     weight: Literal["raw", "renorm", "one", "straight_through"] = "raw"
-    renorm_eps: NonNegativeFloat = 1e-20
-    scale: float = 1.0
-    selection_bias: bool = False
-    expert_scale: bool = False
+    """The gates: the selected probabilities (``raw``), these divided by their sum (``renorm``), 1
+    (``one``), or 1 with the gradient of the probability (``straight_through``)."""
+    renorm_eps: NonNegativeFloat = 1e-20  # added to the sum in renorm
+    scale: float = 1.0  # factor of every gate
+    selection_bias: bool = False  # a bias per expert, for the selection only (DeepSeek-V3)
+    expert_scale: bool = False  # a learned factor per expert on its gate (DiffusionGemma)
     partition: Literal["none", "null_label"] = "none"
+    """``null_label``: unconditional samples go to one more expert, with gate 1, and are masked in
+    the Routing (ProMoE)."""
     unit: Literal["token", "sample"] = "token"
+    """what is routed: each token, or each sample as a whole"""
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
@@ -106,28 +105,28 @@ class RouterConfig(Config):
 
     @property
     def routed_unit(self) -> Literal["token", "sample"]:
-        """What one row is."""
+        """The unit that is routed: the score's, if it fixes one."""
         return self.score_part.unit or self.unit
 
     @property
     def num_reserved(self) -> int:
-        """Experts at the end of the pool that are never scored."""
+        """Number of experts at the end of the pool that the router does not score."""
         return 0 if self.partition == "none" else 1
 
     @property
     def batchwide(self) -> bool:
-        """Whether a row's choice depends on other rows (of its own sample)."""
+        """Whether a row's choice depends on other rows of its sample."""
         return self.select_part.needs_tokens
 
     @property
     def draws(self) -> bool:
-        """Whether any part draws while training."""
+        """Whether any part draws random numbers in training."""
         edits = (cast(EditPart, edit) for edit in self.edits)
         return any(part.draws for part in (self.score_part, *edits, self.select_part))
 
     @property
     def reads(self) -> list[tuple[str, str, tuple[str, ...]]]:
-        """(field of this configuration, its kind, fields of the Context that it needs)."""
+        """Context fields that the parts need: (configuration field, its kind, Context fields)."""
         label = () if self.partition == "none" else ("label",)
         edits = [cast(EditPart, edit) for edit in self.edits]
         parts = [
@@ -138,7 +137,7 @@ class RouterConfig(Config):
         return [part for part in parts if part[2]]
 
     def check(self, num_experts: int, width: int | None = None) -> None:
-        """Raise ConfigError unless the parts fit ``num_experts`` candidates (and the width)."""
+        """ConfigError if the parts do not fit ``num_experts`` experts (and the width)."""
         if width is not None:
             within("score", lambda: self.score_part.check(num_experts, width))
         within("select", lambda: self.select_part.check(num_experts))
@@ -152,6 +151,6 @@ class RouterConfig(Config):
                 raise ConfigError(describe("select", self.select.kind, allowed, hint))
 
     def build(self, width: int, num_experts: int, time_width: int | None = None) -> Router:
-        """A router over ``num_experts`` candidates (the reserved expert not counted)."""
+        """A router over ``num_experts`` experts, the reserved one not counted."""
         self.check(num_experts, width)
         return Router(self, width, num_experts, time_width)

@@ -1,4 +1,4 @@
-"""Ordered edits of the raw logits, before probabilities: deltas, candidate masks, jitter."""
+"""Edits of the logits before probabilities are computed: biases, masks, temperature, jitter."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from coterie.experts.routers.base import EDITS, EditPart, draw, draw_rows, own_c
 
 @EDITS.register
 class BiasDelta(EditPart):
-    """A trainable vector added to the logits, zero at the start (test-time rewiring)."""
+    """A trainable bias per expert, zero at the start (for test-time adaptation)."""
 
     kind: Literal["bias_delta"] = "bias_delta"
     for_table: ClassVar[bool] = True
@@ -39,16 +39,13 @@ class _Delta(nn.Module):
 
 @EDITS.register
 class CandidateMask(EditPart):
-    """Only these candidates may be chosen; their complement gets logit -inf.
-
-    ``allowed``: one list for all rows. ``by_task``: one list per task, picked by ``ctx.task``.
-    ``own``: the layer's own experts where several layers share a pool (then it is a plain layer).
-    """
+    """Restricts the choice to some experts; the others get the logit -inf."""
 
     kind: Literal["candidates"] = "candidates"
-    allowed: tuple[NonNegativeInt, ...] = ()
+    allowed: tuple[NonNegativeInt, ...] = ()  # experts that every row may use
     by_task: tuple[tuple[NonNegativeInt, ...], ...] = ()
-    own: bool = False
+    """for each task, the experts that it may use"""
+    own: bool = False  # only the layer's own experts, where layers share a pool
     closes: ClassVar[bool] = True
 
     @model_validator(mode="after")
@@ -105,23 +102,20 @@ class _Own(nn.Module):
 
 @EDITS.register
 class ProgressiveCandidates(EditPart):
-    """Progressive scaling routing (ReXMoE, arXiv:2510.17483): few candidates first, all at the end.
+    """Progressive scaling routing (ReXMoE, arXiv:2510.17483): few experts at first, all at the end.
 
-    The number of open candidates grows from ``start`` (None: as many as the layer owns) to all
-    while ``ctx.progress`` goes from ``begin`` to ``end``: ``linear``, or in ``steps`` of ``start``
-    at equal distances. Which ones are open is drawn anew in each pass, for each ``layer`` or once
-    for all layers of a ``pool`` (``drawn``); ``own_first`` never closes the layer's own. ``masks``
-    ``probs`` is the paper's order: closed candidates get probability 0 after the softmax.
-    Evaluation always sees all.
+    Open experts are drawn anew in each pass. In evaluation all are open. ``masks`` ``probs`` is the
+    paper's order: closed experts get probability 0 after the softmax.
     """
 
     kind: Literal["progressive"] = "progressive"
-    start: PositiveInt | None = None
+    start: PositiveInt | None = None  # open experts at first; null: as many as the layer owns
     begin: float = Field(default=0.1, ge=0.0, le=1.0)
-    end: float = Field(default=0.3, ge=0.0, le=1.0)
-    mode: Literal["linear", "steps"] = "linear"
-    order: Literal["random", "own_first"] = "random"
-    drawn: Literal["layer", "pool"] = "layer"
+    """share of training at which the number starts to grow"""
+    end: float = Field(default=0.3, ge=0.0, le=1.0)  # share of training from which all are open
+    mode: Literal["linear", "steps"] = "linear"  # growth by one at a time, or in steps of ``start``
+    order: Literal["random", "own_first"] = "random"  # own_first: the layer's own are always open
+    drawn: Literal["layer", "pool"] = "layer"  # drawn for each layer, or once for a pool
     closes: ClassVar[bool] = True
     draws: ClassVar[bool] = True
 
@@ -133,7 +127,7 @@ class ProgressiveCandidates(EditPart):
         return self
 
     def count(self, progress: float, num_experts: int, start: int) -> int:
-        """How many of ``num_experts`` candidates are open."""
+        """Number of open experts out of ``num_experts``."""
         if progress <= self.begin:
             return start
         if progress >= self.end:
@@ -180,23 +174,24 @@ class _Progressive(nn.Module):
 
 @EDITS.register
 class OpeningCandidates(EditPart):
-    """Closed candidates that open as training goes on; evaluation sees what training sees.
+    """Experts that are closed at first and open as training goes on, for experts added to a model.
 
-    A buffer ``share`` [E] multiplies the odds of each candidate: at 1 it is open, at 0 or less
-    closed, with probability 0. It grows by 1 / ``steps`` after each optimiser step. A new router
-    is open; what adds candidates to a trained one closes those (``convert.extend_reuse``).
+    A buffer ``share`` [E] multiplies the odds of each expert: at 1 it is open, at 0 or less closed,
+    with probability 0. It grows by 1 / ``steps`` after each optimiser step. A new router is open;
+    ``convert.extend_reuse`` closes the experts that it adds. Evaluation uses the same ``share``.
     """
 
     kind: Literal["opening"] = "opening"
     for_table: ClassVar[bool] = True
-    steps: Period = 1000
+    steps: Period = 1000  # optimiser steps until an added expert is open
 
     def build(self, num_experts: int) -> nn.Module:
         return Opening(self, num_experts)
 
 
 class Opening(nn.Module):
-    """A candidate with a ``share`` of -x waits for x times ``steps`` optimiser steps."""
+    """The buffer ``share`` of :class:`OpeningCandidates`; a share of -x delays by x times
+    ``steps``."""
 
     share: Tensor
 
@@ -214,24 +209,24 @@ class Opening(nn.Module):
 
 
 def keep_only(logits: Tensor, candidates: Tensor) -> Tensor:
-    """-inf everywhere but in the columns ``candidates`` i64 [K]."""
+    """-inf in all columns but ``candidates`` i64 [K]."""
     closed = torch.ones(logits.shape[1], dtype=torch.bool, device=logits.device)
     return logits.masked_fill(closed.index_fill(0, candidates, 0), -math.inf)
 
 
 @EDITS.register
 class Temperature(EditPart):
-    """Logits divided by a temperature: even gates while it is high, so that every expert learns.
+    """Logits divided by a temperature; a high one gives even gates, so that every expert learns.
 
-    It falls in a straight line from ``start`` to ``end`` while ``ctx.progress`` goes from 0 to
-    ``until``, and stays there (Dynamic Convolution, arXiv:1912.03458: 30 to 1 in the first epochs).
-    Evaluation always has ``end``.
+    It falls linearly from ``start`` to ``end`` (Dynamic Convolution, arXiv:1912.03458: 30 to 1 in
+    the first epochs). Evaluation uses ``end``.
     """
 
     kind: Literal["temperature"] = "temperature"
-    start: PositiveFloat = 1.0
-    end: PositiveFloat = 1.0
+    start: PositiveFloat = 1.0  # temperature at the start of training
+    end: PositiveFloat = 1.0  # temperature later, and in evaluation
     until: float = Field(default=0.1, gt=0.0, le=1.0)
+    """share of training at which ``end`` is reached"""
     for_table: ClassVar[bool] = True
 
     def build(self, num_experts: int) -> nn.Module:
@@ -251,11 +246,12 @@ class _Temperature(nn.Module):
 
 @EDITS.register
 class Jitter(EditPart):
-    """Noise while training: ``normal`` adds N(0, scale); ``uniform`` multiplies by 1 +- scale."""
+    """Random noise on the logits in training."""
 
     kind: Literal["jitter"] = "jitter"
-    scale: PositiveFloat = 0.01
+    scale: PositiveFloat = 0.01  # standard deviation, or relative range
     form: Literal["normal", "uniform"] = "normal"
+    """normal adds N(0, scale); uniform multiplies by 1 +- scale"""
     draws: ClassVar[bool] = True
 
     def build(self, num_experts: int) -> nn.Module:

@@ -1,7 +1,7 @@
-"""Scores that see the noise level only, or follow a fixed rule: unit "sample" unless said.
+"""Scores that depend on the noise level alone or on a fixed rule, not on the rows.
 
-Routing by noise level alone is what makes per-step folding and caching exact; no such score
-reads the condition or the rows.
+They route whole samples unless noted. Their choice is known for each step in advance, so that
+caching and folding experts per step is exact.
 """
 
 from __future__ import annotations
@@ -23,17 +23,14 @@ from coterie.experts.windows import window_starts
 
 @SCORES.register
 class NoiseLevelScore(ScorePart):
-    """``W SiLU(tau(t)) + b`` (Switch-DiT, arXiv:2403.09176), or two layers (MoDE).
-
-    ``hidden`` > 0: ``W2 GELU(W1 tau + b1) + b2``. ``table``: also score every step of the grid
-    (through ``ctx.time_table()``, where the context has one) for losses on the whole usage map.
-    """
+    """A linear map ``W SiLU(tau(t)) + b`` of the time embedding (Switch-DiT, arXiv:2403.09176), or
+    two layers (MoDE)."""
 
     kind: Literal["noise_level"] = "noise_level"
-    hidden: NonNegativeInt = 0
-    silu: bool = True
-    init_std: NonNegativeFloat | None = None
-    table: bool = False
+    hidden: NonNegativeInt = 0  # inner size of W2 GELU(W1 tau + b1) + b2; 0: one linear map
+    silu: bool = True  # SiLU before the linear map
+    init_std: NonNegativeFloat | None = None  # of the weights; null: the layer's rule
+    table: bool = False  # also score every step of the grid, for losses on the usage map
     unit: ClassVar[Literal["token", "sample"] | None] = "sample"
     reads_rows: ClassVar[bool] = False
 
@@ -84,12 +81,11 @@ def one_hot(ids: Tensor, num_experts: int) -> Tensor:
 class NoiseWindowScore(ScorePart):
     """Expert ``round((t / (T - 1)) ** alpha * (E - 1))`` for step t of the original grid (DTR).
 
-    No parameters. With ``channel_window`` experts the id is the start of the open window; with
-    ``alpha`` 1 and E = T it is the step itself.
+    No parameters. With ``channel_window`` experts the id is the start of the open window.
     """
 
     kind: Literal["noise_window"] = "noise_window"
-    alpha: PositiveFloat = 4.0
+    alpha: PositiveFloat = 4.0  # exponent; with 1 and E = T the expert is the step
     unit: ClassVar[Literal["token", "sample"] | None] = "sample"
     reads_rows: ClassVar[bool] = False
     learned: ClassVar[bool] = False
@@ -118,22 +114,20 @@ class _NoiseWindow(ScoreModule):
 
 @SCORES.register
 class FixedScore(ScorePart):
-    """Expert ``key mod E``, or a fixed random hash of it; the key is a fact of the context.
-
-    ``position``: index of the token (or ``ctx.positions``); ``row``: index in the batch
-    (round robin, for timing without skew); the others by their names in the context.
-    """
+    """A fixed rule: expert ``key mod E``, or a hash of the key."""
 
     kind: Literal["fixed"] = "fixed"
     by: Literal["position", "row", "task", "modality", "label", "sample"] = "position"
-    hashed: bool = False
-    seed: Seed = 0
+    """The key: ``position`` of the token, ``row`` in the batch (round robin, for timing), or the
+    sample's task, modality, label or number."""
+    hashed: bool = False  # use a fixed random hash of the key
+    seed: Seed = 0  # of the hash
     learned: ClassVar[bool] = False
     reads_rows: ClassVar[bool] = False
 
     @property
     def reads(self) -> tuple[str, ...]:
-        """The context's name of the key; positions are counted where it has none."""
+        """The Context field of the key; positions are counted if the Context has none."""
         own = {"position": (), "row": (), "sample": ("sample_ids",)}
         return own.get(self.by, (self.by,))
 
@@ -171,7 +165,7 @@ class _Fixed(ScoreModule):
 
 
 def scramble(key: Tensor, seed: int) -> Tensor:
-    """i64 -> non-negative i64, a fixed integer hash (multiply and xor-shift in 31 bits)."""
+    """A fixed integer hash: i64 -> non-negative i64 (multiply and xor-shift in 31 bits)."""
     mask = 0x7FFFFFFF
     value = (key + 1 + seed * 0x9E3779B1) & mask
     for multiplier in (0x45D9F3B, 0x119DE1F3):

@@ -1,9 +1,9 @@
-"""A router with memory across layers (RMoE, arXiv:2408.06793).
+"""A router with a recurrent state across layers (RMoE, arXiv:2408.06793).
 
-``u = W1 x``; ``h = cell(u, h_before)``; ``logits = W2 h``. The state h [R, P] travels in
-``ctx.state`` from layer to layer at the same row and starts anew in each forward pass, so nothing
-crosses tokens, sampling steps or generated tokens. The cell is ONE module for all layers of a
-slot: build each layer, then call :func:`share_cells`.
+``u = W1 x``; ``h = cell(u, h_before)``; ``logits = W2 h``. The state h [R, P] of a row is passed in
+``ctx.state`` from layer to layer and starts anew in each forward pass, so nothing is carried over
+between tokens, sampling steps or generated tokens. All layers of a slot share ONE cell: build each
+layer, then call :func:`share_cells`.
 """
 
 from __future__ import annotations
@@ -25,19 +25,17 @@ from coterie.experts.routers.scores import init_linear, linear_f32
 
 @SCORES.register
 class RecurrentScore(ScorePart):
-    """``cell`` gru or rnn (tanh); ``detach`` stops the gradient to earlier layers (ablation).
-
-    ``head`` ``cosine`` compares h with prototypes instead of ``W2 h``. ``start`` ``time`` begins
-    with an affine map of SiLU(time embedding) instead of zeros (denoisers only; not in the paper).
-    """
+    """Logits from a recurrent state that is passed from layer to layer."""
 
     kind: Literal["recurrent"] = "recurrent"
-    state: PositiveInt = 256
-    cell: Literal["gru", "rnn"] = "gru"
-    detach: bool = False
+    state: PositiveInt = 256  # size P of the state
+    cell: Literal["gru", "rnn"] = "gru"  # rnn has the activation tanh
+    detach: bool = False  # stop the gradient to earlier layers (ablation)
     head: Literal["linear", "cosine"] = "linear"
+    """linear: W2 h; cosine: similarity of h to prototypes"""
     start: Literal["zeros", "time"] = "zeros"
-    init_std: NonNegativeFloat = 0.02
+    """first state: zeros, or a linear map of SiLU(time embedding)"""
+    init_std: NonNegativeFloat = 0.02  # of the weights
 
     @property
     def reads(self) -> tuple[str, ...]:
@@ -52,7 +50,7 @@ class RecurrentScore(ScorePart):
 
 
 class RecurrentModule(ScoreModule):
-    """One layer's projections, and the shareable ``memory`` that all layers of a slot use."""
+    """The linear maps of one layer, and ``memory``, the cell that the layers of a slot share."""
 
     def __init__(
         self, config: RecurrentScore, width: int, num_experts: int, time_width: int

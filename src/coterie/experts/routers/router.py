@@ -1,4 +1,4 @@
-"""One router module for every configuration. Legend: R rows, E candidates, K choices, B, N, D."""
+"""The router module of every configuration. Legend: R rows, E experts, K choices, B, N, D."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ if TYPE_CHECKING:
 
 
 class Router(nn.Module):
-    """``router(h [B, N, D], ctx) -> Routing``. Float32 throughout, also under autocast.
+    """A router: ``router(h [B, N, D], ctx) -> Routing``. Float32 throughout, also under autocast.
 
-    With a partition, ``Routing.num_experts`` is the candidates plus the reserved expert, whose
-    columns hold probability 0 and logit -inf; ``Routing.num_reserved`` says how many.
+    With a partition, ``Routing.num_experts`` includes the reserved expert, whose columns hold
+    probability 0 and logit -inf; ``Routing.num_reserved`` is their number.
     """
 
     selection_bias: Tensor | None
@@ -42,8 +42,7 @@ class Router(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self, rng: Generator | None = None) -> None:
-        """The score's own initialisation; edits and the selection bias go back to zero, the
-        experts' scales to one."""
+        """Initialise the score; edits and the selection bias become 0, the experts' scales 1."""
         if any(parameter.device.type == "meta" for parameter in self.parameters()):
             return
         self.score.reset_parameters(rng)
@@ -56,7 +55,7 @@ class Router(nn.Module):
                 self.expert_scale.fill_(1.0)
 
     def after_step(self) -> None:
-        """Once per optimiser step: what has a state that moves, moves on, if it is not frozen."""
+        """Update buffers that change per optimiser step, unless the router is frozen."""
         for part in (self.score, *self.edits):
             move = getattr(part, "after_step", None)
             if move is not None and not stands_still(part, self):
@@ -134,14 +133,14 @@ class Router(nn.Module):
         return logits
 
     def keys(self, logits: Tensor, probs: Tensor) -> Tensor:
-        """f32 [R, E], what is selected by; a masked candidate keeps -inf whatever the bias."""
+        """f32 [R, E]: the values that experts are selected by; excluded experts keep -inf."""
         keys = (logits if self.config.when == "after" else probs).detach()
         if self.selection_bias is not None:
             keys = keys + self.selection_bias
         return keys.masked_fill(logits.detach() == float("-inf"), float("-inf"))
 
     def gates(self, ids: Tensor, probs: Tensor, logits: Tensor) -> Tensor:
-        """f32 [R, K]: the gates of any choice under this rule; the sentinel's mean nothing."""
+        """f32 [R, K]: the gates of the choices ``ids``; those of unused choices have no meaning."""
         gates = self._weights(ids, probs, logits) * self.config.scale
         if self.expert_scale is None:
             return gates
@@ -232,7 +231,8 @@ def null_rows(ctx: Context, x: Tensor) -> Tensor:
 def send_to_reserved(
     ids: Tensor, gates: Tensor, taken: Tensor, num_experts: int
 ) -> tuple[Tensor, Tensor]:
-    """Give rows ``taken`` to the expert after the candidates, with gate 1; move the sentinel."""
+    """Assign the rows ``taken`` to the reserved expert, with gate 1, and adjust the id of unused
+    choices."""
     ids = torch.where(ids == num_experts, num_experts + 1, ids)
     first = torch.zeros_like(ids, dtype=torch.bool)
     first[:, 0] = taken

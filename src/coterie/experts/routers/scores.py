@@ -1,4 +1,4 @@
-"""Scores that read the rows: linear, two-layer, cosine prototypes, one router per task."""
+"""Scores computed from the rows: linear, two layers, cosine similarity, one map per task."""
 
 from __future__ import annotations
 
@@ -55,11 +55,12 @@ def linear_by_task(
 
 @SCORES.register
 class LinearScore(ScorePart):
-    """``logits = x W^T (+ b)``. ``init_std`` None = Kaiming uniform (DiT-MoE)."""
+    """A linear map of the row: ``logits = x W^T (+ b)``."""
 
     kind: Literal["linear"] = "linear"
-    bias: bool = False
+    bias: bool = False  # add a bias
     init_std: NonNegativeFloat | None = None
+    """of the weights; null: Kaiming uniform (DiT-MoE), or the layer's rule"""
 
     def build(self, width: int, num_experts: int, time_width: int | None) -> ScoreModule:
         return _Linear(self, width, num_experts)
@@ -80,8 +81,10 @@ class _Linear(ScoreModule):
 
 @SCORES.register
 class GivenScore(ScorePart):
-    """The rows are the logits: for scores made elsewhere (recorded, edited, of another library's
-    router). The router's width is then the number of candidates."""
+    """The rows are the logits, for scores computed elsewhere (recorded, edited, another library's).
+
+    The router's width is then the number of experts.
+    """
 
     kind: Literal["given"] = "given"
     learned: ClassVar[bool] = False
@@ -102,18 +105,18 @@ class _Given(ScoreModule):
 
 @SCORES.register
 class MLPScore(ScorePart):
-    """``W2 GELU(W1 x + b1) + b2`` with inner size ``hidden`` (default twice the width)."""
+    """Two layers: ``W2 GELU(W1 x + b1) + b2``."""
 
     kind: Literal["mlp"] = "mlp"
-    hidden: PositiveInt | None = None
-    init_std: NonNegativeFloat | None = 0.02
+    hidden: PositiveInt | None = None  # inner size; null: twice the width
+    init_std: NonNegativeFloat | None = 0.02  # of the weights; null: Kaiming uniform
 
     def build(self, width: int, num_experts: int, time_width: int | None) -> ScoreModule:
         return TwoLayer(width, self.hidden or 2 * width, num_experts, self.init_std)
 
 
 class TwoLayer(ScoreModule):
-    """Two-layer score on rows."""
+    """The module of :class:`MLPScore`."""
 
     def __init__(self, width: int, hidden: int, num_experts: int, std: float | None) -> None:
         super().__init__()
@@ -131,10 +134,11 @@ class TwoLayer(ScoreModule):
 
 @SCORES.register
 class CosineScore(ScorePart):
-    """Cosine of a row with each prototype (ProMoE, arXiv:2510.24711); prototypes N(0, 0.02)."""
+    """Cosine similarity of the row and a learned prototype per expert (ProMoE,
+    arXiv:2510.24711)."""
 
     kind: Literal["cosine"] = "cosine"
-    init_std: NonNegativeFloat = 0.02
+    init_std: NonNegativeFloat = 0.02  # of the prototypes
 
     def build(self, width: int, num_experts: int, time_width: int | None) -> ScoreModule:
         return _Cosine(self, width, num_experts)
@@ -158,11 +162,11 @@ class _Cosine(ScoreModule):
 
 @SCORES.register
 class TaskLinearScore(ScorePart):
-    """One linear router per task, picked by ``ctx.task``: a softmax per task (HoME, MMoE)."""
+    """One linear map per task, chosen by ``ctx.task`` (HoME, MMoE)."""
 
     kind: Literal["task_linear"] = "task_linear"
-    num_tasks: int = Field(ge=1, le=65536)
-    init_std: NonNegativeFloat | None = None
+    num_tasks: int = Field(ge=1, le=65536)  # number of tasks
+    init_std: NonNegativeFloat | None = None  # of the weights; null: Kaiming uniform
 
     @property
     def reads(self) -> tuple[str, ...]:

@@ -1,6 +1,7 @@
-"""Selections: which candidates a row (or, for expert choice, an expert) takes.
+"""Selections: which experts each row uses; for expert choice, which tokens each expert takes.
 
-All return ids i64 [R, K] in the order of preference, the number of candidates standing for nobody.
+All return ids i64 [R, K] in order of preference; the id E, the number of experts, marks an unused
+choice.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ class _K(SelectPart):
 
 @SELECTS.register
 class TopK(_K):
-    """The k best."""
+    """The k experts with the highest scores."""
 
     kind: Literal["top_k"] = "top_k"
 
@@ -69,10 +70,8 @@ class TopK(_K):
 
 @SELECTS.register
 class RandomK(_K):
-    """Training: k drawn without replacement in proportion to the probabilities; else the k best.
-
-    (MoDE, arXiv:2412.12953.) Drawn by Gumbel noise from ``ctx.rng``; without one, the k best.
-    """
+    """In training k experts drawn in proportion to their probabilities, without replacement (MoDE,
+    arXiv:2412.12953); else the k best. Without ``ctx.rng`` the k best."""
 
     kind: Literal["random"] = "random"
     draws: ClassVar[bool] = True
@@ -93,7 +92,7 @@ class RandomK(_K):
 
 @SELECTS.register
 class Dense(SelectPart):
-    """All candidates."""
+    """All experts."""
 
     kind: Literal["dense"] = "dense"
 
@@ -109,15 +108,13 @@ class Dense(SelectPart):
 
 @SELECTS.register
 class TopP(SelectPart):
-    """The fewest best whose probabilities exceed p, the crossing one included.
-
-    (Dynamic routing, arXiv:2403.07652.) Between ``min_k`` and ``max_k`` (None = all).
-    """
+    """The fewest experts whose probabilities add up to more than p, the last one included (Dynamic
+    routing, arXiv:2403.07652)."""
 
     kind: Literal["top_p"] = "top_p"
-    p: float = Field(default=0.4, gt=0.0, le=1.0)
-    min_k: PositiveInt = 1
-    max_k: PositiveInt | None = None
+    p: float = Field(default=0.4, gt=0.0, le=1.0)  # threshold of the summed probability
+    min_k: PositiveInt = 1  # least number of experts
+    max_k: PositiveInt | None = None  # most experts; null: all
     by_probability: ClassVar[bool] = True
 
     def select(
@@ -154,10 +151,10 @@ class TopP(SelectPart):
 
 @SELECTS.register
 class Rank(SelectPart):
-    """The candidates at given places of the descending order, e.g. (1,) = the second best."""
+    """The experts at given ranks, such as (1,) for the second best."""
 
     kind: Literal["rank"] = "rank"
-    ranks: tuple[NonNegativeInt, ...] = (0, 1)
+    ranks: tuple[NonNegativeInt, ...] = (0, 1)  # 0 is the best
 
     @property
     def least(self) -> int:
@@ -183,10 +180,10 @@ class Rank(SelectPart):
 
 @SELECTS.register
 class Fixed(SelectPart):
-    """Always these experts, whatever the scores (ablations, single-expert runs)."""
+    """Always the same experts, whatever the scores (ablations, runs of a single expert)."""
 
     kind: Literal["fixed"] = "fixed"
-    ids: tuple[NonNegativeInt, ...] = (0,)
+    ids: tuple[NonNegativeInt, ...] = (0,)  # the experts
     ignores_scores: ClassVar[bool] = True
 
     def select(
@@ -208,16 +205,14 @@ class Fixed(SelectPart):
 
 @SELECTS.register
 class GroupLimited(_K):
-    """The k best within the best ``top_groups`` of ``groups`` consecutive groups.
-
-    A group's score is its best candidate (DeepSeek-V2, arXiv:2405.04434) or the sum of its two
-    best (DeepSeek-V3, arXiv:2412.19437).
-    """
+    """The k best experts within the best groups of consecutive experts."""
 
     kind: Literal["group_limited"] = "group_limited"
-    groups: PositiveInt = 2
-    top_groups: PositiveInt = 1
+    groups: PositiveInt = 2  # number of groups of equal size
+    top_groups: PositiveInt = 1  # groups that a row may use
     group_score: Literal["max", "top2_sum"] = "max"
+    """A group's score: its best expert (DeepSeek-V2, arXiv:2405.04434), or the sum of its two best
+    (DeepSeek-V3, arXiv:2412.19437)."""
 
     def select(
         self, scores: Tensor, ctx: Context, shape: tuple[int, int], valid: Tensor | None
@@ -250,17 +245,15 @@ class GroupLimited(_K):
 
 @SELECTS.register
 class ExpertChoice(SelectPart):
-    """Each expert takes its best tokens of each sample: ``max(1, min(floor(N / E * k), N))``.
-
-    (arXiv:2202.09368; per sample as in ProMoE.) A token may be taken by several experts or none.
-    ``k`` is the mean number of experts per token and need not be whole.
-    """
+    """Each expert takes its best tokens of each sample: ``max(1, min(floor(N / E * k), N))``
+    (arXiv:2202.09368; per sample as in ProMoE). A token may be taken by several experts or none."""
 
     kind: Literal["expert_choice"] = "expert_choice"
-    k: PositiveFloat = 1.0
+    k: PositiveFloat = 1.0  # mean number of experts per token; need not be whole
     needs_tokens: ClassVar[bool] = True
 
     def capacity(self, tokens: int, num_experts: int) -> int:
+        """Tokens of a sample that each expert takes."""
         return max(1, min(int(tokens / num_experts * self.k), tokens))
 
     def select(

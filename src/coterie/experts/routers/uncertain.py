@@ -1,13 +1,13 @@
-"""A score that knows how sure it is: the uncertainty-aware router of MoFME (AAAI 2024).
+"""The uncertainty-aware router of MoFME (AAAI 2024).
 
-The rows are scored M times under dropout; logits whose value changes from pass to pass count less:
+Each row is scored M times under dropout. Logits that vary between the passes count less:
 
     mu = mean_m z_m,  S = cov_m z_m,  z~ = c * S^(-1/2) mu,  c = running mean of sqrt(diag S)
 
 ``diagonal`` uses variances only; ``full`` the covariance, shrunk towards its diagonal because M
-passes know at most M - 1 directions. With dropout 0 the score is the plain one. The released code
-averages deviations, whose mean is 0, over passes without any dropout; this is what it was for.
-Legend: M passes, R rows, E candidates, D width.
+passes span at most M - 1 directions. With dropout 0 the score is the plain one. The released code
+averages deviations, whose mean is 0, over passes without dropout; this is the formula of the paper.
+Legend: M passes, R rows, E experts, D width.
 """
 
 from __future__ import annotations
@@ -41,16 +41,18 @@ SHRINKAGE = 0.5  # weight of the diagonal in the full covariance
 
 @SCORES.register
 class UncertainScore(ScorePart):
-    """``of``: any score that reads rows. ``evaluate``: what happens outside training: the plain
-    score (``off``, as published), one pass divided by the running deviations (``running``), or
-    ``passes`` passes with fixed masks, the same for every row (``passes``)."""
+    """A score run several times under dropout, divided by how much its logits vary."""
 
     kind: Literal["uncertain"] = "uncertain"
     of: Annotated[SerializeAsAny[Part], SCORES.validator] = LinearScore()
-    passes: int = Field(5, ge=2, le=4096)
-    dropout: float = Field(0.1, ge=0.0, lt=1.0)
+    """the score; any that reads rows"""
+    passes: int = Field(5, ge=2, le=4096)  # M, number of passes in training
+    dropout: float = Field(0.1, ge=0.0, lt=1.0)  # probability
     whiten: Literal["diagonal", "full"] = "diagonal"
+    """divide by standard deviations, or by the full covariance"""
     evaluate: Literal["off", "running", "passes"] = "running"
+    """Outside training: the plain score (``off``, as published), one pass divided by the running
+    deviations (``running``), or M passes with fixed masks, the same for every row (``passes``)."""
     draws: ClassVar[bool] = True
 
     @model_validator(mode="after")
