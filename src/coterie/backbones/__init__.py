@@ -1,4 +1,5 @@
-"""Floor 3: networks with expert slots: one transformer trunk, and hosts of other libraries' own."""
+"""Backbones: networks with slots for expert layers, and wrappers for networks of other
+libraries."""
 
 from coterie.backbones.base import BACKBONES, BackboneOutput
 from coterie.backbones.causal import CausalConfig, CausalTransformer

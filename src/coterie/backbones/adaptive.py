@@ -1,8 +1,7 @@
-"""Shifts, scales and gates that a network takes from its noise level and label (adaLN).
+"""Adaptive layer norm (adaLN): shifts, scales and gates computed from noise level and label.
 
-They depend on nothing else, so whoever knows at which levels a sampler asks may work them out
-beforehand (:mod:`coterie.cache`): then ``Context.known`` holds them, under the name of the map that
-makes them.
+They depend on nothing else, so for a known sampling grid they can be computed in advance
+(:mod:`coterie.cache`). Then ``Context.known`` holds them by the name of the linear map.
 """
 
 from __future__ import annotations
@@ -21,9 +20,9 @@ HEAD: tuple[Part, ...] = ("shift", "scale")
 
 
 class AdaptiveLinear(nn.Linear):
-    """A linear map of SiLU(embedding) whose answer is cut into ``parts`` of ``width`` channels.
+    """A linear map of SiLU(embedding), split into ``parts`` of ``width`` channels.
 
-    ``known_as``: its name in ``Context.known``; a cache gives it one.
+    ``known_as``: its name in ``Context.known``, set by a cache.
     """
 
     def __init__(self, condition_width: int, width: int, parts: tuple[Part, ...]) -> None:
@@ -33,9 +32,10 @@ class AdaptiveLinear(nn.Linear):
 
 
 def adaptive(linear: nn.Module, ctx: Context, parts: tuple[Part, ...]) -> Sequence[Tensor]:
-    """The parts [B, 1, D] that ``linear`` makes of the context's embedding; of a scale, 1 + scale.
+    """The parts [B, 1, D] that ``linear`` computes from the context's embedding; scales are 1 +
+    scale.
 
-    ``linear`` is an :class:`AdaptiveLinear`, or whatever was put in its place.
+    ``linear`` is an :class:`AdaptiveLinear`, or a module that replaces one.
     """
     if ctx.known is not None:
         found: Sequence[Tensor] | None = ctx.known.get(getattr(linear, "known_as", ""))

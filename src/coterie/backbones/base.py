@@ -1,7 +1,7 @@
-"""What every backbone answers, and the registry of backbones.
+"""The interface of backbones, and their registry.
 
-A backbone is ``backbone(x, context, cond) -> BackboneOutput``. It knows tokens, conditions and
-expert slots; it knows nothing about processes, views or losses.
+``backbone(x, context, cond) -> BackboneOutput``. A backbone has tokens, conditions and expert
+slots; processes, views and losses are handled outside.
 """
 
 from __future__ import annotations
@@ -31,11 +31,10 @@ class BackbonePart(Part):
     """``sample``: x's shape in, x's shape out; ``logits``: token ids in, logits out; ``tasks``:
     one logit per task out."""
     told: ClassVar[frozenset[str]] = frozenset()
-    """Fields of the Context that its slots find set wherever the model runs (``label`` and
-    ``task`` where the data have them)."""
+    """Context fields that its slots find set (``label`` and ``task`` where the data have them)."""
 
     def check_told(self, told: Collection[str], teller: str = "this backbone") -> None:
-        """ConfigError where a router reads what is not among ``told``."""
+        """ConfigError if a router needs a Context field that is not among ``told``."""
         trunk = getattr(self, "trunk", None)
         slots = getattr(self if trunk is None else trunk, "slots", ())
         if trunk is None:
@@ -46,13 +45,9 @@ class BackbonePart(Part):
 
 @dataclass(frozen=True, eq=False)
 class BackboneOutput:
-    """``sample`` has x's shape (or [B, N, V] logits); ``variance`` only for learned variances.
+    """The output of a backbone."""
 
-    ``visible``: which parts of x the network saw, bool [B, ...] over x's leading dimensions; None:
-    all of it.
-    """
-
-    sample: Tensor
-    routings: tuple[Routing, ...] = ()
-    variance: Tensor | None = None
-    visible: Tensor | None = None
+    sample: Tensor  # of x's shape; or logits [B, N, V], or [B, T] for tasks
+    routings: tuple[Routing, ...] = ()  # of every expert layer in the pass
+    variance: Tensor | None = None  # of x's shape, if the variance is learned
+    visible: Tensor | None = None  # bool [B, ...]: parts of x that the network saw; None: all

@@ -35,14 +35,15 @@ TEXT_TRUNK = TrunkConfig(
 
 @BACKBONES.register
 class CausalConfig(BackbonePart):
-    """``trunk.causal`` False gives the bidirectional network of masked diffusion."""
+    """A text transformer, autoregressive or bidirectional."""
 
     kind: Literal["causal"] = "causal"
     answers: ClassVar[Literal["sample", "logits", "tasks"]] = "logits"
     told: ClassVar[frozenset[str]] = frozenset({"step_index", "label", "task"})
     vocabulary: int = Field(260, ge=2)
+    """number of token ids; for masked diffusion with the mask token"""
     context: int = Field(128, ge=2)  # longest sequence, in tokens
-    trunk: TrunkConfig = TEXT_TRUNK
+    trunk: TrunkConfig = TEXT_TRUNK  # blocks; ``causal`` false for masked diffusion
 
     @model_validator(mode="after")
     def _check(self) -> CausalConfig:
@@ -66,7 +67,7 @@ class CausalConfig(BackbonePart):
 
 
 class CausalTransformer(nn.Module):
-    """``forward(ids i64 [B, N], ctx, cond) -> BackboneOutput`` with logits f32 [B, N, V]."""
+    """A text transformer: ``forward(ids i64 [B, N], ctx, cond)``, logits f32 [B, N, V]."""
 
     def __init__(self, config: CausalConfig) -> None:
         super().__init__()

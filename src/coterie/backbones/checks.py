@@ -1,4 +1,4 @@
-"""Where an expert system can stand in a trunk, and what its routers must be told."""
+"""Checks that expert layers fit their slots, and that their routers get the inputs they need."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from coterie.experts.routers.config import within
 def check_slots(
     slots: Sequence[SlotConfig], width: int, depth: int, causal: bool, modulation: str
 ) -> None:
-    """ConfigError where an expert system cannot stand in this trunk, or two get in their way."""
+    """ConfigError if an expert layer does not fit this trunk, or two slots collide."""
     taken: dict[tuple[str, int], int] = {}
     states: dict[str, tuple[str, int]] = {}
     for index, slot in enumerate(slots):
@@ -68,7 +68,7 @@ def _check_slot(slot: SlotConfig, width: int, depth: int, causal: bool, modulati
 def check_told(
     slots: Sequence[SlotConfig], told: Collection[str], teller: str = "this backbone"
 ) -> None:
-    """ConfigError where a router reads a fact of the Context that nobody tells it."""
+    """ConfigError if a router needs a Context field that the backbone does not set."""
     for index, slot in enumerate(slots):
         for field, value, names in slot.expert.reads:
             missing = [name for name in names if name not in told]

@@ -1,4 +1,4 @@
-"""Time and label become one embedding, and the slots are told what they need of both.
+"""One embedding of noise level and label, and the Context that expert layers get.
 
 Shapes: B batch, N tokens, D width, S steps of the original grid.
 """
@@ -22,7 +22,7 @@ TIME_EMBEDDING, EMBEDDING = "time_embedding", "embedding"
 
 @runtime_checkable
 class Embeds(Protocol):
-    """A backbone whose context for a noise level and a label needs no x."""
+    """A backbone whose embedding of noise level and label does not depend on x."""
 
     @property
     def embeds_label(self) -> bool:
@@ -30,7 +30,7 @@ class Embeds(Protocol):
         ...
 
     def embed(self, ctx: Context, cond: Condition) -> Context:
-        """The context that its slots and its adaptive maps read."""
+        """The Context that its slots and adaptive maps read."""
         ...
 
 
@@ -41,9 +41,12 @@ def embed_condition(
     label: LabelEmbedding | None,
     tokens: int,
 ) -> Context:
-    """The context of a denoiser's slots: ``embedding`` is tau(t), plus the label's row where the
-    backbone has classes; either is taken from ``ctx.known`` where that has it. ``ctx.label`` is the
-    condition after dropout."""
+    """The Context of a denoiser's slots: ``embedding`` is tau(t), plus the label's row if there are
+    classes.
+
+    Values in ``ctx.known`` are used instead of computing them. ``ctx.label`` is the label after
+    dropout.
+    """
     known = ctx.known or {}
     tau_BD = known.get(TIME_EMBEDDING)
     if tau_BD is None:
@@ -69,7 +72,7 @@ def embed_condition(
 
 
 def label_tokens(label: LabelEmbedding | None, cond: Condition) -> Tensor | None:
-    """The label's row as one token [B, 1, D]: what others may attend to; None without classes."""
+    """The label's embedding as one token [B, 1, D] to attend to; None without classes."""
     if label is None or cond.label is None:
         return None
     row: Tensor = label(cond.label)

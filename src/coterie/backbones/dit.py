@@ -33,18 +33,17 @@ from coterie.nn.patches import patchify
 
 @BACKBONES.register
 class DiTConfig(BackbonePart):
-    """``learned_variance`` doubles the output channels (DDPM recipes). ``references``: the image
-    attends to other images, see :mod:`.references`."""
+    """DiT: a transformer over image patches (arXiv:2212.09748)."""
 
     kind: Literal["dit"] = "dit"
     told: ClassVar[frozenset[str]] = TOLD_BY_DENOISERS
-    image_size: int = Field(28, ge=1)
-    channels: int = Field(1, ge=1)
-    patch: int = Field(7, ge=1)
-    num_classes: int = Field(10, ge=0)
-    learned_variance: bool = False
-    references: ReferenceConfig | None = None
-    trunk: TrunkConfig = TrunkConfig()
+    image_size: int = Field(28, ge=1)  # side of the square image in pixels, or of the latent
+    channels: int = Field(1, ge=1)  # of the image
+    patch: int = Field(7, ge=1)  # side of a patch in pixels; divides image_size
+    num_classes: int = Field(10, ge=0)  # 0: unconditional
+    learned_variance: bool = False  # also predict a variance (twice the output channels)
+    references: ReferenceConfig | None = None  # let the image attend to reference images
+    trunk: TrunkConfig = TrunkConfig()  # the transformer blocks and their expert slots
 
     @model_validator(mode="after")
     def _check(self) -> DiTConfig:
@@ -88,7 +87,7 @@ class DiTConfig(BackbonePart):
 
 
 class PatchEncoder(nn.Module):
-    """Patches, time and label through the trunk: everything of a DiT but its head."""
+    """A DiT without its head: patches, time and label through the trunk."""
 
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
@@ -107,7 +106,7 @@ class PatchEncoder(nn.Module):
         self.register_buffer("positions", sincos_grid(config.grid, width), persistent=False)
 
     def reset_parameters(self) -> None:
-        """adaLN starts at zero: every block is the identity."""
+        """Initialise with adaLN at zero, so that every block is the identity."""
         self.trunk.reset_parameters()
         nn.init.xavier_uniform_(self.patch_in.weight)
         nn.init.zeros_(self.patch_in.bias)
@@ -123,7 +122,7 @@ class PatchEncoder(nn.Module):
         return self.references is not None
 
     def prepare(self, cond: Condition) -> Condition:
-        """``cond`` with its references worked out: ``keys_values`` in their place."""
+        """``cond`` with ``keys_values`` computed from its references."""
         if self.references is None or cond.references is None:
             return cond
         z_MLD, ctx = self.references(cond)
@@ -155,7 +154,7 @@ class PatchEncoder(nn.Module):
         return self.label is not None
 
     def embed(self, ctx: Context, cond: Condition) -> Context:
-        """The context of the blocks, whatever x is."""
+        """The Context of the blocks; it does not depend on x."""
         ctx = embed_condition(ctx, cond, self.time, self.label, self.config.tokens)
         if self.references is None:
             return ctx
@@ -170,7 +169,7 @@ class PatchEncoder(nn.Module):
 
 
 class DiT(PatchEncoder):
-    """``forward(x [B, C, H, W], ctx, cond) -> BackboneOutput`` with a sample of x's shape."""
+    """DiT: ``forward(x [B, C, H, W], ctx, cond) -> BackboneOutput`` with a sample of x's shape."""
 
     def __init__(self, config: DiTConfig) -> None:
         super().__init__(config)
@@ -189,7 +188,7 @@ class DiT(PatchEncoder):
         return BackboneOutput(sample, routings, variance)
 
     def topology(self) -> Topology:
-        """After the patches' embedding, after every block, and the head's answer per patch."""
+        """Points after the patch embedding, after every block, and after the head."""
         width, grid = self.config.trunk.width, self.config.grid
         blocks = [Point(f"block.{layer}", width, grid) for layer in range(len(self.trunk.blocks))]
         head = Point("head", self.head.out_features, grid)

@@ -1,14 +1,14 @@
-"""Experts inside a network of another library: its own modules stay, and experts add to them.
+"""Experts inside a network of another library, added to its own modules.
 
     y = own(x) + sum_e g_e expert_e(x),        expert_e(x) = 0 at the start
 
-So the network is the same function at first whatever the router, its gates or its selection are;
-copies of the module in the experts' place would need gates that add up to one. The router's first
-gradient is zero (so is what it weighs), the second is not. A convolution and its experts are one
-convolution, with the kernel ``W + sum_e g_e W_e`` of each sample.
+At the start the network computes the same as before, whatever the router; replacing the module by
+copies of it would need gates that add up to one. The router's gradient is zero in the first step,
+because the experts' output is, but not in the next. A convolution and its experts are computed as
+one convolution with the kernel ``W + sum_e g_e W_e`` of each sample.
 
-A slot is a module in the place of the network's own, so nobody hands it a Context: it reads that of
-the scope around the call (:mod:`.scope`), and leaves its routings there.
+An expert slot replaces a module of the network, whose code passes no Context. The slot reads the
+Context from the :mod:`.scope` around the call, and appends its routings there.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ STAGES = ("conv_in", "down_blocks", "mid_block", "up_blocks", "conv_out")
 
 
 class ExpertSlot(nn.Module):
-    """In the place of a module: that module (``experts.shared``) and the experts beside it.
+    """Replaces a module of a network: the module itself (``experts.shared``) plus experts.
 
     ``forward(x) -> y`` as the module had it: [B, C, H, W] for ``conv``, [B, N, D] for ``ffn``.
     """
@@ -71,21 +71,21 @@ class ExpertSlot(nn.Module):
 
 @dataclass(frozen=True, eq=False)
 class Place:
-    """A module that can have experts, and every path that leads to it."""
+    """A module that can have experts, and all paths that lead to it."""
 
     module: nn.Module
     paths: tuple[str, ...]
 
     @property
     def name(self) -> str:
-        """Short and unique: ``down.1.0.conv2`` for ``down_blocks.1.resnets.0.conv2``."""
+        """A short unique name: ``down.1.0.conv2`` for ``down_blocks.1.resnets.0.conv2``."""
         first, *rest = self.paths[0].split(".")
         first = first.removesuffix("s").removesuffix("_block")
         return ".".join([first, *(part for part in rest if part != "resnets")])
 
 
 def is_feed_forward(module: nn.Module) -> bool:
-    """Tokens [..., D] to tokens of the same width: diffusers calls these networks so."""
+    """Whether a module is a feed-forward network [..., D] -> [..., D], as diffusers names them."""
     return type(module).__name__ == "FeedForward"
 
 
@@ -97,9 +97,9 @@ FITS: dict[str, Callable[[nn.Module], bool]] = {
 
 
 def places(network: nn.Module, slot: str) -> list[Place]:
-    """Every module that can be this slot, in the order in which data pass them.
+    """All modules that this kind of slot can replace, in running order.
 
-    What is inside an expert slot already is not among them.
+    Modules inside an expert slot are left out.
     """
     inside = {
         id(part)
@@ -123,7 +123,7 @@ def _stage(path: str) -> float:
 
 
 def select(network: nn.Module, slot: SlotConfig) -> list[Place]:
-    """The modules that a configuration names; ConfigError for a pattern without any."""
+    """The modules that a slot configuration names; ConfigError if a pattern matches none."""
     there = places(network, slot.slot)
     for pattern in slot.names:
         if not any(fnmatchcase(path, pattern) for place in there for path in place.paths):
@@ -145,7 +145,8 @@ def select(network: nn.Module, slot: SlotConfig) -> list[Place]:
 
 
 def check_slot(slot: SlotConfig) -> None:
-    """ConfigError where a slot asks for what only a trunk has, or could not start at zero."""
+    """ConfigError if a slot uses features that only a trunk has, or experts that cannot start at
+    zero."""
     expert = slot.expert
     if slot.slot not in FITS:
         raise ConfigError(describe("slot", slot.slot, " or ".join(FITS), "it belongs to a trunk"))
@@ -168,9 +169,9 @@ def check_slot(slot: SlotConfig) -> None:
 
 
 class NetworkHost(ExpertHost):
-    """A network of another library with experts in some of its places.
+    """A network of another library with expert slots.
 
-    ``time_width``: size of what a slot is told as ``ctx.time_embedding``.
+    ``time_width``: size of ``ctx.time_embedding`` in its slots.
     """
 
     def __init__(
@@ -219,7 +220,7 @@ class NetworkHost(ExpertHost):
             setattr(self.network.get_submodule(parent), name, slot)
 
     def detach(self) -> nn.Module:
-        """The network with its own modules in their places again."""
+        """Put the network's own modules back and return it."""
         for parent in list(self.network.modules()):
             for name, child in list(parent._modules.items()):  # also under a second name
                 if isinstance(child, ExpertSlot):
@@ -228,7 +229,7 @@ class NetworkHost(ExpertHost):
         return self.network
 
     def slots(self) -> list[ExpertSlot]:
-        """By slot, then in the order in which data pass them."""
+        """All expert slots, by kind and then in running order."""
         found = [module for module in self.network.modules() if isinstance(module, ExpertSlot)]
         return sorted(found, key=lambda item: (item.slot, item.layer))
 
@@ -251,7 +252,7 @@ def _site(slot: SlotConfig, place: Place, layer: int, time_width: int | None) ->
 
 
 def zero(*modules: nn.Module) -> None:
-    """Zeros in every parameter of modules that end a branch: it answers 0 at the start."""
+    """Zero all parameters of ``modules``, the last ones of a branch, so that it returns 0."""
     with torch.no_grad():
         for module in modules:
             for parameter in module.parameters(recurse=False):

@@ -1,9 +1,9 @@
-"""Levels of experts over tasks: who owns which expert, who may see it, what it reads.
+"""Layout of multi-task experts: levels, owners of experts, and which experts each task reads.
 
-A level has *experts*, each owned by all (``shared``), by a group of tasks or by one task, and
-*readers*, each with a gate over the experts that it may see. The answers of its readers are the
-*streams* that the next level's experts read: an expert reads that of its owner, or, where its owner
-is no reader below, that of the owner's group, or the shared one.
+Each expert of a level belongs to all tasks (``shared``), to a group of tasks or to one task. Each
+*reader* (a task or a group) has a gate over the experts that it may use. The outputs for the
+readers of one level are the *streams* that experts of the next level read. An expert reads the
+stream of its owner; if its owner is no reader below, that of the owner's group, or the shared one.
 
 Legend: B samples, D features, R readers, S streams, O outputs of a level, E experts.
 """
@@ -31,7 +31,7 @@ Readers = Literal["tasks", "groups"]
 
 
 class Party(NamedTuple):
-    """Everybody, a group of tasks, or a task: who owns experts and who reads them."""
+    """An owner of experts or a reader: all tasks, a group, or a task."""
 
     kind: Literal["shared", "group", "task"]
     number: int = 0
@@ -42,22 +42,21 @@ SHARED = Party("shared")
 
 @dataclass(frozen=True)
 class LevelPlan:
-    """``owners`` [E], ``readers`` [R], ``below`` [S] (() on the first level), the group of each
-    task, and whether readers see only their own and what is shared with them."""
+    """Layout of one level."""
 
-    owners: tuple[Party, ...]
-    readers: tuple[Party, ...]
-    below: tuple[Party, ...]
-    group_of: tuple[int, ...]
-    mask: bool
+    owners: tuple[Party, ...]  # [E]
+    readers: tuple[Party, ...]  # [R]
+    below: tuple[Party, ...]  # [S], readers of the level below; () on the first level
+    group_of: tuple[int, ...]  # group of each task
+    mask: bool  # readers use only their own and shared experts
 
     def own(self, reader: Party) -> tuple[int, ...]:
-        """Experts that are the reader's alone."""
+        """Experts that belong to this reader alone."""
         mine = reader != SHARED
         return tuple(e for e, owner in enumerate(self.owners) if mine and owner == reader)
 
     def sees(self, reader: Party) -> tuple[int, ...]:
-        """Experts that the reader's gate weighs."""
+        """Experts among which the reader's gate chooses."""
         if not self.mask or reader == SHARED:
             return tuple(range(len(self.owners)))
         line = (SHARED, reader, self._group(reader))
@@ -67,20 +66,20 @@ class LevelPlan:
         return Party("group", self.group_of[party.number]) if party.kind == "task" else party
 
     def number(self, reader: Party) -> int:
-        """Of a reader among the tasks, then the groups, then the shared one."""
+        """A reader's number: tasks first, then groups, then the shared reader."""
         groups = max(self.group_of) + 1
         first = {"task": 0, "group": len(self.group_of), "shared": len(self.group_of) + groups}
         return first[reader.kind] + reader.number
 
     def stream(self, party: Party) -> int:
-        """The stream below that stands for an owner or a reader."""
+        """Number of the stream that an owner's experts or a reader's gate read."""
         for one in (party, self._group(party)):
             if one in self.below:
                 return self.below.index(one)
         return self.below.index(SHARED) if self.below else 0
 
     def streams_for(self, readers: Sequence[int], gates: Gates) -> list[int]:
-        """Streams that these readers' experts and gates need."""
+        """Numbers of the streams that these readers need."""
         parties = [self.readers[reader] for reader in readers]
         seen = {self.stream(self.owners[e]) for party in parties for e in self.sees(party)}
         if gates != "features":
@@ -92,7 +91,8 @@ class LevelPlan:
     def layer(
         self, expert: NormMLP, self_gate: bool, later: bool, balance: tuple[Part, ...]
     ) -> ExpertLayerConfig:
-        """The expert layer of this level; on ``later`` ones gates read what the level says."""
+        """The expert layer of this level. ``later``: not the first level, so gates read
+        ``gates``."""
         count, kind = len(self.owners), expert
         if len(self.below) > 1:
             reads = tuple(self.stream(owner) for owner in self.owners)
@@ -117,8 +117,11 @@ class LevelPlan:
 def lay_out(
     sizes: Sequence[tuple[int, int, int, Readers]], group_of: tuple[int, ...], mask: bool
 ) -> list[LevelPlan]:
-    """One plan per level from ``(shared, group, task, readers)``: numbers of experts for all, for
-    each group and for each task. ConfigError where a reader would see no expert."""
+    """One plan per level from its ``(shared, group, task, readers)``: numbers of experts for all
+    tasks, for each group and for each task.
+
+    ConfigError if a reader would have no expert.
+    """
     tasks = [Party("task", number) for number in range(len(group_of))]
     groups = [Party("group", number) for number in range(max(group_of) + 1)]
     plans: list[LevelPlan] = []
@@ -139,11 +142,11 @@ def lay_out(
 
 
 class Level(nn.Module):
-    """``forward(z [B, S, D'], features [B, D], readers, ctx) -> (z [B, R, O], routings)``.
+    """One level: ``forward(z [B, S, D'], features [B, D], readers, ctx) -> (z [B, R, O],
+    routings)``.
 
-    ``readers``: numbers of those who are answered; the other rows of the answer are 0, or left out
-    on the last level. In the routings ``task`` counts the tasks, then the groups, then the shared
-    reader.
+    ``readers``: numbers of the readers to compute; rows of others are 0, or left out on the last
+    level. In the routings ``task`` counts tasks, then groups, then the shared reader.
     """
 
     def __init__(

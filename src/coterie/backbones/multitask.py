@@ -1,10 +1,10 @@
-"""Several tasks on one input: embedded fields, levels of experts, a tower per task.
+"""Multi-task mixtures: embedded fields, levels of experts, and a small network (tower) per task.
 
-Every multi-task mixture is a configuration of the same levels: shared-bottom (one expert for all),
-MMoE (Ma et al., KDD 2018: several), CGC and PLE (Tang et al., RecSys 2020: shared ones and each
-task's own, on one level or several), HoME (arXiv:2408.05430: a level of groups of tasks below one
-of tasks, normalised experts, feature gates, self gates). A level is an expert layer whose rows are
-what is asked of a sample: one routing per task, or per group, over experts that answer once.
+One configuration covers shared-bottom (one expert for all tasks), MMoE (Ma et al., KDD 2018:
+several), CGC and PLE (Tang et al., RecSys 2020: shared ones and each task's own, on one level or
+several) and HoME (arXiv:2408.05430: a level of groups of tasks below one of tasks, normalised
+experts, feature gates, self gates). A level is an expert layer with one row per task (or group) of
+a sample; each expert runs once per sample.
 
 Legend: B samples, C columns, D width of the features, T tasks, R readers of a level, S streams (the
 readers of the level below), O outputs of a level.
@@ -36,51 +36,49 @@ SLOT = "level"
 
 
 class FieldConfig(Config):
-    """A categorical field: ids 0..size-1, up to ``columns`` of them (a set; -1 fills it up)."""
+    """A categorical input field."""
 
-    name: str
-    size: PositiveInt
-    columns: Few = 1
+    name: str  # of the field in the data
+    size: PositiveInt  # number of ids, 0..size-1
+    columns: Few = 1  # most ids per sample (a set); -1 marks unused columns
 
 
 class LevelConfig(Config):
-    """Experts for everybody (``shared``), for each group of tasks (``group``), for each task
-    (``task``): how many. ``width``: of their answers. Who reads them: the ``tasks``, or the
-    ``groups``; below the last level one reader more, who sees all, feeds the shared experts above.
-    """
+    """Numbers of experts on one level, and who reads their outputs."""
 
-    shared: int = Field(0, ge=0, le=4096)
-    group: int = Field(0, ge=0, le=4096)
-    task: int = Field(0, ge=0, le=4096)
-    width: PositiveInt = 32
+    shared: int = Field(0, ge=0, le=4096)  # experts for all tasks
+    group: int = Field(0, ge=0, le=4096)  # experts for each group of tasks
+    task: int = Field(0, ge=0, le=4096)  # experts for each task
+    width: PositiveInt = 32  # of an expert's output
     readers: Literal["tasks", "groups"] = "tasks"
+    """Gates per task or per group. Below the last level one more gate, over all experts, feeds the
+    shared experts above."""
 
 
 @BACKBONES.register
 class MultiTaskConfig(BackbonePart):
-    """``groups``: names of tasks under the name of their group; {}: one group of all.
-
-    ``mask`` False lets every reader see all experts. ``gates``: what the gates of later levels
-    read: the features, the reader's ``own`` stream, or ``shared_own``, that and the shared one.
-    ``expert``: what an expert is; ``out``, ``streams`` and ``reads`` are the level's business.
-    ``self_gate``: second gates for a reader's own experts. ``tower``: inner size of a task's tower;
-    None: one linear map.
-    """
+    """Several tasks on one input, by levels of experts; MMoE, PLE and HoME are settings of it."""
 
     kind: Literal["multitask"] = "multitask"
     answers: ClassVar[Literal["sample", "logits", "tasks"]] = "tasks"
     told: ClassVar[frozenset[str]] = frozenset({"task"})
-    fields: tuple[FieldConfig, ...] = Field(min_length=1)
-    tasks: tuple[str, ...] = Field(min_length=1)
+    fields: tuple[FieldConfig, ...] = Field(min_length=1)  # the input columns
+    tasks: tuple[str, ...] = Field(min_length=1)  # names; one logit each
     groups: dict[str, tuple[str, ...]] = Field(default_factory=dict)
-    embedding: PositiveInt = 12
+    """group -> names of its tasks; {}: one group of all"""
+    embedding: PositiveInt = 12  # width of a field's embedding
     levels: tuple[LevelConfig, ...] = Field(default=(LevelConfig(shared=1),), min_length=1)
+    """from the input to the towers"""
     expert: NormMLP = NormMLP(norm="none", activation="relu")
-    mask: bool = True
+    """kind of expert; out, streams and reads are set by the level"""
+    mask: bool = True  # False: every gate weighs all experts of its level
     gates: Literal["features", "own", "shared_own"] = "features"
-    self_gate: bool = False
-    tower: PositiveInt | None = None
+    """Input of the gates above the first level: the features, the reader's ``own`` stream, or that
+    and the shared one (``shared_own``)."""
+    self_gate: bool = False  # second gates for a task's own experts (HoME)
+    tower: PositiveInt | None = None  # inner size of a task's last network; null: a linear map
     balance: tuple[Annotated[SerializeAsAny[Part], BALANCES.validator], ...] = ()
+    """load-balance losses"""
 
     @model_validator(mode="after")
     def _check(self) -> MultiTaskConfig:
@@ -105,8 +103,8 @@ class MultiTaskConfig(BackbonePart):
 
     @property
     def group_of(self) -> tuple[int, ...]:
-        """The group of each task; groups are numbered by their first task, as JSON has its own
-        order of names."""
+        """The group of each task. Groups are numbered by their first task, as JSON keeps no order
+        of names."""
         found: dict[frozenset[str], int] = {}
         out = []
         for task in self.tasks:
@@ -124,12 +122,12 @@ class MultiTaskConfig(BackbonePart):
         return len(self.fields) * self.embedding
 
     def plans(self) -> list[LevelPlan]:
-        """Who reads and sees whom on each level."""
+        """The layout of each level."""
         sizes = [(one.shared, one.group, one.task, one.readers) for one in self.levels]
         return lay_out(sizes, self.group_of, self.mask)
 
     def check_source(self, source: Any) -> None:
-        """ConfigError where a source of ratings has other fields or tasks."""
+        """ConfigError if a data source has other fields or tasks."""
         own = [(field.name, field.size, field.columns) for field in self.fields]
         theirs = [(field.name, field.size, field.columns) for field in source.fields]
         for name, mine, found in (
@@ -171,7 +169,8 @@ class MultiTask(ExpertHost):
     def forward(
         self, x: Tensor, ctx: Context, cond: Condition, tasks: Sequence[int] | None = None
     ) -> BackboneOutput:
-        """``tasks``: answer these alone, [B, len(tasks)]; what only others read is not computed."""
+        """Logits [B, T]; with ``tasks`` only those, [B, len(tasks)], at the cost of these tasks
+        alone."""
         if x.shape[1:] != self.config.sample_shape:
             raise DataError(describe("x", tuple(x.shape), f"[B, {self.config.sample_shape[0]}]"))
         asked = list(range(len(self.config.tasks)) if tasks is None else tasks)

@@ -1,9 +1,9 @@
-"""A transformer over the voxels of a point cloud that trains on a few of its tokens
-(DiT-3D, arXiv:2307.01831; FastDiT-3D, arXiv:2312.07231; MaskDiT, arXiv:2306.09305).
+"""A transformer over the voxels of a point cloud that can train on a few of its tokens (DiT-3D,
+arXiv:2307.01831; FastDiT-3D, arXiv:2312.07231; MaskDiT, arXiv:2306.09305).
 
-Noisy points -> voxels -> patches. In training the encoder, where the experts are, sees a few
-patches only; a light decoder sees the whole grid, with one learnt token in the place of what was
-dropped; trilinear interpolation brings its answer back to the points. Sampling drops nothing.
+Noisy points -> voxels -> patches. In training the encoder, which has the experts, sees only some
+patches; a light decoder sees the whole grid, with a learned token for each dropped patch. Trilinear
+interpolation maps its output back to the points. Sampling drops nothing.
 
 Shapes: B batch, P points, V cells per axis, S patch side, G = V / S, L = G^3 tokens, K tokens that
 the encoder sees, D width.
@@ -43,24 +43,23 @@ from coterie.nn.windows import Windows
 
 
 class MaskConfig(Config):
-    """Which tokens the encoder does not see in training.
+    """Which patches the encoder does not see in training, drawn anew in every step.
 
-    ``random`` drops the share ``r`` of all; ``fgbg`` drops ``rf`` of the foreground (patches with a
-    point of the noisy input in them) and ``rb`` of the background. ``max(1, round((1 - r) n))`` of
-    n stay, drawn anew in every step. ``until``: share of training after which nothing is dropped.
+    Of n patches ``max(1, round((1 - r) n))`` stay.
     """
 
     kind: Literal["none", "random", "fgbg"] = "none"
-    r: float = Field(0.9, ge=0, le=1)
-    rf: float = Field(0.95, ge=0, le=1)
-    rb: float = Field(0.99, ge=0, le=1)
-    until: float = Field(1.0, ge=0, le=1)
+    """``random`` drops the share ``r`` of all patches; ``fgbg`` drops ``rf`` of the foreground
+    (patches that contain a point of the noisy input) and ``rb`` of the background."""
+    r: float = Field(0.9, ge=0, le=1)  # share of all patches that is dropped
+    rf: float = Field(0.95, ge=0, le=1)  # share of foreground patches that is dropped
+    rb: float = Field(0.99, ge=0, le=1)  # share of background patches that is dropped
+    until: float = Field(1.0, ge=0, le=1)  # share of training after which nothing is dropped
 
     def draw(self, foreground_BL: Tensor, ctx: Context) -> Tensor | None:
-        """Tokens that stay, ids i64 [B, K] with padding L; None: all of them.
+        """Ids of the patches that stay, i64 [B, K], padded with L; None: all stay.
 
-        Each sample keeps its own exact numbers, so that shorter ones are padded: what a sample
-        answers does not depend on how full its neighbours' clouds are.
+        Each sample keeps its own exact number, so its result does not depend on the other samples.
         """
         if self.kind == "none" or ctx.progress > self.until:
             return None
@@ -80,17 +79,17 @@ DECODER = TrunkConfig(width=64, depth=2, heads=4, window=4, window_layers=(1,))
 
 @BACKBONES.register
 class PointsConfig(BackbonePart):
-    """``trunk`` is the encoder, with the experts in its slots; ``decoder`` sees the whole grid."""
+    """A transformer over point clouds."""
 
     kind: Literal["points"] = "points"
     told: ClassVar[frozenset[str]] = TOLD_BY_DENOISERS
-    num_points: int = Field(512, ge=2)
+    num_points: int = Field(512, ge=2)  # points of a cloud
     voxels: int = Field(16, ge=2)  # cells per axis
-    patch: int = Field(2, ge=1)  # cells per axis of one token
-    num_classes: int = Field(3, ge=0)
-    mask: MaskConfig = MaskConfig()
-    trunk: TrunkConfig = ENCODER
-    decoder: TrunkConfig = DECODER
+    patch: int = Field(2, ge=1)  # side of a patch in cells
+    num_classes: int = Field(3, ge=0)  # 0: unconditional
+    mask: MaskConfig = MaskConfig()  # patches dropped in training
+    trunk: TrunkConfig = ENCODER  # encoder blocks and their expert slots
+    decoder: TrunkConfig = DECODER  # decoder blocks, over the whole grid
 
     @model_validator(mode="after")
     def _check(self) -> PointsConfig:
@@ -140,8 +139,10 @@ class PointsConfig(BackbonePart):
         return PointTransformer(self)
 
     def visible_tokens(self) -> int:
-        """What the encoder sees of a cloud in training: of one of pure noise, drawn always alike.
-        Clouds with less noise in them fill about as many patches."""
+        """Number of patches that the encoder sees in training, for a cloud of pure noise.
+
+        Clouds with less noise fill about as many.
+        """
         rng = Generator().manual_seed(0)
         cloud = torch.randn(1, self.num_points, 3, generator=rng)
         ctx = Context(1, self.tokens, training=True, rng=rng, progress=0.0)
@@ -149,7 +150,7 @@ class PointsConfig(BackbonePart):
         return self.tokens if ids_BK is None else ids_BK.shape[1]
 
     def multiply_adds(self) -> int:
-        """Of one sample's forward pass in training, from parameters alone, as those of a DiT."""
+        """Multiply-adds of one sample's forward pass in training, from parameters alone."""
         with torch.device("meta"):
             model = self.build()
         encoder, decoder = (
@@ -165,7 +166,7 @@ class PointsConfig(BackbonePart):
 class PointTransformer(nn.Module):
     """``forward(x [B, P, 3], ctx, cond) -> BackboneOutput`` with a sample of x's shape.
 
-    In training with a mask, ``visible`` tells which points lay in patches that the encoder saw.
+    In training with a mask, ``visible`` marks the points in patches that the encoder saw.
     """
 
     def __init__(self, config: PointsConfig) -> None:
@@ -220,7 +221,7 @@ class PointTransformer(nn.Module):
         return self.label is not None
 
     def embed(self, ctx: Context, cond: Condition) -> Context:
-        """The context of the blocks, whatever x is."""
+        """The Context of the blocks; it does not depend on x."""
         return embed_condition(ctx, cond, self.time, self.label, self.config.tokens)
 
     def _encode(

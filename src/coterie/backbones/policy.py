@@ -1,11 +1,11 @@
-"""A policy: a transformer over noise, goal, observation and noisy actions that answers actions
-(MoDE, arXiv:2412.12953).
+"""A robot policy: a transformer over noise level, goal, observations and noisy actions (MoDE,
+arXiv:2412.12953).
 
-The noise token is a token and, with ``modulation`` ``add``, also part of what attention reads in
-every block. Routers that read it alone choose the same experts for whatever is seen and done.
+The noise level is a token and, with ``modulation`` ``add``, also added to the input of attention in
+every block. Routers that read the noise level alone choose the same experts for every observation.
 
-Shapes: B batch, T actions of a chunk, A values of one, M observation tokens, C values of one,
-D width, N = 1 + goal + M + T tokens.
+Shapes: B batch, T actions of a chunk, A values of an action, M observation tokens, C values of an
+observation, D width, N = 1 + goal + M + T tokens.
 """
 
 from __future__ import annotations
@@ -42,17 +42,16 @@ POLICY_TRUNK = TrunkConfig(
 
 @BACKBONES.register
 class PolicyConfig(BackbonePart):
-    """``horizon`` T actions of ``action_size`` A; ``num_classes`` goals (0: none); ``observations``
-    M tokens of ``observation_size`` C values, in ``cond.tokens``."""
+    """A policy that denoises a chunk of actions."""
 
     kind: Literal["policy"] = "policy"
     told: ClassVar[frozenset[str]] = TOLD_BY_DENOISERS
-    horizon: int = Field(8, ge=1)
-    action_size: int = Field(2, ge=1)
-    num_classes: int = Field(4, ge=0)
-    observations: int = Field(1, ge=0)
-    observation_size: int = Field(4, ge=1)
-    trunk: TrunkConfig = POLICY_TRUNK
+    horizon: int = Field(8, ge=1)  # T, actions per chunk
+    action_size: int = Field(2, ge=1)  # A, values of an action
+    num_classes: int = Field(4, ge=0)  # number of goals; 0: none
+    observations: int = Field(1, ge=0)  # M, observation tokens in ``cond.tokens``
+    observation_size: int = Field(4, ge=1)  # C, values of an observation
+    trunk: TrunkConfig = POLICY_TRUNK  # the transformer blocks and their expert slots
 
     @model_validator(mode="after")
     def _check(self) -> PolicyConfig:
@@ -73,7 +72,7 @@ class PolicyConfig(BackbonePart):
         return self.observations, self.observation_size
 
     def check_source(self, source: Source) -> None:
-        """ConfigError where the data's observations are not those the network reads."""
+        """ConfigError if the data's observations have another shape."""
         given = getattr(source, "observation", None)
         if self.observations and given is not None and tuple(given) != self.observation_shape:
             hint = f"source {source.name!r} has observations of shape {tuple(given)}"
@@ -101,8 +100,8 @@ class NoiseToken(nn.Module):
 class Policy(nn.Module):
     """``forward(x [B, T, A], ctx, cond) -> BackboneOutput`` with a sample of x's shape.
 
-    Positions are learned: row 0 is the goal's, row 1 + j that of action j, and observations have
-    row 1, the one of the first action; the noise token has none.
+    Learned positions: row 0 is the goal's, row 1 + j that of action j; observations have row 1,
+    that of the first action; the noise token has none.
     """
 
     def __init__(self, config: PolicyConfig) -> None:
@@ -149,7 +148,7 @@ class Policy(nn.Module):
         return False  # goals are tokens
 
     def embed(self, ctx: Context, cond: Condition) -> Context:
-        """The context of the blocks, whatever x is."""
+        """The Context of the blocks; it does not depend on x."""
         return embed_condition(ctx, cond, self.noise, None, self.config.tokens)
 
     def _goal(self, cond: Condition, batch: int) -> Tensor:

@@ -1,12 +1,12 @@
-"""References: other samples that an image is made after, as tokens that it attends to.
+"""Reference images that an image attends to, for generation guided by examples.
 
-They go through the blocks of the image with a stem of their own and, in the place of noise level
-and label, the embedding of their kind (FastFit's semi-attention, 2025):
+References go through the same blocks as the image, with a patch embedding of their own; the
+embedding of their kind replaces that of noise level and label (FastFit's semi-attention, 2025):
 
     R_i' = Attn(Q_Ri, K_Ri, V_Ri),    X' = Attn(Q_X, [K_R1 .. K_Rn, K_X], [V_R1 .. V_Rn, V_X]).
 
-A reference sees itself alone, neither x nor t nor another reference; so its keys and values are the
-same at every step, and in every set of references it is in.
+A reference attends to itself only, so its keys and values do not depend on x, t or other
+references, and can be computed once.
 
 Shapes: B batch, R references, C channels, H x W pixels, L tokens of one reference, D width.
 """
@@ -26,15 +26,14 @@ from coterie.nn.patches import patchify
 
 
 class ReferenceConfig(Config):
-    """``kinds`` of references, each with an embedding; ``image_size`` and ``channels`` of one,
-    None: those of the sample. The patch is the sample's."""
+    """Reference images that the sample attends to."""
 
-    kinds: int = Field(1, ge=1)
-    image_size: int | None = Field(None, ge=1)
-    channels: int | None = Field(None, ge=1)
+    kinds: int = Field(1, ge=1)  # number of kinds, each with an embedding
+    image_size: int | None = Field(None, ge=1)  # side in pixels; null: that of the sample
+    channels: int | None = Field(None, ge=1)  # null: those of the sample
 
     def sized(self, image_size: int, channels: int, patch: int) -> ReferenceConfig:
-        """With the sample's sizes filled in; ConfigError where the patch does not fit."""
+        """A copy with the sample's sizes filled in; ConfigError if the patch does not fit."""
         size = self.image_size or image_size
         if size % patch:
             allowed = f"a multiple of patch = {patch}"
@@ -43,8 +42,10 @@ class ReferenceConfig(Config):
 
 
 class ReferenceStem(nn.Module):
-    """``references [B, R, C, H, W]``, ``reference_kinds`` i64 [B, R] of a condition -> tokens
-    [B*R, L, D], and the context of their way through the blocks."""
+    """Tokens [B*R, L, D] of a condition's references, and the Context for the blocks.
+
+    Reads ``references [B, R, C, H, W]`` and ``reference_kinds`` i64 [B, R].
+    """
 
     def __init__(self, config: ReferenceConfig, patch: int, width: int) -> None:
         super().__init__()
@@ -93,7 +94,7 @@ class ReferenceStem(nn.Module):
         return refs
 
     def mask(self, cond: Condition) -> Tensor | None:
-        """bool [B, R*L]: tokens of references that are there; None where all are."""
+        """bool [B, R*L]: tokens of references that exist; None if all do."""
         kinds = cond.reference_kinds
         if kinds is None or bool((kinds >= 0).all()):
             return None

@@ -1,9 +1,9 @@
-"""A restoration transformer: convolutions around a few blocks of the trunk (MoFME, AAAI 2024).
+"""A restoration transformer: convolutions around a few transformer blocks (MoFME, AAAI 2024).
 
-Reads a picture and answers a picture in one pass; noise level and condition are not looked at.
+Maps a degraded picture to a clean one in one pass; noise level and condition are ignored.
 Convolutional head, patches, blocks without position or modulation, patches back to pixels,
-convolutional tail. The picture is not added to the answer.
-Shapes: B batch, C channels, H x W pixels, P patch, N = HW / P^2 tokens, D width.
+convolutional tail. There is no skip connection from input to output. Shapes: B batch, C channels, H
+x W pixels, P patch, N = HW / P^2 tokens, D width.
 """
 
 from __future__ import annotations
@@ -30,18 +30,17 @@ RESTORER_TRUNK = TrunkConfig(modulation="none", width=384, depth=2, heads=8, nor
 
 @BACKBONES.register
 class RestorerConfig(BackbonePart):
-    """``stem`` channels before the patches, ``tail`` after them, halved once (paper: 32, 128).
-    ``padding`` of the convolutions (paper: zeros)."""
+    """A network that restores a degraded picture in one pass."""
 
     kind: Literal["restorer"] = "restorer"
     told: ClassVar[frozenset[str]] = frozenset({"step_index", "label", "task"})
-    image_size: int = Field(64, ge=1)
-    channels: int = Field(3, ge=1)
-    patch: int = Field(8, ge=1)
-    stem: int = Field(32, ge=1)
-    tail: int = Field(128, ge=2)
-    padding: Padding = "reflect"
-    trunk: TrunkConfig = RESTORER_TRUNK
+    image_size: int = Field(64, ge=1)  # side of the square picture in pixels
+    channels: int = Field(3, ge=1)  # of the picture
+    patch: int = Field(8, ge=1)  # side of a patch in pixels
+    stem: int = Field(32, ge=1)  # channels before the patches (paper: 32)
+    tail: int = Field(128, ge=2)  # channels after the patches, halved once (paper: 128)
+    padding: Padding = "reflect"  # of the convolutions (paper: zeros)
+    trunk: TrunkConfig = RESTORER_TRUNK  # the transformer blocks and their expert slots
 
     @model_validator(mode="after")
     def _check(self) -> RestorerConfig:
@@ -72,8 +71,7 @@ class RestorerConfig(BackbonePart):
         return Restorer(self)
 
     def multiply_adds(self) -> int:
-        """Of one picture's forward pass, attention's own products left out: convolutions serve
-        every pixel, all else every token."""
+        """Multiply-adds of one picture's forward pass, without those of attention scores."""
         with torch.device("meta"):
             model = self.build()
         pixels = sum(count_parameters(part).total for part in (model.head, model.tail))
@@ -105,7 +103,7 @@ def spread(x: Tensor, side: int) -> Tensor:
 
 
 class Restorer(nn.Module):
-    """``forward(x [B, C, H, W] in [-1, 1], ctx, cond) -> BackboneOutput``, the same range."""
+    """``forward(x [B, C, H, W] in [-1, 1], ctx, cond) -> BackboneOutput`` in the same range."""
 
     def __init__(self, config: RestorerConfig) -> None:
         super().__init__()

@@ -1,12 +1,12 @@
-"""How a Context reaches expert slots inside a network whose code knows nothing of it.
+"""Passing a Context to expert slots inside a network whose code does not know it.
 
     with scope(ctx) as call:
         out = network(x, t)
     call.routings
 
-A slot reads the scope around it. A scope is local to its thread and task, and what it holds ends
-with the block: nothing is left in the network, and nothing depends on a flag. So is a recording,
-which lists what the slots of one owner answer, in whatever scopes.
+A slot reads the innermost scope. Scopes are local to their thread and task and end with the block,
+so nothing is left in the network. A :func:`recording` collects the routings of one network's slots
+over any number of scopes.
 """
 
 from __future__ import annotations
@@ -24,20 +24,19 @@ from coterie.core.routing import Routing
 
 @dataclass(eq=False)
 class Call:
-    """One call of a network with slots: what they are told, what they answered, the state of
-    recurrent routers by slot, the scope around this one, the network it is of, who closes it."""
+    """One call of a network with expert slots: its Context, and what the slots returned."""
 
     ctx: Context
-    routings: list[Routing] = field(default_factory=list)
-    states: dict[str, Tensor] = field(default_factory=dict)
-    outer: Call | None = None
-    network: object = None
-    opener: object = None
+    routings: list[Routing] = field(default_factory=list)  # of the slots that have run
+    states: dict[str, Tensor] = field(default_factory=dict)  # state of recurrent routers, by slot
+    outer: Call | None = None  # the scope around this one
+    network: object = None  # the network that the scope is for
+    opener: object = None  # whoever closes the scope
 
 
 @dataclass(eq=False)
 class Recording:
-    """What the slots of ``owner`` answered since it was opened."""
+    """Routings of the slots of ``owner`` since the recording was opened."""
 
     owner: object
     routings: list[Routing] = field(default_factory=list)
@@ -48,18 +47,19 @@ _RECORDINGS: ContextVar[tuple[Recording, ...]] = ContextVar("coterie_recordings"
 
 
 def current() -> Call | None:
+    """The innermost scope; None outside."""
     return _CALL.get()
 
 
 def enter(ctx: Context, network: object = None) -> Call:
-    """Open a scope. Close it by :func:`leave`."""
+    """Open a scope; :func:`leave` closes it."""
     call = Call(ctx, outer=_CALL.get(), network=network)
     _CALL.set(call)
     return call
 
 
 def leave(call: Call) -> None:
-    """Back to what was before ``call``."""
+    """Close the scope ``call``."""
     _CALL.set(call.outer)
 
 
@@ -75,7 +75,7 @@ def scope(ctx: Context, network: object = None) -> Iterator[Call]:
 
 @contextmanager
 def again(call: Call) -> Iterator[None]:
-    """Inside the block the scope is ``call``, made before: for networks that run in parts."""
+    """Inside the block the earlier scope ``call`` is active, for networks that run in parts."""
     token = _CALL.set(call)
     try:
         yield
@@ -85,8 +85,10 @@ def again(call: Call) -> Iterator[None]:
 
 @contextmanager
 def recording(owner: object) -> Iterator[list[Routing]]:
-    """Inside the block whatever the slots of ``owner`` answer is appended to the list; so it is to
-    the lists of all other recordings of that owner that are open."""
+    """Inside the block, routings of the slots of ``owner`` are appended to the list.
+
+    Several recordings of one owner may be open.
+    """
     opened = Recording(owner)
     token = _RECORDINGS.set((*_RECORDINGS.get(), opened))
     try:
@@ -96,7 +98,7 @@ def recording(owner: object) -> Iterator[list[Routing]]:
 
 
 def record(call: Call, routings: Iterable[Routing]) -> None:
-    """A slot's answer, to its call and to the recordings of its owner."""
+    """Add a slot's routings to its call and to the recordings of its owner."""
     made = tuple(routings)
     call.routings.extend(made)
     for opened in _RECORDINGS.get():

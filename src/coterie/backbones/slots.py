@@ -1,8 +1,8 @@
-"""Expert slots by configuration, and what a network that has them owes its layers.
+"""Expert slots: where a network has expert layers, and which.
 
-A slot is a place in a network where an expert layer is put by configuration. Which places there
-are, the network says: a trunk has ``pre_block`` and ``ffn`` in every block, a network of another
-library has ``conv`` and ``ffn`` where its own convolutions and feed-forward networks are.
+A slot is a kind of place for an expert layer. A trunk has ``pre_block`` and ``ffn`` in every block;
+a network of another library has ``conv`` and ``ffn`` where its convolutions and feed-forward
+networks are.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ Layers = Literal["all", "odd", "even", "except_first"] | tuple[int, ...]
 
 
 def sites(layers: Layers, depth: int) -> list[int]:
-    """Numbers of the places that ``layers`` names among ``depth`` of them."""
+    """The numbers that ``layers`` selects among 0..depth-1."""
     named = {
         "all": range(depth),
         "odd": range(1, depth, 2),
@@ -46,22 +46,22 @@ def sites(layers: Layers, depth: int) -> list[int]:
 
 
 class SlotConfig(Config):
-    """One expert system: which slot, in which places, which layer.
-
-    A trunk numbers its blocks. Networks of other libraries name their modules: ``names`` are shell
-    patterns of module paths (``*`` also matches dots), and ``layers`` counts what they match.
-
-    ``reuse`` r: r consecutive layers of the slot share one pool, in which each owns
-    ``expert.num_experts`` experts; every one of them routes among all r times as many (the last
-    pool may be smaller). ``residual`` False: the answer of an ``ffn`` replaces the stream.
-    """
+    """Expert layers of one configuration: which slot, in which blocks."""
 
     slot: SlotName = "ffn"
-    layers: Layers = "all"  # "odd": places 1, 3, 5, ... (every second one)
+    """``ffn`` replaces the feed-forward network, ``pre_block`` scales the input of a block,
+    ``conv`` adds to a convolution."""
+    layers: Layers = "all"
+    """Numbers of the blocks, or all, odd, even, except_first. In networks of other libraries,
+    numbers of the modules that ``names`` matches."""
     names: tuple[str, ...] = ()
-    expert: ExpertLayerConfig
+    """Shell patterns of module paths, in networks of other libraries (``*`` also matches dots)."""
+    expert: ExpertLayerConfig  # the expert layer
     reuse: Few = 1
-    residual: bool = True
+    """Number r of consecutive layers that share one pool of experts. Each owns
+    ``expert.num_experts`` of them and routes among those of all r (the last pool may be smaller).
+    """
+    residual: bool = True  # False: the output of an ``ffn`` replaces the stream
 
     @model_validator(mode="after")
     def _check(self) -> SlotConfig:
@@ -87,14 +87,15 @@ class SlotConfig(Config):
         return sites(self.layers, depth)
 
     def pooled(self, expert: ExpertLayerConfig, layers: int) -> ExpertLayerConfig:
-        """``expert`` where this many layers share a pool: each sees the experts of all."""
+        """``expert`` for a pool that ``layers`` layers share: each routes among the experts
+        of all."""
         if self.reuse == 1:
             return expert
         assert expert.num_experts is not None
         return expert.replace(num_experts=layers * expert.num_experts)
 
     def pools(self, depth: int) -> list[tuple[int, ...]]:
-        """Layers that share a pool of experts, from the first to the last."""
+        """Groups of layers that share a pool of experts, from the first to the last."""
         return self.grouped(self.sites(depth))
 
     def grouped(self, layers: Sequence[int]) -> list[tuple[int, ...]]:
@@ -103,20 +104,19 @@ class SlotConfig(Config):
 
 @dataclass(frozen=True)
 class Site:
-    """A place for one layer: its number in the slot, the experts as they fit there, the sizes of
-    what they read and of the time embedding, and the network's own module if that stays."""
+    """A place for one expert layer."""
 
-    layer: int
+    layer: int  # number in the slot
     expert: ExpertLayerConfig
-    width: int
-    time_width: int | None = None
-    always: nn.Module | None = None
+    width: int  # size of the experts' input
+    time_width: int | None = None  # size of the time embedding; None: width
+    always: nn.Module | None = None  # the network's own module, if it stays
     name: str = ""
-    init_std: float | None = None  # where the experts state none
+    init_std: float | None = None  # of the network around, for layers that set none
 
 
 class System(NamedTuple):
-    """Layers whose routings are balanced together."""
+    """Expert layers that share balance losses."""
 
     slot: str
     layers: tuple[int, ...]
@@ -124,9 +124,9 @@ class System(NamedTuple):
 
 
 class ExpertHost(nn.Module):
-    """A network, or a part of one, with expert systems: owns shared pools, balances, updates.
+    """A network with expert layers: it owns shared pools, balance losses and their updates.
 
-    ``pools`` are the experts that several layers use; other layers own theirs.
+    ``pools`` holds pools that several layers share; other layers own theirs.
     """
 
     def __init__(self) -> None:
@@ -136,14 +136,14 @@ class ExpertHost(nn.Module):
         self._systems: list[System] = []
 
     def expert_layer(self, slot: str, layer: int) -> ExpertLayer:
-        """The layer in one place."""
+        """The expert layer of a slot in one block."""
         raise NotImplementedError
 
     def expert_layers(self) -> list[ExpertLayer]:
         return [module for module in self.modules() if isinstance(module, ExpertLayer)]
 
     def build_system(self, slot: SlotConfig, places: Sequence[Site]) -> dict[int, ExpertLayer]:
-        """The layers of one configured slot, by number; recurrent routers share their memory."""
+        """The layers of one configured slot, by number. Recurrent routers share their cell."""
         by_layer = {site.layer: site for site in places}
         groups = slot.grouped([site.layer for site in places])
         made: dict[int, ExpertLayer] = {}
@@ -178,10 +178,9 @@ class ExpertHost(nn.Module):
         ]
 
     def reset_experts(self) -> None:
-        """Every pool, router and shared expert by the card of its own system.
+        """Initialise every pool, router and shared expert by its own configuration.
 
-        They draw from torch's global generator like all else in a network: other weights in every
-        layer, and under every seed.
+        Uses torch's global generator, like the rest of the network.
         """
         rng = Generator().manual_seed(int(torch.randint(2**62, (), device="cpu")))
         for pool in self.pools:
@@ -191,8 +190,8 @@ class ExpertHost(nn.Module):
             layer.reset_parameters(rng)
 
     def owns(self, routing: Routing) -> bool:
-        """Whether a layer of this host made it; where it does not say who did, whether one of its
-        systems stands in such a place."""
+        """Whether a layer of this network made the routing. If the routing has no owner, whether
+        this network has a layer in that slot and block."""
         if routing.owner is not None:
             return routing.owner is self.owner
         return any(_of(system, [routing]) for system in self._systems)
@@ -200,8 +199,10 @@ class ExpertHost(nn.Module):
     def aux_losses(
         self, routings: Sequence[Routing], rng: Generator | None = None
     ) -> tuple[Aux, ...]:
-        """Every configured balance loss of the routings of one forward pass; DataError for those of
-        another host, or where training needs a gradient that they do not have."""
+        """All balance losses of the routings of one forward pass.
+
+        DataError for routings of another network, or without the gradient that training needs.
+        """
         (routings,) = claimed([self], routings)
         out: list[Aux] = []
         for system in self._systems:
@@ -215,9 +216,11 @@ class ExpertHost(nn.Module):
 
     @torch.no_grad()
     def after_step(self, routings: Sequence[Routing]) -> None:
-        """Balance by selection bias: reads all routings of one optimiser step, outside forward;
-        then what routers themselves change from step to step. What is borrowed or frozen stands
-        still. DataError for routings of another host."""
+        """Update selection biases and other router buffers, given all routings of an optimiser
+        step.
+
+        Borrowed and frozen parts do not change. DataError for routings of another network.
+        """
         (routings,) = claimed([self], routings)
         if is_borrowed(self):
             return
@@ -246,12 +249,12 @@ def _of(system: System, routings: Iterable[Routing]) -> list[Routing]:
 
 
 def hosts(network: nn.Module) -> list[ExpertHost]:
-    """Everything in a network that has expert systems."""
+    """All parts of a network that have expert layers."""
     return [module for module in network.modules() if isinstance(module, ExpertHost)]
 
 
 def claimed(owners: Sequence[ExpertHost], routings: Sequence[Routing]) -> list[list[Routing]]:
-    """The routings of each host; DataError for one that is nobody's among them."""
+    """The routings of each host; DataError for a routing of none of them."""
     for routing in routings:
         if not any(host.owns(routing) for host in owners):
             raise _foreign(routing)
@@ -259,7 +262,7 @@ def claimed(owners: Sequence[ExpertHost], routings: Sequence[Routing]) -> list[l
 
 
 def require_graph(routings: Sequence[Routing], routers: Iterable[Router], slot: str) -> None:
-    """DataError where routers learn and their routings have no gradient to do it with."""
+    """DataError if routers are trained but their routings carry no gradient."""
     if not torch.is_grad_enabled():
         return
     if any(r.gates.requires_grad or r.logits.requires_grad for r in routings):
@@ -271,7 +274,7 @@ def require_graph(routings: Sequence[Routing], routers: Iterable[Router], slot: 
 
 
 def refuse_foreign(routings: Iterable[Routing], owners: Sequence[object]) -> None:
-    """DataError for a routing that says it is another's than these."""
+    """DataError for a routing whose owner is not among ``owners``."""
     for routing in routings:
         if routing.owner is not None and all(routing.owner is not owner for owner in owners):
             raise _foreign(routing)

@@ -1,13 +1,13 @@
-"""Networks that run layer by layer: a layer's answer goes out, what the next one reads comes in.
+"""Running networks layer by layer, with access to the features in between.
 
     run = network.layers(x, ctx, cond)     # a generator; its value is that of forward
     tap = next(run)                        # after the first layer
-    tap = run.send(tap.feature)            # on with its answer, or with anything of its shape
+    tap = run.send(tap.feature)            # continue with its output, or another tensor
 
-A network says by ``topology()`` where it can be tapped, without being run. Several of one topology
-run in :func:`lockstep`: at every point somebody sees the answers of all, and decides what each of
-them goes on with (Adaptive Feature Aggregation). A residual or a skip connection that begins at a
-point carries what came in there.
+``topology()`` lists the points at which a network can be tapped. :func:`lockstep` runs several
+networks of one topology together: at every point a function gets the features of all, and decides
+what each continues with (Adaptive Feature Aggregation). A residual or skip connection that begins
+at a point carries the tensor that was sent in there.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Point:
-    """A place after a layer. Its feature is [B, ``channels``, H, W]; or, where the tokens of an
-    image lie on a ``grid`` (row-major), [B, N, ``channels``]."""
+    """A point after a layer. Its feature is [B, ``channels``, H, W]; or [B, N, ``channels``] where
+    the tokens lie on a ``grid`` (row-major)."""
 
     name: str
     channels: int
@@ -37,10 +37,10 @@ class Point:
 
 @dataclass(frozen=True)
 class Topology:
-    """Where a network can be tapped, in running order; the last point is its answer.
+    """The points of a network in running order; the last one is its output.
 
-    ``time_width``: of the embedding of the noise level that its taps carry; ``condition_width``: of
-    the tokens of the condition (0: there are none).
+    ``time_width``: size of the time embedding in its taps; ``condition_width``: size of the tokens
+    of the condition (0: none).
     """
 
     points: tuple[Point, ...]
@@ -50,9 +50,9 @@ class Topology:
 
 @dataclass(frozen=True, eq=False)
 class Tap:
-    """What a network shows at a point: the layer's answer, and the state it was made in.
+    """The feature at a point, with its Context.
 
-    ``ctx.time_embedding`` [B, T] is its own; ``tokens`` [B, M, C] is the condition as it reads it.
+    ``ctx.time_embedding`` is [B, T]; ``tokens`` [B, M, C] is the condition.
     """
 
     name: str
@@ -76,7 +76,7 @@ class Layered(Protocol):
 
 
 def as_layered(network: Any, field: str) -> Layered:
-    """ConfigError where a network cannot run layer by layer."""
+    """``network``, checked; ConfigError if it cannot run layer by layer."""
     if isinstance(network, Layered):
         return network
     hint = "transformers of image patches and U-Nets do"
@@ -84,16 +84,16 @@ def as_layered(network: Any, field: str) -> Layered:
 
 
 def finish(run: Layers[T]) -> T:
-    """Run to the end, each layer reading what the one before answered."""
+    """Run to the end without changing any feature."""
     return lockstep([run], lambda taps: [tap.feature for tap in taps])[0]
 
 
 def lockstep(
     runs: Sequence[Layers[T]], join: Callable[[Sequence[Tap]], Sequence[Tensor]]
 ) -> list[T]:
-    """Run networks side by side to their ends.
+    """Run networks together, point by point, to their ends.
 
-    ``join(taps)`` sees one tap of each and answers what each goes on with. DataError where they are
+    ``join(taps)`` gets one tap of each and returns what each continues with. DataError if they are
     not at the same point, or their features differ in shape.
     """
     taps = [next(run) for run in runs]
@@ -114,8 +114,8 @@ def lockstep(
 
 
 def scoped(call: Call, run: Layers[T]) -> Layers[T]:
-    """``run`` inside a scope of its own, which it leaves while it waits: expert slots of networks
-    that take turns each read theirs."""
+    """``run`` with a scope of its own that is closed while it waits, so that expert slots of
+    interleaved networks each read theirs."""
     with again(call):
         tap = next(run)
     while True:
@@ -129,7 +129,7 @@ def scoped(call: Call, run: Layers[T]) -> Layers[T]:
 
 
 def check_same_topology(topologies: Sequence[Topology], names: Sequence[str]) -> None:
-    """ConfigError unless all are those of the first; it names the first point that differs."""
+    """ConfigError unless all topologies are equal; it names the first point that differs."""
     first = topologies[0]
     for name, other in zip(names[1:], topologies[1:], strict=True):
         hint = f"experts have one topology; {names[0]!r} differs"

@@ -1,15 +1,14 @@
 """The transformer trunk: blocks of attention and feed-forward network with expert slots.
 
-One trunk serves images (adaLN-zero, bidirectional) and text (RMSNorm, causal). A slot is a place
-where an expert layer is put by configuration:
+One trunk serves images (adaLN-zero, bidirectional) and text (RMSNorm, causal). It has two kinds of
+slots for expert layers:
 
-* ``ffn``: the layer replaces the feed-forward network; it sees the normalised, modulated input.
-* ``pre_block``: the layer answers y and the block reads ``m * z`` with ``m = 1 + y``. Writes are
-  not masked: ``z_out = z + dAttn(m z) + dMLP(m z + dAttn)`` (DTR, Switch-DiT).
+* ``ffn``: the layer replaces the feed-forward network; its input is normalised and modulated.
+* ``pre_block``: the layer returns y and the block reads ``m * z`` with ``m = 1 + y``. What the
+  block adds is not masked: ``z_out = z + dAttn(m z) + dMLP(m z + dAttn)`` (DTR, Switch-DiT).
 
-Every slot receives the same :class:`Context`. What layers of a slot have in common is the host's
-(:mod:`.slots`): pools of experts that several of them use (ReXMoE), the memory of recurrent routers
-(RMoE). Shapes: B batch, N tokens, D width.
+Every slot gets the same :class:`Context`. Pools that several layers share (ReXMoE) and cells of
+recurrent routers (RMoE) belong to the host (:mod:`.slots`). Shapes: B batch, N tokens, D width.
 """
 
 from __future__ import annotations
@@ -36,38 +35,35 @@ from coterie.nn.windows import Windows
 
 
 class TrunkConfig(Config):
-    """Sizes and style of the trunk. ``mlp_hidden`` None: 4 * width; ``head_width`` None: width /
-    heads. ``dropout`` falls on the answer of attention; ``norm_eps`` is of the blocks' norms.
+    """Sizes and style of a stack of transformer blocks, and their expert slots."""
 
-    ``modulation`` ``add``: the condition's embedding is added to what attention reads (MoDE).
-    ``residual`` ``normalised``: what the feed-forward network reads replaces the stream, before its
-    answer is added (MoDE's released code).
-    ``window`` w: in the blocks ``window_layers`` the tokens of each w x w (x w) window of the grid
-    see each other only.
-    ``init_std`` null: Xavier's rule (DiT), and experts and routers by their own; a number: matrices
-    start N(0, init_std), those of experts and routers too where they state no ``init_std``.
-    """
-
-    width: int = Field(96, ge=1)
-    depth: int = Field(4, ge=1, le=1024)
-    heads: int = Field(4, ge=1)
-    kv_heads: int | None = Field(None, ge=1)  # None: as many as heads
-    head_width: int | None = Field(None, ge=1)
-    dropout: float = Field(0.0, ge=0.0, lt=1.0)
-    mlp: Literal["gelu", "swiglu"] = "gelu"
-    mlp_hidden: int | None = Field(None, ge=1)
+    width: int = Field(96, ge=1)  # D, size of a token
+    depth: int = Field(4, ge=1, le=1024)  # number of blocks
+    heads: int = Field(4, ge=1)  # attention heads
+    kv_heads: int | None = Field(None, ge=1)  # key and value heads; null: as many as heads
+    head_width: int | None = Field(None, ge=1)  # size of a head; null: width / heads
+    dropout: float = Field(0.0, ge=0.0, lt=1.0)  # probability, on the output of attention
+    mlp: Literal["gelu", "swiglu"] = "gelu"  # feed-forward network
+    mlp_hidden: int | None = Field(None, ge=1)  # its inner size; null: 4 * width
     modulation: Literal["adaln_zero", "add", "none"] = "adaln_zero"
+    """Conditioning on noise level and label: adaLN-zero (DiT), ``add`` to the input of attention
+    (MoDE), or none."""
     residual: Literal["stream", "normalised"] = "stream"
-    norm: Literal["layer", "rms"] = "layer"
-    norm_eps: PositiveFloat = 1e-6
-    causal: bool = False
-    rotary: bool = False
-    qkv_bias: bool = True
-    qk_norm: bool = False
+    """``normalised``: the normalised input of the feed-forward network replaces the stream before
+    its output is added (MoDE's released code)."""
+    norm: Literal["layer", "rms"] = "layer"  # layer norm or RMS norm
+    norm_eps: PositiveFloat = 1e-6  # added to the variance in the norms
+    causal: bool = False  # a token attends to earlier tokens only
+    rotary: bool = False  # rotary position embedding
+    qkv_bias: bool = True  # biases in the query, key and value maps
+    qk_norm: bool = False  # normalise queries and keys
     window: PositiveInt | None = None
-    window_layers: Layers = "all"
+    """side of attention windows on the token grid; null: full attention"""
+    window_layers: Layers = "all"  # blocks with windows
     init_std: NonNegativeFloat | None = None
-    slots: tuple[SlotConfig, ...] = ()
+    """Standard deviation of initial weight matrices, also of experts and routers that set none;
+    null: Xavier uniform (DiT), experts and routers by their own rules."""
+    slots: tuple[SlotConfig, ...] = ()  # expert layers in the blocks
 
     @model_validator(mode="after")
     def _check(self) -> TrunkConfig:
@@ -101,7 +97,8 @@ class TrunkConfig(Config):
                 raise ConfigError(describe("window_layers", layer, allowed))
 
     def windows(self, layer: int, grid: tuple[int, ...] | None) -> Windows | None:
-        """How block ``layer`` cuts the grid of tokens; ConfigError where it cannot."""
+        """The windows of block ``layer``; None: full attention. ConfigError if they do not fit the
+        grid."""
         if self.window is None or layer not in sites(self.window_layers, self.depth):
             return None
         if grid is None:
@@ -110,12 +107,13 @@ class TrunkConfig(Config):
         return Windows(grid, self.window)
 
     def check_grid(self, grid: tuple[int, ...] | None) -> None:
-        """ConfigError where the windows do not fit the grid of a backbone's tokens."""
+        """ConfigError if windows do not fit the grid of a backbone's tokens."""
         for layer in range(self.depth):
             self.windows(layer, grid)
 
     @property
     def hidden(self) -> int:
+        """Inner size of the feed-forward network."""
         return self.mlp_hidden or 4 * self.width
 
 
@@ -127,12 +125,12 @@ def _norm(config: TrunkConfig) -> nn.Module:
 
 
 def modulate(x_BND: Tensor, shift_B1D: Tensor, factor_B1D: Tensor) -> Tensor:
-    """``factor`` is 1 + scale."""
+    """``x * factor + shift``; ``factor`` is 1 + scale."""
     return torch.addcmul(shift_B1D, x_BND, factor_B1D)
 
 
 def router_states(routings: Iterable[Routing]) -> dict[str, Tensor]:
-    """By slot, what the recurrent routers of a block hand to those of the next."""
+    """States of a block's recurrent routers for the next block, by slot."""
     return {made.slot: made.state for made in routings if made.state is not None}
 
 
@@ -178,8 +176,8 @@ class Block(nn.Module):
     def forward(
         self, z_BND: Tensor, ctx: Context, states: Mapping[str, Tensor] | None = None
     ) -> tuple[Tensor, list[Routing]]:
-        """``states``: router state by slot, from the layers before. Nothing is written to it, so
-        that a block may be run again."""
+        """z [B, N, D] after the block. ``states``: router state by slot, from the layers before; it
+        is not changed, so that a block may be run again."""
         states = {} if states is None else states
         routings: list[Routing] = []
         shift1, factor1, gate1, shift2, factor2, gate2 = self._modulation(ctx)
@@ -204,7 +202,7 @@ class Block(nn.Module):
         return self._add(h_BND if self.replaced else kept_BND, y_BND, gate2), routings
 
     def keys_values(self, z_BND: Tensor, ctx: Context) -> Tensor:
-        """[B, 2, N, G*d]: what others attend to of the tokens that come in here."""
+        """[B, 2, N, G*d]: keys and values of these tokens, for others to attend to."""
         shift, factor, *_ = self._modulation(ctx)
         _, h_BND = self._read(z_BND, ctx, {}, [], shift, factor)
         return self.attention.keys_values(h_BND)
@@ -259,8 +257,8 @@ class Block(nn.Module):
 class Trunk(ExpertHost):
     """A stack of blocks. ``forward(z, ctx) -> (z, routings)``, z [B, N, D].
 
-    ``grid``: how the ``length`` tokens lie, row-major, where windows are cut from them.
-    ``condition_width``: of ``ctx.embedding``, where it is not D.
+    ``grid``: the ``length`` tokens' grid, row-major, for windows. ``condition_width``: size of
+    ``ctx.embedding``, if not D.
     """
 
     def __init__(
@@ -295,7 +293,8 @@ class Trunk(ExpertHost):
         return found
 
     def reset_parameters(self) -> None:
-        """Generic initialisation, adaLN-zero, then every expert layer by its own card."""
+        """Initialise blocks, then adaLN at zero, then every expert layer by its own
+        configuration."""
         if self.config.init_std is None:
             xavier_linear(self)
         else:
@@ -316,8 +315,8 @@ class Trunk(ExpertHost):
         return z_BND, tuple(routings)
 
     def keys_values(self, z_BND: Tensor, ctx: Context) -> Tensor:
-        """[B, 2, layers, N, G*d]: keys and values of tokens that see each other and nothing else,
-        for :class:`Context` ``keys_values``. Routings made on the way are not kept."""
+        """[B, 2, layers, N, G*d]: keys and values of tokens that attend to each other only, for the
+        Context's ``keys_values``. Routings of this pass are dropped."""
         states: dict[str, Tensor] = {}
         made = []
         for layer, block in enumerate(self.blocks):

@@ -36,26 +36,24 @@ from coterie.nn.embed import LabelEmbedding
 
 @BACKBONES.register
 class UNetConfig(BackbonePart):
-    """``widths``: channels of each level, from full resolution down; each halves the side.
-
-    ``layers``: residual blocks per level on the way down (one more on the way up). ``attention``:
-    levels with self-attention in heads of ``head_width`` channels; the middle always has it.
-    ``groups`` of the group norms. ``slots`` name convolutions by their paths in the network, e.g.
-    ``mid_block.*.conv1`` or ``down_blocks.1.resnets.0.conv2``.
-    """
+    """A convolutional U-Net of diffusers, with experts in its convolutions."""
 
     kind: Literal["unet"] = "unet"
     told: ClassVar[frozenset[str]] = TOLD_BY_DENOISERS
-    image_size: PositiveInt = 28
-    channels: PositiveInt = 1
-    num_classes: NonNegativeInt = 10
+    image_size: PositiveInt = 28  # side of the square image in pixels
+    channels: PositiveInt = 1  # of the image
+    num_classes: NonNegativeInt = 10  # 0: unconditional
     widths: tuple[PositiveInt, ...] = Field((32, 64, 64), min_length=1)
-    layers: Few = 1
+    """channels of each level, from full resolution down; each halves the side"""
+    layers: Few = 1  # residual blocks per level on the way down (one more on the way up)
     attention: tuple[NonNegativeInt, ...] = ()
-    head_width: PositiveInt = 8
-    groups: PositiveInt = 8
-    learned_variance: bool = False
+    """levels with self-attention; the middle always has it"""
+    head_width: PositiveInt = 8  # channels of an attention head
+    groups: PositiveInt = 8  # groups of the group norms
+    learned_variance: bool = False  # also predict a variance (twice the output channels)
     slots: tuple[SlotConfig, ...] = ()
+    """Expert layers in convolutions, named by their paths in the network, such as
+    ``mid_block.*.conv1`` or ``down_blocks.1.resnets.0.conv2``."""
 
     @model_validator(mode="after")
     def _check(self) -> UNetConfig:
@@ -90,7 +88,7 @@ class UNetConfig(BackbonePart):
         return self.channels, self.image_size, self.image_size
 
     def build_network(self) -> Any:
-        """The bare network of diffusers; ConfigError where the library is missing."""
+        """The network of diffusers; ConfigError if the library is missing."""
         try:
             from diffusers import UNet2DModel
         except ImportError as error:
@@ -115,8 +113,8 @@ class UNetConfig(BackbonePart):
         return UNet(self)
 
     def multiply_adds(self) -> int:
-        """Of one sample's forward pass, from shapes alone. Experts cost the sum of their kernels:
-        the convolution with it is the network's own."""
+        """Multiply-adds of one sample's forward pass, from shapes. Experts cost the sum of their
+        kernels."""
         from torch.utils.flop_counter import FlopCounterMode
 
         with torch.device("meta"), torch.no_grad():

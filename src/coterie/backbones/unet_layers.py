@@ -29,8 +29,8 @@ SWITCHES = ("s1", "s2", "b1", "b2")  # of FreeU, which changes features on the w
 
 @dataclass(frozen=True, eq=False)
 class Told:
-    """What all layers of one call are told: the embedding of noise level and class, the tokens of
-    the condition and the bias of their mask, and what its taps show."""
+    """Inputs of every layer in one call: embedding, condition tokens and their mask, and the
+    Context."""
 
     embedding: Tensor
     ctx: Context
@@ -44,7 +44,7 @@ class Told:
 
 
 def check_blocks(network: Any) -> None:
-    """ConfigError for blocks whose layers are not known here."""
+    """ConfigError for blocks whose layers are unknown."""
     blocks: list[tuple[str, Any, tuple[str, ...]]] = [
         (f"{name}.{number}", block, known)
         for name, known in (("down_blocks", DOWN), ("up_blocks", UP))
@@ -67,7 +67,7 @@ def _each(network: Any, name: str) -> Iterator[tuple[int, Any]]:
 
 
 def points(network: Any) -> tuple[Point, ...]:
-    """Where a U-Net can be tapped, in running order."""
+    """The points at which a U-Net can be tapped, in running order."""
     check_blocks(network)
     out = [Point("conv_in", network.conv_in.out_channels)]
     for number, block in _each(network, "down_blocks"):
@@ -84,7 +84,7 @@ def points(network: Any) -> tuple[Point, ...]:
 
 
 def layers(network: Any, x: Tensor, told: Told) -> Layers[Tensor]:
-    """x [B, C, H, W] -> the network's own output, layer by layer."""
+    """Run x [B, C, H, W] through the network layer by layer; the value is its output."""
     if network.config.center_input_sample:
         x = 2 * x - 1.0
     h = yield told.tap("conv_in", network.conv_in(x))

@@ -18,19 +18,18 @@ from coterie.core.errors import DataError
 
 @dataclass(frozen=True, eq=False)
 class Voxels:
-    """``means`` [B, V^3, 3] of the points in each cell, zeros where there is none; ``counts``
-    i64 [B, V^3]; ``cells`` i64 [B, P] of each point; ``coordinates`` [B, P, 3] in 0..V-1."""
+    """A point cloud on a grid of cells."""
 
-    means: Tensor
-    counts: Tensor
-    cells: Tensor
-    coordinates: Tensor
+    means: Tensor  # [B, V^3, 3], mean of the points in each cell; 0 in empty cells
+    counts: Tensor  # i64 [B, V^3], points in each cell
+    cells: Tensor  # i64 [B, P], cell of each point
+    coordinates: Tensor  # [B, P, 3] in 0..V-1
 
 
 def check_clouds(x_BP3: Tensor) -> None:
-    """DataError naming the first cloud that is not finite or is one single place.
+    """DataError that names the first cloud that is not finite or has all points in one place.
 
-    On the CPU only: elsewhere reading the answer back would stall every step.
+    Only on the CPU; on a GPU the check would stall every step.
     """
     if x_BP3.device.type != "cpu" or torch.compiler.is_compiling():
         return

@@ -37,27 +37,23 @@ NEAR_ZERO = 1e-5  # standard deviation of logits whose raw softmax counts as uni
 
 
 class UpcycleConfig(Config):
-    """``copies`` N of each network in ``slices`` s, of which ``copies_used`` u whole copies answer
-    at the start (top_k = s u; afterwards any s u experts may).
+    """How the dense feed-forward networks of a trained model become experts."""
 
-    ``gates`` ``auto``: renormalised, and straight-through where that gives no gradient.
-    ``router_scale``: standard deviation of the logits at the start (None: 1, near 0 for raw gates).
-    ``calibration``: samples whose hidden states balance the router's rows; 0 = random rows of equal
-    length. ``noise``: standard deviation of what is added to the experts' weights, relative to
-    each tensor's own. ``repeat_rows`` False breaks the function on purpose (the ablation).
-    """
-
-    copies: Few = 4
-    slices: Few = 2
-    copies_used: Few = 1
-    layers: Layers = "all"
+    copies: Few = 4  # N, copies of each network
+    slices: Few = 2  # s, parts into which each copy is cut
+    copies_used: Few = 1  # u, whole copies used per token at the start (top_k = s u)
+    layers: Layers = "all"  # blocks whose networks become experts
     gates: Gates = "auto"
+    """rule of the gates; auto: renorm, or straight_through if that has no gradient"""
     balance: NonNegativeFloat = 0.01  # weight of the Switch loss
     router_scale: PositiveFloat | None = None
+    """Standard deviation of the logits at the start; null: 1, near 0 for raw gates."""
     calibration: NonNegativeInt = 256
+    """samples whose hidden states balance the router; 0: random rows"""
     noise: NonNegativeFloat = 0.0
-    repeat_rows: bool = True
-    seed: int = Field(0, ge=0, lt=2**63)
+    """standard deviation of noise on expert weights, relative to each tensor's"""
+    repeat_rows: bool = True  # False changes the function at the start (ablation)
+    seed: int = Field(0, ge=0, lt=2**63)  # of router rows and noise
 
     @model_validator(mode="after")
     def _check(self) -> UpcycleConfig:

@@ -17,6 +17,7 @@ class AdaptorConfig(Config):
 
     ratio: PositiveFloat  # inner size, as a multiple of the width
     activation: Literal["gelu_tanh", "gelu"] = "gelu_tanh"
+    """GELU in its tanh approximation, or exact"""
     dropout: float = Field(0.0, ge=0.0, lt=1.0)  # probability, after both linear maps
 
 

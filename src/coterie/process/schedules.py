@@ -25,9 +25,9 @@ from coterie.process.base import PROCESSES, Process
 class _UnitTime(Part):
     """Fields of every closed-form process whose time is in [0, 1]."""
 
-    num_steps: int = Field(1000, ge=2, le=10**6)
-    t_min: float = 1e-3
-    t_max: float = 1.0
+    num_steps: int = Field(1000, ge=2, le=10**6)  # number of steps of the original grid
+    t_min: float = 1e-3  # least time at which the network is called
+    t_max: float = 1.0  # time at which sampling starts
 
     @model_validator(mode="after")
     def _check_range(self) -> Self:

@@ -133,8 +133,10 @@ class _LogLogisticSigma:
 
 @TIMES.register
 class LogLogisticSigmaTimes(Part):
-    """ln(sigma / alpha) follows a logistic distribution, truncated at the ends of the process
-    (MoDE, arXiv:2412.12953; BESO, arXiv:2304.02532)."""
+    """ln(sigma / alpha) is logistic, truncated at the ends of the process.
+
+    As in MoDE (arXiv:2412.12953) and BESO (arXiv:2304.02532).
+    """
 
     kind: Literal["log_logistic_sigma"] = "log_logistic_sigma"
     median: float = Field(0.5, gt=0)  # of sigma / alpha

@@ -91,7 +91,7 @@ class MinSNRWeighting(Part):
     """min(SNR, gamma) |D - x0|^2 (Hang et al. 2023, arXiv:2303.09556)."""
 
     kind: Literal["min_snr"] = "min_snr"
-    gamma: float = Field(5.0, gt=0)
+    gamma: float = Field(5.0, gt=0)  # upper limit of the signal-to-noise ratio
 
     def build(self, process: Process) -> Weighting:
         return DataWeighting(process, lambda p, t: _snr(p, t).clamp(max=self.gamma))
@@ -102,7 +102,7 @@ class EDMWeighting(Part):
     """(s^2 + sigma_data^2) / (s sigma_data)^2 with s = sigma / alpha (arXiv:2206.00364)."""
 
     kind: Literal["edm"] = "edm"
-    sigma_data: float = Field(0.5, gt=0)
+    sigma_data: float = Field(0.5, gt=0)  # standard deviation of the data
 
     def build(self, process: Process) -> Weighting:
         return DataWeighting(process, lambda p, t: _snr(p, t) + self.sigma_data**-2)
@@ -113,8 +113,8 @@ class P2Weighting(Part):
     """Noise-prediction loss divided by (k + SNR)^gamma (Choi et al. 2022, arXiv:2204.00227)."""
 
     kind: Literal["p2"] = "p2"
-    k: float = Field(1.0, gt=0)
-    gamma: float = Field(1.0, ge=0)
+    k: float = Field(1.0, gt=0)  # added to the signal-to-noise ratio
+    gamma: float = Field(1.0, ge=0)  # exponent
 
     def build(self, process: Process) -> Weighting:
         return DataWeighting(process, lambda p, t: _snr(p, t) / (self.k + _snr(p, t)) ** self.gamma)

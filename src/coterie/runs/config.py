@@ -1,7 +1,7 @@
-"""The configuration of a run: everything that it depends on.
+"""The configuration of a run: everything that its result depends on.
 
-A run directory holds ``config.json``, ``metrics.jsonl``, ``checkpoints/``, ``model/`` (the
-averaged weights as a model directory), ``samples/`` and ``report/``.
+A run directory holds ``config.json``, ``metrics.jsonl``, ``checkpoints/``, ``model/`` (the averaged
+weights as a model directory), ``samples/`` and ``report/``.
 """
 
 from __future__ import annotations
@@ -27,27 +27,30 @@ class SampleConfig(Config):
     """How a run samples by default."""
 
     solver: Annotated[SerializeAsAny[Part], SOLVERS.validator] = "heun"  # type: ignore[assignment]
+    """Integrates from noise to data."""
     grid: Annotated[SerializeAsAny[Part], GRIDS.validator] = "uniform"  # type: ignore[assignment]
-    steps: int = Field(20, ge=1, le=100_000)
-    guidance: GuidanceConfig = GuidanceConfig()
-    threshold: ThresholdConfig | None = None  # keeps x0 in range, after guidance; pixels only
-    batch: int = Field(128, ge=1)
-    temperature: float = Field(1.0, gt=0)  # text only
+    """Times at which the solver steps."""
+    steps: int = Field(20, ge=1, le=100_000)  # solver steps
+    guidance: GuidanceConfig = GuidanceConfig()  # weight of guidance and where it acts
+    threshold: ThresholdConfig | None = None
+    """clips the predicted x0 after guidance; for pixels only"""
+    batch: int = Field(128, ge=1)  # samples drawn at a time
+    temperature: float = Field(1.0, gt=0)  # divides the logits; text only
 
 
 class RunConfig(Config):
-    """Everything a run depends on. ``recipe`` and ``preset`` say where it came from; ``init``
-    where its first weights do (None: drawn from ``seed``)."""
+    """Everything that a run depends on."""
 
-    recipe: str = ""
-    preset: str = ""
-    seed: int = Field(0, ge=0, lt=2**63)
+    recipe: str = ""  # name of the recipe that it was made from
+    preset: str = ""  # name of the recipe's preset
+    seed: int = Field(0, ge=0, lt=2**63)  # of all random numbers of the run
     data: Annotated[SerializeAsAny[Part], SOURCES.validator] = "digits"  # type: ignore[assignment]
-    model: Annotated[SerializeAsAny[Part], MODELS.validator] = DenoiserConfig()
-    objective: Annotated[SerializeAsAny[Part], OBJECTIVES.validator] = DenoisingConfig()
-    train: TrainConfig = TrainConfig()
-    sample: SampleConfig = SampleConfig()
-    init: InitConfig | None = None
+    """Where training samples come from."""
+    model: Annotated[SerializeAsAny[Part], MODELS.validator] = DenoiserConfig()  # what is trained
+    objective: Annotated[SerializeAsAny[Part], OBJECTIVES.validator] = DenoisingConfig()  # the loss
+    train: TrainConfig = TrainConfig()  # steps, batch, optimiser, checkpoints
+    sample: SampleConfig = SampleConfig()  # how samples are drawn
+    init: InitConfig | None = None  # initial weights from another run or model; null: random
 
     @model_validator(mode="after")
     def _experts_are_there(self) -> RunConfig:

@@ -1,4 +1,4 @@
-"""Floor 4: solvers, grids, the sampling loop, guidance and thresholds."""
+"""Sampling: solvers, time grids, the sampling loop, guidance and clipping."""
 
 from coterie.solvers import exponential, feynman_kac, runge_kutta, stochastic
 from coterie.solvers.base import (

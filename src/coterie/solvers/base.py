@@ -1,4 +1,4 @@
-"""What a solver is: one step t -> u, with explicit state, asking a denoiser through a Query."""
+"""The interface of solvers: one step from time t to u with explicit state."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SOLVERS = Registry("solver", "coterie.solvers")
 
 
 class Estimate:
-    """A prediction at (x, t) in every view a solver may want; converted at most once each."""
+    """A prediction at (x, t), converted to other views when needed, once each."""
 
     __slots__ = ("_views", "prediction", "process", "t", "x")
 
@@ -41,19 +41,22 @@ class Estimate:
         return made
 
     def mixed(self, of_x: Number, of_value: Number) -> Tensor:
-        """``of_x`` x + ``of_value`` times what was predicted, in the type of x."""
+        """``of_x`` x + ``of_value`` times the prediction, in the dtype of x."""
         return _typed(combined((of_x, self.x), (of_value, self.prediction.value)), self.x)
 
     @property
     def x0(self) -> Tensor:
+        """Predicted clean data, [B, ...]."""
         return self._as("x0")
 
     @property
     def eps(self) -> Tensor:
+        """Predicted noise, [B, ...]."""
         return self._as("eps")
 
     @property
     def flow(self) -> Tensor:
+        """dx/dt of the probability flow, [B, ...]."""
         return self._as("flow")
 
 
@@ -62,9 +65,9 @@ def _typed(value: Tensor, like: Tensor) -> Tensor:
 
 
 class Query:
-    """Asks one denoiser about one condition, and counts: ``evaluations`` is the NFE so far.
+    """Calls a denoiser with a fixed condition; ``evaluations`` counts the calls (NFE).
 
-    The denoiser gets t as [B] in float32 (float64 if x is); conversions use t as given, in f64.
+    The denoiser gets t as [B] in float32 (float64 if x is); conversions use t in float64.
     """
 
     def __init__(self, denoiser: DenoiserLike, cond: Condition) -> None:
@@ -85,17 +88,17 @@ class Query:
 
 @dataclass(frozen=True, eq=False)
 class SolverState:
-    """What a solver remembers between steps. It belongs to the particles, row by row.
+    """What a solver keeps between steps, row by row for each sample.
 
-    When particles are resampled, ``index`` it with the same rows; when a particle's denoiser
-    changes, ``reset`` that row (its next step is first order).
+    If particles are resampled, ``index`` the state with the same rows. If another denoiser takes
+    over a sample, ``reset`` its row; its next step is first order.
     """
 
-    previous: Tensor | None = None  # [B, ...], x0 estimate of the step before
-    valid: Tensor | None = None  # bool [B], whether ``previous`` may be used; None: all of it
-    lam_step: Number | None = None  # length in lam of the step before
+    previous: Tensor | None = None  # [B, ...], x0 predicted in the step before
+    valid: Tensor | None = None  # bool [B], whether ``previous`` may be used; None: all
+    lam_step: Number | None = None  # length of the step before, in lam
     length: Tensor | None = None  # f64 [B], step length of adaptive solvers; NaN: none yet
-    asked: Tensor | None = None  # bool [B, K], members of an ensemble that answered before
+    asked: Tensor | None = None  # bool [B, K], ensemble members used in the step before
 
     def index(self, rows: Tensor) -> Self:
         """State of the particles ``rows`` (i64 or bool [B])."""
@@ -114,7 +117,7 @@ class SolverState:
         )
 
     def extended(self, count: int) -> Self:
-        """With ``count`` new particles at the end, who remember nothing."""
+        """The state with ``count`` new rows at the end, which start without history."""
 
         def grown(value: Tensor | None, fill: float) -> Tensor | None:
             return None if value is None else torch.cat([value, _filled(value, count, fill)])
@@ -132,7 +135,7 @@ class SolverState:
         )
 
     def reset(self, rows: Tensor | None = None) -> Self:
-        """Forget: everything, or the particles where ``rows`` (bool [B]) is True."""
+        """Drop the history of all samples, or of those where ``rows`` (bool [B]) is True."""
         valid = self._valid()
         if rows is None or valid is None:
             return type(self)(length=self.length)
@@ -149,7 +152,7 @@ def _filled(like: Tensor, count: int, value: float) -> Tensor:
 
 
 def prepared(denoiser: DenoiserLike, cond: Condition) -> Condition:
-    """``cond`` with what is static in it worked out, by denoisers that keep such things."""
+    """``cond`` after the denoiser's ``prepare``, if it has one: static parts are computed once."""
     prepare = getattr(denoiser, "prepare", None)
     if prepare is None:
         return cond
@@ -158,8 +161,10 @@ def prepared(denoiser: DenoiserLike, cond: Condition) -> Condition:
 
 
 def members_asked(prediction: Prediction, batch: int) -> Tensor | None:
-    """bool [B, K]: which members of an ensemble answered for each sample; None where there is none.
-    Of a batch stacked for guidance, its first half."""
+    """bool [B, K]: which ensemble members were used for each sample; None if there is no ensemble.
+
+    For a batch stacked for guidance, those of its first half.
+    """
     for routing in prediction.routings:
         if routing.slot == ENSEMBLE:
             return routing.one_hot()[:batch].bool()
@@ -167,11 +172,13 @@ def members_asked(prediction: Prediction, batch: int) -> Tensor | None:
 
 
 class Solver(ABC):
-    """One step of an integrator. ``zeta``: the noise of the reverse equation it follows,
+    """One step of an integrator, from noise to data.
+
+    ``zeta`` is the noise of the reverse equation that it follows,
 
         dx = (-a x + (1 + zeta^2) / 2 g^2 score) ds + zeta g dW,
 
-    in falling time s; 0 is the probability flow, None is none of these.
+    with falling time s; 0 is the probability flow, None is neither.
     """
 
     stochastic: bool = False
@@ -185,9 +192,10 @@ class Solver(ABC):
         steps: int | Tensor,
         noise: SampleNoise | None,
     ) -> tuple[Tensor, Tensor]:
-        """State and time at which the step starts instead (churn); by default as they are.
+        """State and time at which the step starts; by default x and t (churn adds noise first).
 
-        ``t`` is 0-dimensional or f64 [B]; ``steps`` of the whole run, then [B] where they differ.
+        ``t`` is 0-dimensional or f64 [B]; ``steps``: number of steps of the whole run, [B] if they
+        differ.
         """
         return x, t
 
@@ -200,13 +208,15 @@ class Solver(ABC):
         state: SolverState,
         noise: SampleNoise | None,
     ) -> tuple[Tensor, SolverState]:
-        """From ``estimate`` (which holds x and t) to time ``u``, f64, sigma > 0: 0-dimensional, or
-        [B] where ``estimate.t`` is."""
+        """The state at time ``u`` (sigma > 0), from ``estimate``, which holds x and t.
+
+        ``u`` is 0-dimensional f64, or [B] if ``estimate.t`` is.
+        """
 
     def land(
         self, query: Query, estimate: Estimate, state: SolverState, noise: SampleNoise | None
     ) -> Tensor:
-        """The last step, to sigma = 0: the denoised sample, whatever the solver."""
+        """The last step, to sigma = 0: the predicted x0."""
         return estimate.x0
 
 
@@ -214,14 +224,15 @@ class SolverConfig(Part):
     """Configuration of a solver."""
 
     def build(self) -> Solver:
+        """The solver."""
         raise TypeError(f"{type(self).__name__} declares no build()")
 
     def evaluations_per_step(self) -> int | None:
-        """Evaluations of the denoiser in one step; None where they depend on the data."""
+        """Denoiser calls per step; None if they depend on the data."""
         return 1
 
     def evaluations(self, steps: int, to_clean: bool = True) -> int | None:
-        """NFE of ``steps`` steps; the last one, to sigma = 0, takes one evaluation."""
+        """Denoiser calls of ``steps`` steps; the last one, to sigma = 0, takes one."""
         each = self.evaluations_per_step()
         if each is None:
             return None
@@ -229,22 +240,22 @@ class SolverConfig(Part):
 
 
 def factor(value: Number, x: Tensor) -> Number:
-    """A number of the noise level, a float or f64 [B], ready to multiply x [B, ...]."""
+    """A coefficient, float or f64 [B], shaped to multiply x [B, ...]."""
     return value if isinstance(value, float) else expand(value, x).to(x)
 
 
 def mixture(
     process: Process, t: Tensor, of_x0: Tensor, of_eps: Tensor, view: str
 ) -> tuple[Tensor, Tensor]:
-    """Weights of x and of a prediction in ``view`` at ``t``, so that their sum is
-    ``of_x0`` D + ``of_eps`` E."""
+    """Coefficients of x and of a prediction in ``view`` at ``t`` whose sum is ``of_x0`` D +
+    ``of_eps`` E."""
     x_of_x0, value_of_x0 = affine(process, t, view, "x0")
     x_of_eps, value_of_eps = affine(process, t, view, "eps")
     return of_x0 * x_of_x0 + of_eps * x_of_eps, of_x0 * value_of_x0 + of_eps * value_of_eps
 
 
 def combined(*terms: tuple[Number, Tensor]) -> Tensor:
-    """Sum of tensors [B, ...], each times a number of the noise level."""
+    """Sum of tensors [B, ...], each times its coefficient."""
     (weight, x), *rest = terms
     total = x if isinstance(weight, float) and weight == 1.0 else factor(weight, x) * x
     for weight, x in rest:
@@ -256,7 +267,7 @@ def combined(*terms: tuple[Number, Tensor]) -> Tensor:
 
 
 def draw(noise: SampleNoise | None, x: Tensor) -> Tensor:
-    """Standard normal noise like ``x``: drawn as float32 per sample, cast up for float64."""
+    """Standard normal noise of x's shape: float32 per sample, cast to x's dtype."""
     if noise is None:
         raise ConfigError(describe("noise", None, "a SampleNoise", "this solver is stochastic"))
     return noise.normal(x.shape[1:]).to(x)

@@ -1,4 +1,4 @@
-"""What must fit together before a sampling run begins."""
+"""Checks before and after a sampling run."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ def check_run(
     solver: Solver,
     noise: SampleNoise | None,
 ) -> None:
-    """ConfigError where a run from ``x`` [B, ...] over ``times`` does not fit together, DataError
-    for an ``x`` that is not finite."""
+    """ConfigError if the arguments of a sampling run do not fit each other, DataError if ``x`` is
+    not finite."""
     if times.dim() != 1 or len(times) < 2 or times.dtype != torch.float64:
         allowed = "a float64 vector of at least 2 times"
         raise ConfigError(describe("times", (tuple(times.shape), times.dtype), allowed))
@@ -50,7 +50,7 @@ def check_run(
 
 
 class NonFiniteSamples(DataError):
-    """``rows``: which of a batch."""
+    """Samples with NaN or infinity; ``rows`` lists them."""
 
     def __init__(self, rows: list[int]) -> None:
         super().__init__(f"samples {rows[:8]}: NaN or infinity; look at the denoiser's answers")
@@ -58,7 +58,7 @@ class NonFiniteSamples(DataError):
 
 
 def check_samples(x: Tensor) -> None:
-    """NonFiniteSamples names the rows of samples ``x`` [B, ...] that hold NaN or infinity."""
+    """Raise NonFiniteSamples if samples ``x`` [B, ...] hold NaN or infinity."""
     good = torch.isfinite(x).flatten(1).all(1)
     if not bool(good.all()):
         raise NonFiniteSamples((~good).nonzero()[:, 0].tolist())

@@ -1,7 +1,8 @@
-"""Solvers that integrate the linear part exactly, in lam = log(alpha/sigma).
+"""Exponential integrators in lam = log(alpha/sigma): DDIM and DPM-Solver.
 
-With h = lam_u - lam_t. DDIM: Song et al. 2021 (arXiv:2010.02502). DPM-Solver-2: Lu et al. 2022
-(arXiv:2206.00927). DPM-Solver++(2M) and its SDE forms: Lu et al. 2022 (arXiv:2211.01095).
+They integrate the linear part of the equation exactly. h = lam_u - lam_t. DDIM: Song et al. 2021
+(arXiv:2010.02502). DPM-Solver-2: Lu et al. 2022 (arXiv:2206.00927). DPM-Solver++(2M) and its SDE
+forms: Lu et al. 2022 (arXiv:2211.01095).
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ AtSwitch = Literal["keep", "reset"]
 
 
 def ddim_move(process: Process, estimate: Estimate, u: Tensor) -> Tensor:
-    """alpha_u D + sigma_u E, which is a sum of x and of what was predicted."""
+    """alpha_u D + sigma_u E, computed from x and the prediction."""
     return estimate.mixed(*weights(process, _ddim, estimate.t, u, told=(estimate.prediction.view,)))
 
 
@@ -58,7 +59,7 @@ class DDIM(Solver):
 
 @SOLVERS.register
 class DDIMConfig(SolverConfig):
-    """Deterministic DDIM."""
+    """Deterministic DDIM: first order, one denoiser call per step."""
 
     kind: Literal["ddim"] = "ddim"
 
@@ -68,7 +69,8 @@ class DDIMConfig(SolverConfig):
 
 @dataclass(frozen=True)
 class DPMSolver2(Solver):
-    """Noise prediction at the half step in lam; from alpha = 0 (no half step exists) DDIM."""
+    """Noise prediction at the half step in lam; a DDIM step from alpha = 0, where lam is
+    infinite."""
 
     def step(
         self,
@@ -96,7 +98,7 @@ class DPMSolver2(Solver):
 
 @SOLVERS.register
 class DPMSolver2Config(SolverConfig):
-    """Second-order single-step DPM-Solver."""
+    """DPM-Solver-2: second order, two denoiser calls per step."""
 
     kind: Literal["dpm_solver_2"] = "dpm_solver_2"
 
@@ -109,9 +111,10 @@ class DPMSolver2Config(SolverConfig):
 
 @dataclass(frozen=True)
 class DPMSolverPP(Solver):
-    """DPM-Solver++: D extrapolated from the step before (multistep) and, if stochastic, noise.
+    """DPM-Solver++: with ``multistep``, D is extrapolated from the step before; ``stochastic`` adds
+    noise.
 
-    ``at_switch`` reset: a sample whose members of an ensemble change takes a first-order step.
+    ``at_switch`` reset: a sample takes a first-order step when its ensemble members change.
     """
 
     multistep: bool
@@ -168,11 +171,11 @@ def _dpmpp(
 
 @SOLVERS.register
 class DPMPP2MConfig(SolverConfig):
-    """DPM-Solver++(2M): second order, one evaluation per step. ``at_switch``: whether a sample
-    forgets its last step where other members of an ensemble take over."""
+    """DPM-Solver++(2M): second order, one denoiser call per step."""
 
     kind: Literal["dpmpp_2m"] = "dpmpp_2m"
     at_switch: AtSwitch = "keep"
+    """``reset``: a sample drops the step before when other members of an ensemble take over."""
 
     def build(self) -> Solver:
         return DPMSolverPP(multistep=True, stochastic=False, at_switch=self.at_switch)
@@ -180,7 +183,7 @@ class DPMPP2MConfig(SolverConfig):
 
 @SOLVERS.register
 class SDEDPMPP1SConfig(SolverConfig):
-    """SDE-DPM-Solver++(1S): the same map as ancestral sampling with eta = 1."""
+    """SDE-DPM-Solver++(1S): first order with noise; equals ancestral sampling with eta = 1."""
 
     kind: Literal["sde_dpmpp_1s"] = "sde_dpmpp_1s"
 
@@ -190,10 +193,10 @@ class SDEDPMPP1SConfig(SolverConfig):
 
 @SOLVERS.register
 class SDEDPMPP2MConfig(SolverConfig):
-    """SDE-DPM-Solver++(2M); ``at_switch`` as of ``dpmpp_2m``."""
+    """SDE-DPM-Solver++(2M): second order with noise, one denoiser call per step."""
 
     kind: Literal["sde_dpmpp_2m"] = "sde_dpmpp_2m"
-    at_switch: AtSwitch = "keep"
+    at_switch: AtSwitch = "keep"  # As in ``dpmpp_2m``
 
     def build(self) -> Solver:
         return DPMSolverPP(multistep=True, stochastic=True, at_switch=self.at_switch)

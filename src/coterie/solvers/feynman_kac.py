@@ -1,13 +1,13 @@
-"""Feynman-Kac correctors: weighted, resampled particles that follow any stochastic solver.
+"""Feynman-Kac correctors: weighted, resampled particles on top of any stochastic solver.
 
-The score of a product, power or tilt of densities does not carry its noised law from one noise
-level to the next. Particles that follow it nevertheless stand for that law once each carries a
-weight, d log W = (rate of the prediction) d lam (Skreta et al. 2025, arXiv:2503.02819); resampling
-keeps the weights from collapsing. A denoiser says at which rate: ``Prediction.weight_rate``.
+The score of a product, power or tilt of densities does not sample that density by itself. Particles
+that follow it do once each carries a weight, d log W = (rate of the prediction) d lam (Skreta et
+al. 2025, arXiv:2503.02819); resampling keeps the weights from collapsing. The rate is
+``Prediction.weight_rate``.
 
-B rows are G systems of K particles, system by system. What a system becomes depends on the seeds
-of its own K particles (and on which of them is first) and on nothing else; inside a system
-particles compete, so particle k alone does not depend on seed k alone. Sums are float64.
+B rows are G systems of K particles, one system after the other. The result of a system depends on
+the seeds of its own K particles (and their order) alone. Inside a system particles compete, so
+particle k does not depend on seed k alone. Sums are float64.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ DATA_STD = 0.5
 
 @dataclass(frozen=True, eq=False)
 class ParticleState(SolverState):
-    """``inner``: what the solver that moves the particles remembers, permuted with them."""
+    """Solver state with weights; ``inner`` is the state of the solver that moves the particles."""
 
     inner: SolverState = field(default_factory=SolverState)
     log_weights: Tensor = field(default_factory=lambda: torch.zeros(0, 0))  # f64 [G, K]
@@ -45,7 +45,7 @@ class ParticleState(SolverState):
     step: int = 0
 
     def index(self, rows: Tensor) -> Self:
-        """Weights go where their particles go; ``rows`` has the shape of whole systems."""
+        """State of whole systems; weights move with their particles."""
         shape = self.log_weights.shape
         return replace(
             self,
@@ -55,13 +55,13 @@ class ParticleState(SolverState):
         )
 
     def reset(self, rows: Tensor | None = None) -> Self:
-        """Weights are no memory of a solver: they stay."""
+        """Reset the inner solver's history; weights stay."""
         return replace(self, inner=self.inner.reset(rows))
 
 
 @dataclass(eq=False)
 class FeynmanKac(Solver):
-    """See the module. ``record`` is that of the latest run."""
+    """The solver of the module. ``record`` describes the latest run."""
 
     config: FeynmanKacConfig
     inner: Solver
@@ -95,7 +95,7 @@ class FeynmanKac(Solver):
     def land(
         self, query: Query, estimate: Estimate, state: SolverState, noise: SampleNoise | None
     ) -> Tensor:
-        """The denoised particles, resampled to equal weights unless ``final`` is "weights"."""
+        """The predicted x0, resampled to equal weights unless ``final`` is "weights"."""
         now = self._state(query, estimate, state)
         # Towards sigma = 0 a rate falls like sigma^2 = exp(-2 lam): its integral is half of it.
         now, clamped = self._weigh(query.process, estimate, now, 0.5)
@@ -194,8 +194,8 @@ def _unequal(log_weights: Tensor) -> Tensor:
 
 
 def check_systems(batch: int, count: int, cond: Condition) -> None:
-    """ConfigError unless ``batch`` rows are whole systems of ``count`` particles, each of one
-    condition: resampling puts one particle in the place of another."""
+    """ConfigError unless ``batch`` is a multiple of ``count`` and all particles of a system have
+    the same condition."""
     if batch % count:
         allowed = f"a divisor of the {batch} samples drawn together"
         raise ConfigError(describe("particles", count, allowed))
@@ -208,26 +208,22 @@ def check_systems(batch: int, count: int, cond: Condition) -> None:
 
 @SOLVERS.register
 class FeynmanKacConfig(SolverConfig):
-    """Weighted particles of a composition.
-
-    ``solver`` moves them, by default so that few steps keep the variance (its ``data_std``; 0 is
-    the plain ancestral step). ``particles``: K of a system (None: all rows are one system). They
-    are resampled by ``scheme`` at every ``every``-th step at which a system's effective size is
-    below ``ess`` K (1: whenever weights differ), and once more at the end (``final`` "weights":
-    left weighted, see the record). ``clamp``: increments further than this from their system's
-    mean are cut off, which biases the target and is counted. ``interval``: unit times at which
-    weights count; outside they do not change.
-    """
+    """Weighted, resampled particles, for sampling products and tilts of densities."""
 
     kind: Literal["feynman_kac"] = "feynman_kac"
     solver: Annotated[SerializeAsAny[Part], SOLVERS.validator] = AncestralConfig(data_std=DATA_STD)
-    particles: PositiveInt | None = None
-    scheme: Scheme = "systematic"
+    """The stochastic solver that moves the particles; by default ancestral with ``data_std``, which
+    keeps the variance in few steps."""
+    particles: PositiveInt | None = None  # K, particles of a system; null: the whole batch
+    scheme: Scheme = "systematic"  # how particles are resampled
     ess: float = Field(0.5, gt=0, le=1)
-    every: PositiveInt = 1
+    """resample below this share of effective particles; 1: always"""
+    every: PositiveInt = 1  # steps between checks for resampling
     clamp: float | None = Field(None, gt=0)
-    interval: tuple[float, float] = (0.0, 1.0)
-    final: Literal["resample", "weights"] = "resample"
+    """Cut off log-weight increments further than this from their system's mean, which biases the
+    result; null: never."""
+    interval: tuple[float, float] = (0.0, 1.0)  # unit times between which weights change
+    final: Literal["resample", "weights"] = "resample"  # at the end: resample, or keep the weights
 
     @model_validator(mode="after")
     def _check(self) -> FeynmanKacConfig:

@@ -1,4 +1,4 @@
-"""What happened to the particles of a run: effective sizes, ancestry, normaliser."""
+"""Statistics of a particle run: effective sizes, ancestry, normaliser."""
 
 from __future__ import annotations
 
@@ -14,40 +14,34 @@ from coterie.solvers.resampling import effective_size, log_mean, normalise
 
 @dataclass(frozen=True)
 class ParticleStep:
-    """One step of all systems, before its resampling; a value per system.
+    """One step of all systems, before resampling; one value per system."""
 
-    ``ess``: effective number of particles. ``ancestors``: how many of the first K particles have
-    descendants. ``clamped``: share of increments that were cut off.
-    """
-
-    t: float
-    ess: list[float]
+    t: float  # time of the step
+    ess: list[float]  # effective number of particles
     max_weight: list[float]
-    ancestors: list[int]
-    clamped: list[float]
+    ancestors: list[int]  # number of the first K particles that have descendants
+    clamped: list[float]  # share of increments that were cut off
     resampled: list[bool]
 
 
 @dataclass
 class ParticleRecord:
-    """Of G ``systems`` of K ``particles``.
-
-    ``log_ratio`` f64 [G]: log of the normaliser reached over that at the start, as far as earlier
-    resamplings know it; :meth:`normaliser` adds the present weights. ``log_weights`` f64 and
-    ``ancestors`` i64 [G, K] are those of the state reached.
-    """
+    """Statistics of G ``systems`` of K ``particles``."""
 
     particles: int
     systems: int
     steps: list[ParticleStep] = field(default_factory=list)
-    log_weights: Tensor = field(default_factory=lambda: torch.zeros(0, 0))
+    log_weights: Tensor = field(default_factory=lambda: torch.zeros(0, 0))  # f64 [G, K], current
     log_ratio: Tensor = field(default_factory=lambda: torch.zeros(0))
+    """f64 [G], log of current over initial normaliser, up to the last resampling"""
     ancestors: Tensor = field(default_factory=lambda: torch.zeros(0, 0))
+    """i64 [G, K], first ancestor of each particle"""
 
     def add(
         self, t: float, log_weights: Tensor, ancestors: Tensor, clamped: Tensor, chosen: Tensor
     ) -> None:
-        """A step: weights and ancestors before its resampling, and which systems it took."""
+        """Add a step: weights and ancestors before resampling, and the systems that were
+        resampled."""
         step = ParticleStep(
             t=t,
             ess=effective_size(log_weights).tolist(),
@@ -59,9 +53,11 @@ class ParticleRecord:
         self.steps.append(step)
 
     def normaliser(self) -> Tensor:
-        """f64 [G]: log of the normaliser reached over that at the start. In the limit of
-        small steps an unbiased estimate of the ratio itself (not its log) where nothing was clamped
-        and every time counted."""
+        """f64 [G]: log of the current over the initial normaliser.
+
+        For small steps the ratio itself (not its log) is an unbiased estimate, if nothing was
+        clamped and ``interval`` covers all times.
+        """
         return self.log_ratio + log_mean(self.log_weights)
 
     def summary(self) -> dict[str, float]:
@@ -78,7 +74,7 @@ class ParticleRecord:
         }
 
     def as_json(self) -> dict[str, Any]:
-        """Everything, as plain numbers."""
+        """All values as plain numbers."""
         return {
             "particles": self.particles,
             "systems": self.systems,

@@ -1,9 +1,9 @@
-"""Where the steps are: times of a sampling run, f64 [steps + 1], from noise to the clean end.
+"""Time grids of a sampling run: f64 [steps + 1], from noise to the clean end.
 
 Every grid starts at ``t_max`` (``respaced``: at its first index) and ends at the time where sigma
-is 0, so N steps evaluate a first-order solver N times. Processes with infinite noise-to-signal
-ratio at ``t_max`` (rectified_flow, trig) still start there; grids in lam or sigma/alpha place the
-other points as if lam began at -6.
+is 0, so N steps take N denoiser calls with a first-order solver. Processes with alpha = 0 at
+``t_max`` (rectified_flow, trig) start there too; grids in lam or sigma/alpha place their other
+points as if lam began at -6.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ class GridConfig(Part):
     """Configuration of a grid; ``build(process, steps)`` gives the times."""
 
     def build(self, process: Process, steps: int) -> Tensor:
+        """f64 [steps + 1]: the times, from noise to clean."""
         raise TypeError(f"{type(self).__name__} declares no build()")
 
 
@@ -81,7 +82,7 @@ class KarrasGrid(GridConfig):
     """Equal steps in (sigma/alpha)^(1/rho) down to ``t_min``, then clean (arXiv:2206.00364)."""
 
     kind: Literal["karras"] = "karras"
-    rho: float = Field(7.0, gt=0)
+    rho: float = Field(7.0, gt=0)  # larger: more steps at low noise
 
     def build(self, process: Process, steps: int) -> Tensor:
         _check_steps(steps)
@@ -93,11 +94,14 @@ class KarrasGrid(GridConfig):
 
 @GRIDS.register
 class ShiftGrid(GridConfig):
-    """Equal steps moved to noise: r -> shift r / (1 + (shift - 1) r), r = position from clean to
-    t_max. For rectified flow this is lam -> lam - log(shift) (arXiv:2403.03206)."""
+    """Equal steps in t, moved towards noise.
+
+    r -> shift r / (1 + (shift - 1) r), r = position from clean to t_max. For rectified flow this is
+    lam -> lam - log(shift) (arXiv:2403.03206).
+    """
 
     kind: Literal["shift"] = "shift"
-    shift: float = Field(3.0, gt=0)
+    shift: float = Field(3.0, gt=0)  # above 1: more steps at high noise
 
     def build(self, process: Process, steps: int) -> Tensor:
         _check_steps(steps)
@@ -115,8 +119,8 @@ class RespacedGrid(GridConfig):
     """
 
     kind: Literal["respaced"] = "respaced"
-    spacing: Literal["leading", "trailing", "linspace"] = "linspace"
-    offset: int = Field(0, ge=0)
+    spacing: Literal["leading", "trailing", "linspace"] = "linspace"  # rule that picks the indices
+    offset: int = Field(0, ge=0)  # added to the indices of ``leading``
 
     def indices(self, num_steps: int, steps: int) -> Tensor:
         """i64 [steps], falling."""

@@ -1,7 +1,7 @@
-"""Guidance: denoisers made of denoisers.
+"""Guidance: denoisers that combine a conditional and a weaker prediction.
 
-Classifier-free guidance and autoguidance are one operator, :mod:`coterie.process.contrast`;
-w = 1 is none. Classifier guidance: Dhariwal and Nichol 2021 (arXiv:2105.05233).
+Classifier-free guidance and autoguidance use one formula, :mod:`coterie.process.contrast`; weight 1
+is no guidance. Classifier guidance: Dhariwal and Nichol 2021 (arXiv:2105.05233).
 """
 
 from __future__ import annotations
@@ -26,20 +26,21 @@ from coterie.solvers.base import prepared
 
 
 class GuidanceConfig(ContrastConfig):
-    """How far to move from a weaker answer through the conditional one."""
+    """Guidance of a sampling run."""
 
     mode: Literal["cfg", "auto"] = "cfg"
-    """cfg: the weaker answer is unconditional. auto: it is a weaker denoiser's."""
+    """The weaker prediction is the unconditional one (``cfg``), or a weaker denoiser's
+    (``auto``)."""
 
 
 def guide(
     denoiser: DenoiserLike, config: GuidanceConfig, weak: DenoiserLike | None = None
 ) -> DenoiserLike:
-    """A denoiser that answers with guidance.
+    """A denoiser that predicts with guidance.
 
-    Conditional and null halves run as one stacked batch (conditional first); routings and
-    auxiliary losses are those of the stacked batch. ``weak`` is for mode "auto". ConfigError if
-    ``weak`` is missing, superfluous, or of another process.
+    Conditional and null halves run as one stacked batch (conditional first); routings and auxiliary
+    losses are those of the stacked batch. ``weak``: the weaker denoiser, for mode "auto".
+    ConfigError if ``weak`` is missing, superfluous, or of another process.
     """
     if config.mode == "auto" and weak is None:
         raise ConfigError(describe("weak", None, "a weaker denoiser", 'mode "auto" needs one'))
@@ -71,7 +72,7 @@ class Guided:
         return contrast(self.process, self.config, x, t, strong, weak, own=cond.guidance)
 
     def prepare(self, cond: Condition) -> Condition:
-        """See :func:`coterie.solvers.base.prepared`: both halves, where the denoiser does it."""
+        """See :func:`coterie.solvers.base.prepared`: prepares the condition and its null form."""
         made = prepared(self.denoiser, cond)
         if made is cond or self.weak is not None:
             return made
@@ -86,11 +87,10 @@ class Guided:
 
 
 class ClassifierGuided:
-    """Score plus weight times the gradient of log p(y | x_t), in the view of ``denoiser``: the
-    noise moves by -weight sigma grad, and every view by what that is in it. Weight 0 is the plain
-    answer. Nothing is differentiated through ``denoiser``.
+    """Score plus ``weight`` times the gradient of log p(y | x_t), in the view of ``denoiser``.
 
-    ``log_prob(x, t, cond) -> [B]`` is differentiated with respect to x, row by row.
+    ``log_prob(x, t, cond) -> [B]`` is differentiated with respect to x, row by row; ``denoiser`` is
+    not differentiated. In eps the gradient counts -weight sigma. Weight 0: no guidance.
     """
 
     def __init__(

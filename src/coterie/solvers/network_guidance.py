@@ -1,4 +1,4 @@
-"""A denoiser and what guides it, as one model: a run of it is sampled and reported like any other.
+"""A denoiser with a guidance network, as one model that can be sampled and reported like a run.
 
 Shapes: B batch.
 """
@@ -24,19 +24,21 @@ from coterie.solvers.guidance import ClassifierGuided
 
 @MODELS.register
 class GuidedConfig(Part):
-    """``denoiser`` moved by ``scale`` times the gradient of what ``guide`` makes of x_t; both are
-    trained models, and neither is trained further. A guide of classes reads ``cond.label``, one of
-    maps or pixels ``cond.channels``."""
+    """A trained denoiser guided by the gradient of a trained guidance network.
+
+    A guide of classes reads ``cond.label``; a guide of maps or pixels reads ``cond.channels``.
+    Neither network is trained further.
+    """
 
     kind: Literal["guided"] = "guided"
-    denoiser: Annotated[SerializeAsAny[Part], MODELS.validator]
-    guide: Annotated[SerializeAsAny[Part], MODELS.validator]
-    scale: float = 1.0
+    denoiser: Annotated[SerializeAsAny[Part], MODELS.validator]  # the denoiser
+    guide: Annotated[SerializeAsAny[Part], MODELS.validator]  # the guidance network
+    scale: float = 1.0  # factor of the gradient
     is_trained: ClassVar[bool] = True
 
     @property
     def backbone(self) -> Any:
-        """The denoiser's, with the classes of the guide."""
+        """The denoiser's backbone, with the number of classes of the guide."""
         own = self.denoiser.backbone
         classes = int(getattr(getattr(self.guide, "model", self.guide), "classes", 0))
         return own.replace(num_classes=classes) if classes else own
@@ -48,18 +50,17 @@ class GuidedConfig(Part):
 
 
 def reads_label(denoiser: Part) -> bool:
-    """Whether a model is told the class itself."""
+    """Whether a model is itself conditioned on the class."""
     return bool(getattr(getattr(denoiser, "backbone", None), "num_classes", 0))
 
 
 class GuidedDenoiser(nn.Module):
     """``forward(x [B, ...], t f32 [B], cond) -> Prediction`` in the view of ``denoiser``.
 
-    ``guide`` has ``log_prob(x, t, cond) -> [B]``, a process, and ``routings(t, cond, ids)``. One of
-    another process is asked at the same signal-to-noise ratio. ``target`` [1, ...]: what every
-    sample is guided to where the condition has no ``channels``. Where nothing is asked for, neither
-    a label nor channels, the answer is the denoiser's. ConfigError where the two are not of the
-    same data.
+    ``guide`` has ``log_prob(x, t, cond) -> [B]``, a process, and ``routings(t, cond, ids)``. If its
+    process is another one, it is called at the same signal-to-noise ratio. ``target`` [1, ...]:
+    what to guide to where the condition has no ``channels``. Without label and channels there is no
+    guidance. ConfigError if the two are for different data.
     """
 
     def __init__(

@@ -1,7 +1,7 @@
-"""Resampling of weighted particles: who is copied, who is dropped. All schemes are unbiased.
+"""Resampling of weighted particles: which are copied, which are dropped. All schemes are unbiased.
 
-Particle k is copied K W_k times on average. ``systematic`` and ``residual`` never give it fewer
-than floor(K W_k) copies, ``systematic`` never more than ceil(K W_k). Douc, Cappe and Moulines 2005
+Particle k gets K W_k copies on average. ``systematic`` and ``residual`` never give it fewer than
+floor(K W_k) copies, ``systematic`` never more than ceil(K W_k). Douc, Cappe and Moulines 2005
 (arXiv:cs/0507025) compare the four. Weights are logarithms, sums are float64. Shapes: G systems of
 K particles.
 """
@@ -24,7 +24,7 @@ def normalise(log_weights: Tensor) -> Tensor:
 
 
 def effective_size(log_weights: Tensor) -> Tensor:
-    """f64 [G]: (sum W)^2 / sum W^2, from 1 (one particle has it all) to K (all are equal)."""
+    """f64 [G]: effective number of particles, (sum W)^2 / sum W^2, from 1 to K."""
     log = log_weights.double()
     return torch.exp(2.0 * torch.logsumexp(log, 1) - torch.logsumexp(2.0 * log, 1))
 
@@ -36,9 +36,9 @@ def log_mean(log_weights: Tensor) -> Tensor:
 
 
 def resample(log_weights: Tensor, scheme: Scheme, rngs: Sequence[Generator]) -> Tensor:
-    """i64 [G, K]: the ancestor of each particle, not decreasing along a row.
+    """i64 [G, K]: the ancestor of each particle, ascending in each row.
 
-    Row g draws from ``rngs[g]`` alone, on the CPU, so one system does not depend on another.
+    Row g draws from ``rngs[g]`` alone, on the CPU, so systems do not depend on each other.
     """
     weights = normalise(log_weights)
     if scheme == "residual":

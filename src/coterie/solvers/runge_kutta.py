@@ -1,7 +1,7 @@
-"""Runge-Kutta solvers of the probability flow ODE dx/dt = flow(x, t): a tableau each.
+"""Runge-Kutta solvers of the probability flow ODE dx/dt = flow(x, t), one tableau each.
 
-``rk45`` (Dormand and Prince 1980) chooses its own substeps between grid times, for each particle
-alone, so a sample does not depend on its batch mates.
+``rk45`` (Dormand and Prince 1980) chooses its own substeps between grid times, for each sample
+alone, so a sample does not depend on the rest of the batch.
 """
 
 from __future__ import annotations
@@ -123,35 +123,35 @@ class _RungeKuttaConfig(SolverConfig):
 
 @SOLVERS.register
 class EulerConfig(_RungeKuttaConfig):
-    """First order: x + (u - t) flow."""
+    """Euler: first order, one denoiser call per step."""
 
     kind: Literal["euler"] = "euler"
 
 
 @SOLVERS.register
 class MidpointConfig(_RungeKuttaConfig):
-    """Second order, slope of the half step in t."""
+    """Midpoint: second order, two denoiser calls per step."""
 
     kind: Literal["midpoint"] = "midpoint"
 
 
 @SOLVERS.register
 class HeunConfig(_RungeKuttaConfig):
-    """Second order, trapezoid (the deterministic solver of arXiv:2206.00364 on ``ve``)."""
+    """Heun: second order, two denoiser calls per step (EDM's solver, arXiv:2206.00364)."""
 
     kind: Literal["heun"] = "heun"
 
 
 @SOLVERS.register
 class RK4Config(_RungeKuttaConfig):
-    """The classical fourth-order method; a reference solution."""
+    """The classical Runge-Kutta method: fourth order, four denoiser calls per step."""
 
     kind: Literal["rk4"] = "rk4"
 
 
 @dataclass(frozen=True)
 class AdaptiveRungeKutta(Solver):
-    """Embedded pair with a step-length controller per particle."""
+    """An embedded Runge-Kutta pair that controls the step length of each sample."""
 
     tableau: Tableau
     rtol: float
@@ -198,8 +198,7 @@ class AdaptiveRungeKutta(Solver):
     def land(
         self, query: Query, estimate: Estimate, state: SolverState, noise: SampleNoise | None
     ) -> Tensor:
-        """The last interval like the others, down to the least noise level of the process; there
-        the denoised sample."""
+        """Integrate to the process's least noise level; there the predicted x0."""
         t, least = estimate.t, query.process.t_min
         if not bool((t > least).any()):
             return estimate.x0
@@ -216,12 +215,12 @@ class AdaptiveRungeKutta(Solver):
 
 @SOLVERS.register
 class RK45Config(SolverConfig):
-    """Adaptive Dormand-Prince 5(4): grid times are met exactly, substeps follow the tolerances."""
+    """Adaptive Dormand-Prince 5(4): substeps between grid times, by error tolerance."""
 
     kind: Literal["rk45"] = "rk45"
-    rtol: float = Field(1e-5, gt=0)
-    atol: float = Field(1e-5, gt=0)
-    max_substeps: int = Field(1000, ge=1, le=10**6)
+    rtol: float = Field(1e-5, gt=0)  # relative error tolerance per substep
+    atol: float = Field(1e-5, gt=0)  # absolute error tolerance per substep
+    max_substeps: int = Field(1000, ge=1, le=10**6)  # most substeps per grid step
 
     def build(self) -> Solver:
         return AdaptiveRungeKutta(TABLEAUS["rk45"], self.rtol, self.atol, self.max_substeps)

@@ -24,7 +24,7 @@ Callback = Callable[[int, float, Tensor, Prediction], None]
 
 
 def initial_noise(process: Process, shape: Sequence[int], noise: SampleNoise) -> Tensor:
-    """f32 [B, *shape]: the state at ``t_max``; row i depends on seed i alone."""
+    """f32 [B, *shape]: noise at ``t_max``; row i depends on seed i alone."""
     return process.prior_std() * noise.normal(shape)
 
 
@@ -40,15 +40,14 @@ def sample(
     noise: SampleNoise | None = None,
     callback: Callback | None = None,
 ) -> Tensor:
-    """x0 [B, ...] from the initial state ``x`` [B, ...] at the process's ``t_max``.
+    """Samples x0 [B, ...] from the noise ``x`` [B, ...] at the process's ``t_max``.
 
-    ``solver`` is a part of SOLVERS, or built from one; ``grid`` is a part of GRIDS; or the name of
-    one. ``noise`` is
-    for stochastic solvers: one seed per sample, so sample i does not depend on its batch mates.
-    Costs ``solver.evaluations(steps)`` calls of the denoiser. ``steps`` may differ from sample to
-    sample, one number each: then a sample leaves the batch when it is done, and ``callback`` has
-    no step to be told of. Raises ConfigError for settings that do not fit each other and DataError
-    for a non-finite ``x``, or samples that are not finite.
+    ``solver``: a part of SOLVERS, its name, or a built solver; ``grid``: a part of GRIDS or its
+    name. ``noise``: for stochastic solvers, one seed per sample, so that sample i does not depend
+    on the rest of the batch. Takes ``solver.evaluations(steps)`` denoiser calls. ``steps`` may be
+    one number per sample, without ``callback``; a sample then leaves the batch when it is done.
+    ConfigError for settings that do not fit each other; DataError if ``x`` or the samples are not
+    finite.
     """
     built = solver if isinstance(solver, Solver) else SOLVERS.parse(solver).build()
     grid = GRIDS.parse(grid)
@@ -102,10 +101,10 @@ def _sample_apart(
 
 
 def asked_times(process: Process, solver: Part, grid: Part, steps: int | Sequence[int]) -> Tensor:
-    """f64 [S]: every time at which such a run asks its denoiser, in the order of first asking; of
-    several numbers of ``steps``, all that is asked by any.
+    """f64 [S]: every time at which the denoiser is called in such a run, in order of first use.
 
-    ConfigError for solvers that choose their times by what they are answered.
+    For several numbers of ``steps``, those of all. ConfigError for solvers that choose their times
+    by the predictions.
     """
     if solver.evaluations_per_step() is None:
         hint = "it chooses its own steps"
@@ -138,8 +137,8 @@ def integrate(
 ) -> Tensor:
     """The state at ``times[-1]`` from ``x`` at ``times[0]``; times f64 [N+1], strictly monotone.
 
-    A step to sigma = 0 takes the denoised sample, whatever the solver. Differentiable (``sample``
-    is not). Deterministic solvers also run from data to noise.
+    A step to sigma = 0 returns the predicted x0. Differentiable (``sample`` is not). Deterministic
+    solvers also run from data to noise.
     """
     check_run(denoiser.process, x, cond, times, solver, noise)
     query, state = Query(denoiser, prepared(denoiser, cond)), SolverState()

@@ -1,7 +1,7 @@
-"""Samples that come and go: each at its own time, with its own grid, condition and seed, all of
-them in one call of the denoiser per step.
+"""Sampling with samples that join and leave the batch, each with its own grid, condition and seed.
 
-A sample is what it is alone (to rounding): its batch mates, and when it came in, change nothing.
+All samples under way share one denoiser call per step. A sample is the same as if it were alone (to
+rounding), whatever else is in the batch.
 
 Shapes: B samples that are under way.
 """
@@ -26,17 +26,17 @@ from coterie.solvers.feynman_kac import FeynmanKac
 
 @dataclass(frozen=True, eq=False)
 class Finished:
-    """A sample that is done: ``x`` at the last of its times."""
+    """A finished sample: ``x`` at the last of its times."""
 
     id: Any
     x: Tensor
 
 
 class Stepper:
-    """``admit`` samples at any moment, call ``step`` until ``len`` is 0; no gradient.
+    """Call ``admit`` at any time to add samples, and ``step`` until ``len`` is 0. No gradient.
 
-    One solver for all; Feynman-Kac correctors are refused, whose samples compete with each other.
-    A weight of guidance that differs from sample to sample is ``cond.guidance``.
+    One solver for all; Feynman-Kac correctors are refused, as their samples depend on each other.
+    Guidance weights that differ by sample are in ``cond.guidance``.
     """
 
     def __init__(self, denoiser: DenoiserLike, solver: Solver) -> None:
@@ -58,7 +58,7 @@ class Stepper:
 
     @property
     def ids(self) -> list[Any]:
-        """Of the samples under way, in the order of the batch."""
+        """Ids of the samples under way, in batch order."""
         return list(self._ids)
 
     @torch.no_grad()
@@ -70,11 +70,12 @@ class Stepper:
         noise: SampleNoise | None = None,
         ids: Sequence[Any] | None = None,
     ) -> None:
-        """Take in samples at ``x`` [n, ...], each with its own ``times`` (f64, see
-        :func:`coterie.solvers.integrate`). ``noise``: for stochastic solvers. ``ids``: what
-        they are called when they are done, by default their numbers since the first.
+        """Add samples at ``x`` [n, ...], each with its own ``times`` (f64, see
+        :func:`coterie.solvers.integrate`).
 
-        ``cond`` must have the fields of the conditions that came before. ConfigError, DataError.
+        ``noise``: for stochastic solvers. ``ids``: their names in the results, by default
+        consecutive numbers. ``cond`` must have the same fields as in earlier calls. ConfigError,
+        DataError.
         """
         if len(times) != len(x):
             raise ConfigError(describe("times", len(times), f"{len(x)} grids, one per sample"))
@@ -110,7 +111,7 @@ class Stepper:
 
     @torch.no_grad()
     def step(self) -> list[Finished]:
-        """One step of every sample under way; those that are done leave, and are returned."""
+        """One step of every sample under way; returns those that are finished."""
         if not len(self) or self._x is None:
             return []
         query = Query(self.denoiser, self._cond)

@@ -1,10 +1,9 @@
 """Solvers that add noise: ancestral (DDPM at eta = 1) and EDM's churn.
 
-Ancestral: Ho et al. 2020 (arXiv:2006.11239) and Song et al. 2021 (arXiv:2010.02502, eq. 12-16),
-for any (alpha, sigma). What is known of x0 given x is D, and an uncertainty, which the step leaves
-away (then few steps make samples too narrow) or adds as that of data of one standard deviation
-(Bao et al. 2022, arXiv:2201.06503, theorem 1). Churn: Karras et al. 2022 (arXiv:2206.00364,
-algorithm 2).
+Ancestral: Ho et al. 2020 (arXiv:2006.11239) and Song et al. 2021 (arXiv:2010.02502, eq. 12-16), for
+any (alpha, sigma). The step uses the mean D of x0 given x. The variance of x0 given x is ignored
+(then few steps make samples too narrow), or estimated from the data's standard deviation (Bao et
+al. 2022, arXiv:2201.06503, theorem 1). Churn: Karras et al. 2022 (arXiv:2206.00364, algorithm 2).
 """
 
 from __future__ import annotations
@@ -39,8 +38,8 @@ from coterie.solvers.runge_kutta import TABLEAUS, RungeKutta
 class Ancestral(Solver):
     """x = alpha_u D + sqrt(sigma_u^2 - s^2) E + s z with s^2 = eta^2 times the posterior variance.
 
-    The noise also has what x0 varies by given x, were the data Gaussian of ``data_std``. At eta = 1
-    on a discrete process a learned variance, if predicted, is that of the noise.
+    With ``data_std`` the noise also covers the variance of x0 given x, for Gaussian data of that
+    standard deviation. At eta = 1 on a discrete process a learned variance is used.
     """
 
     eta: float
@@ -94,15 +93,13 @@ def _ancestral(
 
 @SOLVERS.register
 class AncestralConfig(SolverConfig):
-    """DDPM sampling at ``eta`` 1 (with learned variances where predicted), DDIM at 0.
-
-    ``data_std``: noise for what x0 varies by given x, as in data of this standard deviation. 0, as
-    published, makes samples too narrow in few steps.
-    """
+    """Ancestral sampling: DDPM at ``eta`` 1 (with learned variances if predicted), DDIM at 0."""
 
     kind: Literal["ancestral"] = "ancestral"
-    eta: float = Field(1.0, ge=0, le=1)
+    eta: float = Field(1.0, ge=0, le=1)  # share of the noise added back
     data_std: float = Field(0.0, ge=0, le=1e3)
+    """Standard deviation of the data, to add the variance of x0 given x; 0, as published, makes
+    samples too narrow in few steps."""
 
     @model_validator(mode="after")
     def _check_noise(self) -> Self:
@@ -116,7 +113,7 @@ class AncestralConfig(SolverConfig):
 
 @dataclass(frozen=True)
 class Churn(Solver):
-    """Heun steps from a noise level raised by fresh noise. Levels are s = sigma / alpha."""
+    """Noise is added before each Heun step. Levels are s = sigma / alpha."""
 
     churn: float
     s_min: float
@@ -182,13 +179,13 @@ class Churn(Solver):
 
 @SOLVERS.register
 class ChurnConfig(SolverConfig):
-    """EDM's stochastic sampler; ``churn`` 0 is Heun. No level is raised above the process's."""
+    """EDM's stochastic sampler: noise is added before each Heun step."""
 
     kind: Literal["edm_churn"] = "edm_churn"
-    churn: float = Field(40.0, ge=0)
-    s_min: float = Field(0.05, ge=0)
-    s_max: float = Field(50.0, gt=0)
-    noise_scale: float = Field(1.003, gt=0)
+    churn: float = Field(40.0, ge=0)  # amount of noise over the whole run; 0: Heun
+    s_min: float = Field(0.05, ge=0)  # least sigma / alpha at which noise is added
+    s_max: float = Field(50.0, gt=0)  # largest sigma / alpha at which noise is added
+    noise_scale: float = Field(1.003, gt=0)  # factor of the added noise
 
     @model_validator(mode="after")
     def _check_range(self) -> Self:

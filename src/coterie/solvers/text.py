@@ -1,4 +1,4 @@
-"""Sampling text: one token after the other, or by unmasking (absorbing diffusion).
+"""Sampling text: token by token, or by unmasking (absorbing diffusion).
 
 Shapes: B batch, N positions, V vocabulary. Sample i depends on its own seed only.
 """
@@ -26,8 +26,8 @@ def generate_text(
     start: int,
     temperature: float = 1.0,
 ) -> Tensor:
-    """i64 [num, length]. ``steps`` matters to masked diffusion only; ``start`` is the first token
-    of an autoregressive sample (the end of the document before it)."""
+    """i64 [num, length]. ``steps``: for masked diffusion only; ``start``: first token of an
+    autoregressive sample (end of the document before)."""
     if denoiser.config.masking == "next_token":
         return _autoregressive(denoiser, num, length, noise, temperature, start)
     return _unmask(denoiser, num, length, steps, noise, temperature)

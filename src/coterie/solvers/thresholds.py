@@ -1,4 +1,4 @@
-"""Clipping of the predicted data. Not linear, hence its view is fixed: x0.
+"""Clipping of the predicted x0.
 
 Dynamic thresholding: Saharia et al. 2022 (arXiv:2205.11487, section 2.3).
 """
@@ -19,12 +19,13 @@ from coterie.solvers.base import prepared
 
 
 class ThresholdConfig(Config):
-    """clip: x0 into [-limit, limit]. dynamic: per sample, clip to the quantile of |x0| if that is
-    above ``limit``, then scale back into [-limit, limit]."""
+    """Keeps the predicted x0 in a range."""
 
     mode: Literal["clip", "dynamic"] = "clip"
-    limit: float = Field(1.0, gt=0)
-    quantile: float = 0.995
+    """``clip``: into [-limit, limit]. ``dynamic``: per sample, clip to the quantile of |x0| if that
+    is above ``limit``, then scale to [-limit, limit]."""
+    limit: float = Field(1.0, gt=0)  # end of the range
+    quantile: float = 0.995  # of |x0|, for dynamic
 
     @model_validator(mode="after")
     def _check_quantile(self) -> Self:
@@ -34,7 +35,7 @@ class ThresholdConfig(Config):
 
 
 class Thresholded:
-    """A denoiser whose x0 is kept in range; answers in the x0 view."""
+    """A denoiser whose predicted x0 is clipped; it predicts x0."""
 
     def __init__(self, denoiser: DenoiserLike, config: ThresholdConfig) -> None:
         self.denoiser, self.config = denoiser, config

@@ -33,7 +33,7 @@ class LinearSchedule(Part):
     """A straight line from 1 down to ``final``."""
 
     kind: Literal["linear"] = "linear"
-    final: float = Field(default=0.0, ge=0, le=1)
+    final: float = Field(default=0.0, ge=0, le=1)  # last factor
 
     def build(self) -> Factor:
         return lambda progress: 1.0 - (1.0 - self.final) * progress
@@ -44,7 +44,7 @@ class CosineSchedule(Part):
     """Half a cosine from 1 down to ``final``."""
 
     kind: Literal["cosine"] = "cosine"
-    final: float = Field(default=0.0, ge=0, le=1)
+    final: float = Field(default=0.0, ge=0, le=1)  # last factor
 
     def build(self) -> Factor:
         def factor(progress: float) -> float:
@@ -55,12 +55,12 @@ class CosineSchedule(Part):
 
 @SCHEDULES.register
 class RepeatedSchedule(Part):
-    """``schedule`` from its start ``times`` times: once for each of several parts that are trained
-    in turn."""
+    """Another schedule, several times in a row: once for each part that is trained in turn."""
 
     kind: Literal["repeated"] = "repeated"
     schedule: Annotated[SerializeAsAny[Part], SCHEDULES.validator] = LinearSchedule()
-    times: Few = 5
+    """the schedule to repeat"""
+    times: Few = 5  # number of repetitions
 
     def build(self) -> Factor:
         inner = self.schedule.build()
@@ -82,8 +82,8 @@ class StepSchedule(Part):
     """Multiplied by ``factor`` at every share of training in ``at``."""
 
     kind: Literal["steps"] = "steps"
-    at: tuple[float, ...] = (0.6, 0.85)
-    factor: float = Field(default=0.1, gt=0, le=1)
+    at: tuple[float, ...] = (0.6, 0.85)  # shares of training at which the rate falls
+    factor: float = Field(default=0.1, gt=0, le=1)  # factor at each of them
 
     @model_validator(mode="after")
     def _ordered(self) -> StepSchedule:
@@ -97,14 +97,13 @@ class StepSchedule(Part):
 
 @SCHEDULES.register
 class TriStageSchedule(Part):
-    """Warm-up from ``start``, a plateau at 1, exponential decay to ``final``; ``warm`` and ``hold``
-    are shares of training (Park et al. 2019, arXiv:1904.08779)."""
+    """Warm-up, a plateau at 1, and exponential decay (Park et al. 2019, arXiv:1904.08779)."""
 
     kind: Literal["tri_stage"] = "tri_stage"
-    start: float = Field(default=0.1, gt=0, le=1)
-    final: float = Field(default=1e-6, gt=0, le=1)
-    warm: float = Field(default=0.02, ge=0, lt=1)
-    hold: float = Field(default=0.08, ge=0, lt=1)
+    start: float = Field(default=0.1, gt=0, le=1)  # first factor
+    final: float = Field(default=1e-6, gt=0, le=1)  # last factor
+    warm: float = Field(default=0.02, ge=0, lt=1)  # share of training for warm-up
+    hold: float = Field(default=0.08, ge=0, lt=1)  # share of training at factor 1
 
     @model_validator(mode="after")
     def _leaves_time_to_decay(self) -> TriStageSchedule:

@@ -30,11 +30,11 @@ class Conv(ExpertKind):
     kind: Literal["conv"] = "conv"
     kernel: PositiveInt | None = None  # side of the kernel in pixels
     out: PositiveInt | None = None  # output channels
-    stride: PositiveInt | None = None
-    padding: NonNegativeInt | None = None
-    dilation: PositiveInt | None = None
-    groups: PositiveInt | None = None
-    bias: bool | None = None
+    stride: PositiveInt | None = None  # step of the kernel in pixels
+    padding: NonNegativeInt | None = None  # zeros added at each edge, in pixels
+    dilation: PositiveInt | None = None  # distance of kernel entries in pixels
+    groups: PositiveInt | None = None  # groups of channels that are convolved separately
+    bias: bool | None = None  # add a bias per output channel
     foldable: ClassVar[bool] = True
     unit: ClassVar[Literal["token", "sample"] | None] = "sample"
     grid: ClassVar[bool] = True

@@ -30,9 +30,9 @@ from coterie.nn import mlp
 class _HiddenKind(ExpertKind):
     """Shared by kinds with an inner size F: ``hidden``, or ``ratio`` times the width."""
 
-    hidden: PositiveInt | None = None
-    ratio: PositiveFloat = 4.0
-    init_std: NonNegativeFloat | None = None  # None: Xavier uniform per expert; else N(0, .)
+    hidden: PositiveInt | None = None  # inner size F; null: ratio times the width
+    ratio: PositiveFloat = 4.0  # inner size as a multiple of the width
+    init_std: NonNegativeFloat | None = None  # of the weights; null: Xavier uniform per expert
 
     def size(self, width: int) -> int:
         """Inner size F."""

@@ -23,8 +23,10 @@ from coterie.experts.windows import window_starts
 
 @SCORES.register
 class NoiseLevelScore(ScorePart):
-    """A linear map ``W SiLU(tau(t)) + b`` of the time embedding (Switch-DiT, arXiv:2403.09176), or
-    two layers (MoDE)."""
+    """A linear map of the time embedding, or two layers of it.
+
+    ``W SiLU(tau(t)) + b`` (Switch-DiT, arXiv:2403.09176); two layers as in MoDE (arXiv:2412.12953).
+    """
 
     kind: Literal["noise_level"] = "noise_level"
     hidden: NonNegativeInt = 0  # inner size of W2 GELU(W1 tau + b1) + b2; 0: one linear map

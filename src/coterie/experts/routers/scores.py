@@ -134,8 +134,10 @@ class TwoLayer(ScoreModule):
 
 @SCORES.register
 class CosineScore(ScorePart):
-    """Cosine similarity of the row and a learned prototype per expert (ProMoE,
-    arXiv:2510.24711)."""
+    """Cosine similarity of the row and a learned prototype per expert.
+
+    As in ProMoE (arXiv:2510.24711).
+    """
 
     kind: Literal["cosine"] = "cosine"
     init_std: NonNegativeFloat = 0.02  # of the prototypes

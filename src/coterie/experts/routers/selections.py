@@ -41,7 +41,9 @@ def _drop_masked(scores: Tensor, ids: Tensor) -> Tensor:
 
 
 class _K(SelectPart):
-    k: PositiveInt = 2
+    """Selections of a fixed number of experts per row."""
+
+    k: PositiveInt = 2  # experts per row
 
     @property
     def least(self) -> int:
@@ -70,8 +72,10 @@ class TopK(_K):
 
 @SELECTS.register
 class RandomK(_K):
-    """In training k experts drawn in proportion to their probabilities, without replacement (MoDE,
-    arXiv:2412.12953); else the k best. Without ``ctx.rng`` the k best."""
+    """In training k experts drawn by their probabilities, without replacement; else the k best.
+
+    As in MoDE (arXiv:2412.12953). Without ``ctx.rng`` the k best.
+    """
 
     kind: Literal["random"] = "random"
     draws: ClassVar[bool] = True
@@ -108,8 +112,10 @@ class Dense(SelectPart):
 
 @SELECTS.register
 class TopP(SelectPart):
-    """The fewest experts whose probabilities add up to more than p, the last one included (Dynamic
-    routing, arXiv:2403.07652)."""
+    """The fewest experts whose probabilities add up to more than p, the last one included.
+
+    Dynamic routing, arXiv:2403.07652.
+    """
 
     kind: Literal["top_p"] = "top_p"
     p: float = Field(default=0.4, gt=0.0, le=1.0)  # threshold of the summed probability
@@ -245,8 +251,11 @@ class GroupLimited(_K):
 
 @SELECTS.register
 class ExpertChoice(SelectPart):
-    """Each expert takes its best tokens of each sample: ``max(1, min(floor(N / E * k), N))``
-    (arXiv:2202.09368; per sample as in ProMoE). A token may be taken by several experts or none."""
+    """Each expert takes its best tokens of each sample; a token may have several experts or none.
+
+    The number of tokens per expert is ``max(1, min(floor(N / E * k), N))`` (arXiv:2202.09368; per
+    sample as in ProMoE).
+    """
 
     kind: Literal["expert_choice"] = "expert_choice"
     k: PositiveFloat = 1.0  # mean number of experts per token; need not be whole

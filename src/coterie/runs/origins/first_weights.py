@@ -1,4 +1,4 @@
-"""Where the first weights of a run come from, if not from its seed: another run or a model."""
+"""Initial weights of a run that come from another run or a model."""
 
 from __future__ import annotations
 
@@ -36,34 +36,28 @@ KINDS = "a run directory or a model directory"
 
 
 class Origin(Config):
-    """Which weights exactly; found when the run begins and kept in its ``config.json``.
+    """Identity of the initial weights; found when the run begins and kept in its
+    ``config.json``."""
 
-    ``digest``: SHA-256 of the manifest that lists the hash of every file; ``step``: of training
-    (None for a model directory); ``commit``: of the code that read them.
-    """
-
-    digest: str
-    step: Total | None = None
-    commit: str = ""
+    digest: str  # SHA-256 of the manifest, which lists the hash of every file
+    step: Total | None = None  # training step of the checkpoint; null for a model directory
+    commit: str = ""  # of the code that read them
 
 
 class InitConfig(Config):
-    """Start from the weights at ``path``: a run directory (its newest checkpoint; ``weights`` as in
-    ``load_weights``) or a model directory. Optimiser and averages start afresh.
-
-    ``upcycle``: the weights there are dense; make experts of them first. The run's model then has
-    the slots of :func:`coterie.convert.upcycled_config`.
-
-    ``adapters``: the weights there stay as they are, and these are added. Only new ones are trained
-    and saved; without any the run trains nothing (``train.steps`` 0). Such a run reads its base
-    each time it is loaded.
-    """
+    """Start from the weights of another run or model. Optimiser and averages start anew."""
 
     path: Place = Field(min_length=1)
+    """A run directory (its newest checkpoint) or a model directory."""
     weights: str = "ema"
+    """of a run directory: ema (first decay), ema-<decay>, or model (not averaged)"""
     upcycle: UpcycleConfig | None = None
+    """Turn the dense weights into experts first. The model then has the slots of
+    :func:`coterie.convert.upcycled_config`."""
     adapters: tuple[AdapterConfig, ...] = ()
-    origin: Origin | None = None
+    """Adapters to add; the weights themselves are not trained. Only new adapters are trained and
+    saved; without any, ``train.steps`` is 0. Such a run reads its base each time it is loaded."""
+    origin: Origin | None = None  # identity of the weights; filled in when the run begins
 
     @model_validator(mode="after")
     def _one_way(self) -> InitConfig:

@@ -16,7 +16,7 @@ from coterie.train.objectives.base import OBJECTIVES
 
 @OBJECTIVES.register
 class ClassificationConfig(Part):
-    """The class of a sample, by cross entropy of logits."""
+    """Cross entropy of the class."""
 
     kind: Literal["classification"] = "classification"
 

@@ -1,7 +1,7 @@
-"""The posterior over clusters: diffuse, and tell which cluster the clean sample is from.
+"""Training of an ensemble's router: predict, from x_t, the cluster of the clean sample.
 
-Samples come from the whole data, not from one cluster's, under the experts' noise; the minimum of
-the cross-entropy is P(cluster | x_t). Shapes: B batch, K clusters.
+Samples come from the whole data, not from one cluster, under the experts' noising process; the
+minimum of the cross-entropy is P(cluster | x_t). Shapes: B batch, K clusters.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ CLUSTER_MODELS = (ClusterRouterConfig.model_fields["kind"].default,)
 
 @OBJECTIVES.register
 class ClusterPosteriorConfig(Part):
-    """``times``: where in noise training looks. ``cluster``: the field of the condition that holds
-    the cluster of each sample; it is never shown to the network.
-    """
+    """Cross-entropy of a router that predicts the cluster of the clean sample from x_t."""
 
     kind: Literal["cluster_posterior"] = "cluster_posterior"
     times: Annotated[SerializeAsAny[Part], TIMES.validator] = "uniform"  # type: ignore[assignment]
+    """Distribution of the noise levels."""
     cluster: Literal["task", "label"] = "task"
+    """field of the condition that holds the cluster; hidden from the network"""
     label_dropout: float = Field(0.1, ge=0, le=1)  # share of samples trained without condition
     answers: ClassVar[str] = "posterior"
 

@@ -1,4 +1,4 @@
-"""Denoising: diffuse, predict, compare in the network's own view.
+"""Denoising: add noise, predict, and compare in the network's view.
 
 Shapes: B batch.
 """
@@ -20,20 +20,21 @@ from coterie.train.objectives.base import OBJECTIVES
 
 @OBJECTIVES.register
 class DenoisingConfig(Part):
-    """``times``: where in noise training looks; ``weighting``: how much each noise level counts.
-
-    For networks that see a part of x only in training: ``support`` is what the loss looks at, and
-    ``reconstruction`` weighs the error of the answer to the noisy input at what was not seen
-    (MaskDiT, arXiv:2306.09305, with ``support`` visible and 0.1).
-    """
+    """The usual loss of diffusion models: squared error of the prediction, weighted by
+    noise level."""
 
     kind: Literal["denoising"] = "denoising"
     times: Annotated[SerializeAsAny[Part], TIMES.validator] = "uniform"  # type: ignore[assignment]
+    """Distribution of the noise levels."""
     weighting: Annotated[SerializeAsAny[Part], WEIGHTINGS.validator] = "constant"  # type: ignore[assignment]
+    """Weight of each noise level in the loss."""
     label_dropout: float = Field(0.1, ge=0, le=1)  # share of samples trained without condition
-    vlb_weight: float = Field(1.0, ge=0)  # of the bound, bits per dimension, for a learnt variance
+    vlb_weight: float = Field(1.0, ge=0)  # weight of the variational bound, for a learned variance
     support: Literal["all", "visible"] = "all"
+    """``visible``: for networks that see a part of x in training, only the error on that part."""
     reconstruction: float = Field(0.0, ge=0)
+    """Weight of the squared difference to the noisy input on the unseen part (MaskDiT,
+    arXiv:2306.09305, with ``support`` visible and 0.1)."""
 
     def build(self, model: Any) -> Denoising:
         return Denoising(self, model.process)
@@ -51,7 +52,7 @@ class Denoising(nn.Module):
 
     @property
     def lr(self) -> float | None:
-        """Own learning rate of a learnt weighting; None: that of the model."""
+        """Learning rate of a learned weighting; None: that of the model."""
         return getattr(self.weighting, "lr", None)
 
     def forward(self, model: Any, batch: Batch, rng: Generator, progress: float = 1.0) -> Losses:

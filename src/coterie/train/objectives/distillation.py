@@ -1,4 +1,4 @@
-"""Distillation: one network learns what a trained model, or several as one, would answer.
+"""Distillation: one network is trained to predict what a trained model predicts.
 
 Shapes: B batch.
 """
@@ -22,15 +22,16 @@ from coterie.train.objectives.denoising import drawn, mean_over
 
 @OBJECTIVES.register
 class DistillationConfig(Part):
-    """``teacher``: any model; an ensemble of clusters with the choice ``oracle`` asks, for each
-    sample, the expert of its cluster (``cond.task``), as Decentralized Diffusion Models does.
-    ``times`` and ``weighting`` as in denoising.
-    """
+    """Squared error between the predictions of a student and of a trained teacher."""
 
     kind: Literal["distillation"] = "distillation"
     teacher: Annotated[SerializeAsAny[Part], MODELS.validator] = "denoiser"  # type: ignore[assignment]
+    """Any trained model. For an ensemble with the choice ``oracle``, the expert of the sample's
+    cluster (``cond.task``), as in Decentralized Diffusion Models."""
     times: Annotated[SerializeAsAny[Part], TIMES.validator] = "uniform"  # type: ignore[assignment]
+    """Distribution of the noise levels."""
     weighting: Annotated[SerializeAsAny[Part], WEIGHTINGS.validator] = "constant"  # type: ignore[assignment]
+    """Weight of each noise level in the loss."""
     label_dropout: float = Field(0.1, ge=0, le=1)  # share of samples without condition, for both
 
     def build(self, model: Any) -> Distillation:
@@ -38,7 +39,7 @@ class DistillationConfig(Part):
 
 
 class Distillation(nn.Module):
-    """MSE between the student's answer and the teacher's, in the student's process and view."""
+    """MSE between the student's and the teacher's prediction, in the student's process and view."""
 
     def __init__(self, config: DistillationConfig, model: Any) -> None:
         super().__init__()

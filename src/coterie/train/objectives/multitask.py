@@ -19,10 +19,11 @@ from coterie.train.objectives.base import OBJECTIVES
 
 @OBJECTIVES.register
 class MultiTaskObjectiveConfig(Part):
-    """``weights``: of the tasks' losses, by name; 1 where nothing is said."""
+    """Sum of the binary cross entropies of several tasks."""
 
     kind: Literal["multitask"] = "multitask"
     weights: dict[str, NonNegativeFloat] = Field(default_factory=dict)
+    """weight of a task's loss, by name; default 1"""
 
     def build(self, model: Any) -> MultiTaskObjective:
         tasks: tuple[str, ...] = getattr(model.config.backbone, "tasks", ())
@@ -38,7 +39,7 @@ class MultiTaskObjectiveConfig(Part):
 
 
 class MultiTaskObjective(nn.Module):
-    """``sum_t w_t BCE_t``: each task's mean over the samples whose answer is known; plus balance
+    """``sum_t w_t BCE_t``, each the mean over samples with a label for that task; plus balance
     losses."""
 
     weights: Tensor

@@ -1,7 +1,8 @@
-"""Reading pictures, clean or noisy: from data, or from a network's own answers to clean ones.
+"""Training of guidance networks: recognise clean or noisy pictures.
 
-A guide with several ranges is trained range by range, from the clean end to the noisy one, each in
-an equal part of the steps. Shapes: B batch.
+Targets come from the data, or from a network's output on the clean picture. A guide with several
+noise ranges is trained range by range, from clean to noisy, each in an equal part of the steps.
+Shapes: B batch.
 """
 
 from __future__ import annotations
@@ -31,19 +32,18 @@ def _times(value: Any) -> Part | None:
 
 @OBJECTIVES.register
 class RecognitionConfig(Part):
-    """``learn_from``: ``data`` (the class of each sample, or what follows from the picture), or
-    ``teacher``: the network under a guide tells what it sees in the clean picture, sharpened by
-    ``temperature`` (classes and pixels), and no label is read.
-
-    ``times``: where in noise a guide looks; None: clean pictures only. ``first``: an expert starts
-    as the network does (``base``), or as the expert of the range before it (``previous``).
-    """
+    """Loss of a network that recognises classes, maps or pixels in clean or noisy pictures."""
 
     kind: Literal["recognition"] = "recognition"
     learn_from: Literal["data", "teacher"] = "data"
+    """Targets: the ``data`` (the class, or what is computed from the picture), or a ``teacher``:
+    the network under the guide, applied to the clean picture; labels are then not used."""
     times: Annotated[SerializeAsAny[Part] | None, BeforeValidator(_times)] = None
-    temperature: float = Field(0.25, gt=0)
+    """distribution of the noise levels; null: clean pictures only"""
+    temperature: float = Field(0.25, gt=0)  # divides the teacher's logits (classes and pixels)
     first: Literal["base", "previous"] = "previous"
+    """A range's expert starts from the network (``base``), or from the expert of the range before
+    (``previous``)."""
     answers: ClassVar[str] = "recognition"
 
     def build(self, model: Any) -> Recognition:

@@ -18,10 +18,11 @@ from coterie.train.objectives.base import OBJECTIVES
 
 @OBJECTIVES.register
 class RestorationConfig(Part):
-    """``beta``: where the smooth L1 loss turns from square to absolute, in units of [-1, 1]."""
+    """Smooth L1 distance between the restored and the clean picture."""
 
     kind: Literal["restoration"] = "restoration"
     beta: PositiveFloat = 1.0
+    """error at which smooth L1 turns from square to absolute, in [-1, 1] units"""
 
     def build(self, model: Any) -> Restoration:
         view = model.config.view

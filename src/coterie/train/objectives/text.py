@@ -1,4 +1,4 @@
-"""Two ways to learn text on one network: next token, and masked diffusion.
+"""Objectives for text: next token, and masked diffusion.
 
 Shapes: B batch, N positions, V vocabulary.
 """
@@ -23,7 +23,7 @@ BITS = 1 / math.log(2)
 
 @OBJECTIVES.register
 class NextTokenConfig(Part):
-    """Each token of a text from those before it, by cross entropy of logits."""
+    """Cross entropy of each token given those before it."""
 
     kind: Literal["next_token"] = "next_token"
 
@@ -58,10 +58,11 @@ class NextToken:
 
 @OBJECTIVES.register
 class MaskedTokenConfig(Part):
-    """``lowest``: the smallest share of masked tokens, which bounds the weight 1/t."""
+    """Masked (absorbing) diffusion: cross entropy of the masked tokens."""
 
     kind: Literal["masked_token"] = "masked_token"
     lowest: float = Field(1e-3, gt=0, lt=1)
+    """least share of masked tokens t, which limits the weight 1/t"""
 
     def build(self, model: Any) -> MaskedToken:
         return MaskedToken(self.lowest)

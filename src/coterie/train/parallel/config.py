@@ -1,5 +1,5 @@
-"""How a run is laid out over processes. Where it runs is no part of what it is: a run directory
-says nothing of it, and may be resumed with another layout."""
+"""Layout of a run over processes. It is not part of the run's configuration: a run may be resumed
+with another layout."""
 
 from __future__ import annotations
 
@@ -12,19 +12,17 @@ from coterie.core.errors import ConfigError, describe
 
 
 class ParallelConfig(Config):
-    """``data`` copies of the model, each on ``shard`` x ``expert`` processes.
+    """Numbers of processes: ``data`` copies of the model, each on ``shard`` x ``expert`` processes.
 
-    ``data``: every process of the group has all parameters; gradients are averaged. ``shard``:
-    parameters, gradients and optimiser state are cut in equal parts and gathered block by block
-    (FSDP2). ``expert``: each process holds a part of every pool of experts, and rows travel to
-    their experts and back. Every process has a part of the batch, whatever the degrees.
+    Every process has a part of the batch.
     """
 
     axes: ClassVar[tuple[str, ...]] = ("data", "shard", "expert")
 
-    data: int = Field(1, ge=1)
+    data: int = Field(1, ge=1)  # copies of the model; gradients are averaged
     shard: int = Field(1, ge=1)
-    expert: int = Field(1, ge=1)
+    """processes among which parameters, gradients and optimiser state are split (FSDP2)"""
+    expert: int = Field(1, ge=1)  # processes among which experts are split; tokens are exchanged
 
     @property
     def processes(self) -> int:
