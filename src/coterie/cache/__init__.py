@@ -1,4 +1,5 @@
-"""Floor 4: what is known beforehand is not computed again. Lossless: the same answers."""
+"""Exact caches for sampling: what depends on noise level, label or references only is computed
+once."""
 
 from coterie.cache.conditioning_tables import KnownTables
 from coterie.cache.cost import CacheCost, cost, count_flops, measure

@@ -1,10 +1,8 @@
-"""What a network makes of its noise level and label alone, worked out once for all samples.
+"""Tables of time and label embeddings and of adaLN parameters, one row per step of a sampling grid.
 
-The embedding of the time, its sum with the label's, and the shifts, scales and gates of every block
-(adaLN) depend on neither x nor the batch. For a schedule they are a table with a row per step, made
-for each label at its first use.
+These depend neither on x nor on the batch. The table of a label is computed at its first use.
 
-Shapes: B samples, S steps of the schedule, T numbers of one noise level and label.
+Shapes: B samples, S steps of the grid, T values for one noise level and label.
 """
 
 from __future__ import annotations
@@ -31,14 +29,14 @@ _LEVEL = ("noise", "step_index", "time_input")  # fields of a Context that follo
 
 
 def has_known(denoiser: nn.Module) -> bool:
-    """Whether tables can be made: a plain denoiser whose backbone embeds the level apart from x."""
+    """Whether tables can be made: a denoiser whose backbone embeds the noise level apart from x."""
     return isinstance(denoiser, Denoiser) and isinstance(denoiser.backbone, Embeds)
 
 
 class KnownTables:
-    """Contexts of a schedule, with what :class:`coterie.core.context.Context` calls ``known``.
+    """Contexts of a grid with precomputed ``known`` (:class:`coterie.core.context.Context`).
 
-    Names the :class:`AdaptiveLinear` maps of ``denoiser`` (which is not shared with others).
+    Names the :class:`AdaptiveLinear` maps of ``denoiser``, which must not be shared with others.
     """
 
     def __init__(
@@ -57,7 +55,7 @@ class KnownTables:
         self.clear()
 
     def clear(self) -> None:
-        """Forget all tables: for a model that moves to another device or type."""
+        """Drop all tables, for a model that moves to another device or dtype."""
         self.tables: OrderedDict[int, Tensor] = OrderedDict()  # label -> [S, T]
         self.most: int | None = None  # labels at once, once the size of a table is known
         # Batch after batch stands at the same steps with the same labels.
@@ -70,7 +68,8 @@ class KnownTables:
         self.base = context_at(self.denoiser.process, times, inputs)  # the schedule as a batch
 
     def context(self, steps: Steps, label: Tensor | None) -> Context | None:
-        """Of samples at ``steps`` with labels i64 [B]; None where so many labels fit no table."""
+        """The Context of samples at ``steps`` with labels i64 [B]; None for more labels
+        than fit."""
         batch = len(steps.of_rows)
         if self.backbone.embeds_label and label is not None and label.shape == (batch,):
             labels = label.tolist()
@@ -141,5 +140,5 @@ class KnownTables:
         return torch.cat([part[:, 0] for parts in made.values() for part in parts], dim=-1)
 
     def numbers(self) -> int:
-        """How many are kept."""
+        """Number of values in all tables."""
         return sum(table.numel() for table in self.tables.values())

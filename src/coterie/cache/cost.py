@@ -1,7 +1,7 @@
-"""What a cache saves: products that are executed, parameters that stay in memory, time.
+"""What a cache saves: FLOPs, parameters in memory, and time.
 
-FLOPs are counted from the products that torch really executes, routers included, so a saving is
-not the artefact of a formula; time is measured beside it, because they are not the same.
+FLOPs are counted from the products that torch executes, routers included. Time is measured too, as
+the two are not proportional.
 """
 
 from __future__ import annotations
@@ -27,9 +27,12 @@ from coterie.experts import ExpertLayer
 
 @dataclass(frozen=True)
 class CacheCost:
-    """Of a denoiser without and with a cache. ``flops``: of one call for one sample, the mean over
-    the steps, 2 per multiply-add; ``flops_all_experts`` where every expert runs and gates weigh the
-    answers, as plain implementations do. ``parameters``: numbers kept in memory for the answer."""
+    """Cost of a denoiser without and with a cache.
+
+    ``flops``: of one call for one sample, mean over the steps, 2 per multiply-add.
+    ``flops_all_experts``: if every expert ran, as in plain implementations. ``parameters``: values
+    kept in memory.
+    """
 
     flops_all_experts: float
     flops_without: float
@@ -39,7 +42,7 @@ class CacheCost:
 
     @property
     def flops_saved(self) -> float:
-        """Share of the FLOPs, 0..1."""
+        """Share of the FLOPs that is saved, 0..1."""
         return 1.0 - self.flops_with / self.flops_without
 
     def as_dict(self) -> dict[str, float]:
@@ -48,9 +51,10 @@ class CacheCost:
 
 @torch.no_grad()
 def cost(folded: CachedDenoiser) -> CacheCost:
-    """Counted by running both, once for every different number of experts over the steps.
+    """Cost of ``folded`` and of its source, by running both for every number of experts that
+    occurs.
 
-    Needs the denoiser that ``folded`` was made from: ConfigError where it is gone.
+    ConfigError if the denoiser that ``folded`` was made from no longer exists.
     """
     source = _source(folded)
     steps = range(len(folded.schedule))
@@ -82,7 +86,7 @@ def _all_experts(model: nn.Module) -> Iterator[None]:
 
 
 def resident(model: nn.Module) -> int:
-    """Numbers in the parameters of a model and in what was made from them; each tensor once."""
+    """Values in a model's parameters and in tensors computed from them; each tensor once."""
     tensors: dict[int, Tensor] = {id(p): p for p in model.parameters()}
     for module in model.modules():
         if isinstance(module, FoldedLayer):

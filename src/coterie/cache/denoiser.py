@@ -1,11 +1,11 @@
-"""A denoiser that answers at the times of a schedule, with all that is known beforehand left out.
+"""A denoiser for the times of one sampling grid, with everything precomputed that can be.
 
-Every cache is exact: the answers are those of the denoiser it was made from, to rounding.
+Every cache is exact: predictions are those of the source denoiser, to rounding.
 
-* ``routing``: routers that see the noise level alone chose for every step, and the experts they
-  chose became one (:mod:`.fold`).
-* ``modulation``: what the network makes of noise level and label is a table (:mod:`.known`).
-* ``references``: keys and values of references are worked out once per sample, by ``prepare``.
+* ``routing``: where routers depend on the noise level alone, the experts chosen at a step are fused
+  into one (:mod:`.fold`).
+* ``modulation``: embeddings of noise level and label are a table (:mod:`.conditioning_tables`).
+* ``references``: keys and values of references are computed once per sample, by ``prepare``.
 """
 
 from __future__ import annotations
@@ -51,17 +51,16 @@ def cached(
     shape: Sequence[int] | None = None,
     caches: Sequence[Cache] | None = None,
 ) -> CachedDenoiser:
-    """A denoiser of the same contract that answers at ``times`` only, as ``denoiser`` does.
+    """A denoiser that predicts the same as ``denoiser``, at ``times`` only, and faster.
 
-    ``times``: where a solver will ask, in the process's time, float [S]; the clean end of a grid
-    (sigma = 0) may be among them and is left out. ``cond``: any condition that the denoiser
-    accepts, needed where it accepts no empty one; what it says does not matter. ``shape``: of one
-    sample, by default the backbone's. ``caches``: which to use; None: every one that applies.
+    ``times``: the solver's times, float [S], in the process's time; the clean end of a grid (sigma
+    = 0) may be among them and is left out. ``cond``: any condition that the denoiser accepts,
+    needed if it accepts no empty one; its values do not matter. ``shape``: of one sample, by
+    default the backbone's. ``caches``: which to use; None: all that apply.
 
-    The answer shares every weight that it does not fold with ``denoiser``, and does not keep it
-    alive: let go of it, and the experts that no step uses are freed. Guidance goes around the
-    result. ConfigError for a model that trains, where a cache of ``caches`` does not apply, and
-    where none does.
+    The result shares every weight that it does not fold with ``denoiser``, but does not keep it
+    alive: if you drop it, experts that no step uses are freed. Apply guidance to the result.
+    ConfigError for a model in training mode, if one of ``caches`` does not apply, or if none does.
     """
     known = set(CACHES)
     for name in caches or ():
@@ -88,7 +87,7 @@ def applicable(denoiser: Any) -> tuple[Cache, ...]:
 
 
 def has_references(denoiser: Any) -> bool:
-    """Whether its backbone attends to references."""
+    """Whether its backbone attends to reference images."""
     return bool(getattr(getattr(denoiser, "backbone", None), "has_references", False))
 
 
@@ -128,9 +127,11 @@ def _cached(
 
 
 def compile_network(denoiser: Any, dynamic: bool | None = None) -> None:
-    """Let torch compile its backbone at its next call: for one size of batch and again at the first
-    other one, or (``dynamic``) once for batches of every size above 1. Folded layers stay as they
-    are: their weights change with the step."""
+    """Compile the backbone with torch at its next call.
+
+    For one batch size and again for another one, or (``dynamic``) once for all sizes above 1.
+    Folded layers are not compiled, as their weights change with the step.
+    """
     for module in denoiser.backbone.modules():
         if isinstance(module, FoldedLayer):
             module.forward = torch.compiler.disable(module.forward)  # type: ignore[method-assign]
@@ -140,9 +141,9 @@ def compile_network(denoiser: Any, dynamic: bool | None = None) -> None:
 class CachedDenoiser(nn.Module):
     """``cached(x [B, ...], t [B], cond) -> Prediction``, also with samples at different steps.
 
-    Refuses (ConfigError) a time that is not of the schedule, to train, and to answer once the
-    weights of the denoiser it was made from have changed (told by torch's version counters, which
-    writing through ``.data`` escapes). ``caches`` names those in use. Made by :func:`cached`.
+    ConfigError for a time that is not of the grid, for training, and once the weights of the source
+    denoiser have changed (detected by torch's version counters; writes through ``.data`` are not
+    seen). ``caches`` names those in use. Made by :func:`cached`.
     """
 
     def __init__(
@@ -178,7 +179,7 @@ class CachedDenoiser(nn.Module):
 
     @property
     def source(self) -> Any:
-        """The denoiser this was made from; None once nobody holds it any more."""
+        """The denoiser that this was made from; None if it no longer exists."""
         return self._source()
 
     def train(self, mode: bool = True) -> CachedDenoiser:
@@ -188,8 +189,8 @@ class CachedDenoiser(nn.Module):
         return super().train(mode)
 
     def prepare(self, cond: Condition) -> Condition:
-        """``cond`` with what is static in it worked out, once for all steps: references become
-        keys and values."""
+        """``cond`` with its static parts computed once for all steps: keys and values of
+        references."""
         if "references" not in self.caches:
             return cond
         self._check()

@@ -1,9 +1,9 @@
-"""Routing folded by step: for a known schedule, routers run once and unused experts stay home.
+"""Fused experts per step, for routers that depend on the noise level alone.
 
-Where every router sees the noise level alone, its choice at a step of a schedule is the same for
-any input. So it is made beforehand, and the chosen experts become one expert of k times the inner
-size, or one map: the same function, without the router and without dispatch (MoDE,
-arXiv:2412.12953; its cache is keyed by the mean of a noise embedding, this one by layer and step).
+Their choice at a step of a grid is the same for every input. So the chosen experts are fused in
+advance into one expert of k times the inner size, or one linear map: the same function, without
+router and dispatch (MoDE, arXiv:2412.12953; its cache is keyed by the mean of a noise embedding,
+this one by layer and step).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _CHUNK = 16  # steps asked for at once while folding
 
 
 def fold(denoiser: Any, schedule: Schedule, x: Tensor, cond: Condition) -> dict[int, Any]:
-    """id of an expert layer -> what stands in its place; ConfigError where one cannot be folded.
+    """id of an expert layer -> its replacement; ConfigError if a layer cannot be folded.
 
     ``x``, ``cond``: one sample and condition that the denoiser accepts.
     """
@@ -36,7 +36,7 @@ def fold(denoiser: Any, schedule: Schedule, x: Tensor, cond: Condition) -> dict[
 
 
 def foldable(denoiser: nn.Module) -> bool:
-    """Whether the denoiser has expert layers, and the choices of all depend on the level alone."""
+    """Whether the denoiser has expert layers, all of which choose by the noise level alone."""
     try:
         return bool(expert_layers(denoiser))
     except ConfigError:

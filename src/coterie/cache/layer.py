@@ -1,4 +1,4 @@
-"""An expert layer whose choice is known for every step: one fused expert in the place of k.
+"""An expert layer with one fused expert per step in place of its router and experts.
 
 Shapes: B samples, N tokens, D width, E experts, K choices, S steps, C rounds.
 """
@@ -27,7 +27,7 @@ _KEPT = 256  # routings
 
 
 def check_foldable(layer: ExpertLayer, name: str) -> None:
-    """ConfigError, naming the layer, where its choices depend on more than the noise level."""
+    """ConfigError, with the layer's name, if its choices depend on more than the noise level."""
     router = layer.config.router
     score = router.score_part
     known = NOISE_LEVEL if layer.config.noise_tasks is None else NOISE_LEVEL | {"task"}
@@ -45,10 +45,10 @@ def check_foldable(layer: ExpertLayer, name: str) -> None:
 
 
 class FoldedLayer(ExpertLayer):
-    """``layer(h, ctx) -> ExpertOutput`` as the layer it stands for, at the steps of a schedule.
+    """``layer(h, ctx) -> ExpertOutput`` as the original layer, at the steps of a grid.
 
     ``recorded``: its routings at S samples, one per step, a list per round. Stem, adaptor and
-    shared experts that cannot be fused are the very modules of ``layer``.
+    shared experts that cannot be fused are those of ``layer``.
     """
 
     def __init__(self, layer: ExpertLayer, recorded: Sequence[Routing], name: str) -> None:

@@ -1,6 +1,6 @@
-"""The key of what is known beforehand: the place of a time in a schedule, never a float nearby.
+"""The steps of a sampling grid, found by exact equality of times.
 
-Shapes: B samples, S steps of the schedule.
+Shapes: B samples, S steps of the grid.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from coterie.core.errors import ConfigError, describe
 
 @dataclass(frozen=True, eq=False)
 class Steps:
-    """The step of each sample of a call. ``groups``: rows of the batch that share a step."""
+    """The step of each sample of a call. ``groups``: rows of the batch at the same step."""
 
     of_rows: tuple[int, ...]
 
@@ -31,10 +31,10 @@ class Steps:
 
 
 class Schedule:
-    """S times at which a denoiser will be asked, and the way back from a time to its step.
+    """S times of a sampling grid, and the step of each.
 
-    A time is found by equality with what a solver hands over: float64, or rounded to float32. Of
-    equal times the first counts.
+    A time matches if it equals the solver's float64 value, or that rounded to float32. Of equal
+    times the first counts.
     """
 
     def __init__(self, times: Tensor | Iterable[float]) -> None:
@@ -57,7 +57,7 @@ class Schedule:
         return len(self.times)
 
     def steps(self, t: Tensor) -> Steps:
-        """t [B] -> the step of each; ConfigError for a time that is not of the schedule."""
+        """t [B] -> the step of each; ConfigError for a time that is not of the grid."""
         index = self._index.get(t.dtype, self._index[torch.float32])
         found = []
         for time in t.tolist():
@@ -82,9 +82,9 @@ def current() -> Steps:
 
 
 class at:
-    """Inside the block every cached part answers for these steps; local to thread and task.
+    """Inside the block cached parts compute for these steps; local to thread and task.
 
-    A class, not a generator: it stands around every call, also of networks of a few rows.
+    A class, not a generator, as it surrounds every call and must be cheap.
     """
 
     __slots__ = ("_steps", "_token")

@@ -1,4 +1,4 @@
-"""Floor 4: many denoisers are one denoiser."""
+"""Ensembles: several denoisers that act as one denoiser."""
 
 from coterie.ensembles.aggregate import Aggregate, AggregateConfig
 from coterie.ensembles.aggregator import AggregatorConfig

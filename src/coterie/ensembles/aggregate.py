@@ -1,10 +1,10 @@
-"""Networks of one topology fused feature by feature: Adaptive Feature Aggregation.
+"""Adaptive Feature Aggregation: networks of one topology whose features are mixed after each layer.
 
-Members run in lockstep (:mod:`coterie.backbones.taps`). At every point an aggregator weighs their
-features, pixel by pixel, and the *fused* feature is what the next layer of every member reads, and
-what skip connections carry. Members stay as they are; the aggregators alone are trained, by the
-ordinary loop, with gradients through the members. Who decides where is a Routing of unit ``token``
-per point: its gates are the weights.
+Members run in lockstep (:mod:`coterie.backbones.taps`). At each point an aggregator computes
+weights of their features, pixel by pixel, and every member continues with the weighted sum, which
+skip connections carry too. Members are frozen; only aggregators are trained, by the ordinary loop,
+with gradients through the members. The weights at a point are the gates of a Routing of unit
+``token``.
 
 Shapes: B batch, N members, C channels, H x W pixels, R = B H W.
 """
@@ -39,24 +39,23 @@ from coterie.ensembles.members import Members
 
 @ENSEMBLES.register
 class AggregateConfig(EnsembleConfig):
-    """``gate`` spatial: weights per pixel that see the features, the noise level and the condition;
-    step: weights that see the noise level only; uniform: the mean, which trains nothing.
-
-    ``points``: shell patterns of the points that are fused (``members.points`` lists them); between
-    them every member reads its own features. The last, the answer, is always fused:
-    ``points=()`` fuses answers only. ``own_tokens``: ``cond.tokens`` [B, N M, C] holds those of
-    every member, one after another, as from text encoders of their own.
-    """
+    """Networks of one topology whose features are mixed after each layer."""
 
     kind: Literal["aggregate"] = "aggregate"
     gate: Gate = "spatial"
-    aggregator: AggregatorConfig = AggregatorConfig()
+    """``spatial``: weights per pixel from features, noise level and condition. ``step``: weights
+    from the noise level only. ``uniform``: the mean, without training."""
+    aggregator: AggregatorConfig = AggregatorConfig()  # size of the spatial aggregators
     points: tuple[str, ...] = ("*",)
+    """Patterns of the points where features are mixed (``members.points`` lists them). The last,
+    the output, always is; () mixes outputs only."""
     own_tokens: bool = False
+    """``cond.tokens`` [B, N M, C] holds the tokens of each member, one after another, as from
+    separate text encoders."""
 
     @property
     def is_trained(self) -> bool:
-        """Whether there is nothing to learn."""
+        """Whether there are no parameters to train."""
         return self.gate == "uniform"
 
     def build(
@@ -64,14 +63,15 @@ class AggregateConfig(EnsembleConfig):
         members: Members | Mapping[str, DenoiserLike | None] | Sequence[DenoiserLike | None],
         router: Any = None,
     ) -> Aggregate:
-        """ConfigError names the first thing in which the members differ. There is no router."""
+        """The ensemble. ConfigError names the first difference between members. ``router`` is not
+        used."""
         if router is not None:
             raise ConfigError(describe("router", router, "none: aggregators are its own"))
         return Aggregate(self, as_members(members))
 
 
 class Aggregate(Ensemble):
-    """See the module. Members are frozen; ``aggregators`` has one module per fused point."""
+    """The ensemble of the module. ``aggregators`` has one module per point."""
 
     config: AggregateConfig
 
@@ -88,7 +88,7 @@ class Aggregate(Ensemble):
         )
 
     def train(self, mode: bool = True) -> Self:
-        """Members never leave eval mode."""
+        """Set the aggregators' mode; members stay in eval mode."""
         super().train(mode)
         self.networks.eval()
         return self
@@ -119,7 +119,7 @@ class Aggregate(Ensemble):
         return answers[0].replace(routings=(*made, *inner))
 
     def paired(self, x: Tensor, t: Tensor, cond: Condition, null: Condition) -> Prediction:
-        """Both branches of guidance, each by weights of its own."""
+        """Predictions with and without condition, each with its own weights."""
         both = Condition.cat(cond, null)
         return self(torch.cat([x, x]), torch.cat([t, t]), both)
 

@@ -1,11 +1,11 @@
-"""Whom to follow, at one point of networks that run in lockstep: weights of N experts' features.
+"""Weights of N experts' features at one point of networks that run in lockstep.
 
     F = concat(f_1 .. f_N);  h = Conv1x1(N C -> d)(F);  h = ResidualBlock(h, e)
     h = SpatialTransformer(h, c);  A = softmax over N of Conv1x1(d -> N)(h);  f = sum_i A_i f_i
 
 per pixel and point (SABW of Adaptive Feature Aggregation, Wang et al. 2025, arXiv:2405.17082): e is
 the mean of the experts' embeddings of the noise level, c of their tokens of the condition. The last
-convolution has no bias and begins at zero, so A begins as 1 / N: the mean of the features.
+convolution has no bias and starts at zero, so A starts as 1 / N: the mean of the features.
 
 Shapes: B batch, N experts, C channels, H x W pixels, T, S widths of time and condition.
 """
@@ -27,13 +27,12 @@ Gate = Literal["spatial", "step", "uniform"]
 
 
 class AggregatorConfig(Config):
-    """Sizes of a spatial aggregator: ``width`` d, ``layers`` of its transformer in ``heads``, and
-    the ``groups`` of its group norms."""
+    """Size of a spatial aggregator."""
 
-    width: PositiveInt = 128
-    layers: int = Field(2, ge=0, le=4096)
-    heads: PositiveInt = 8
-    groups: PositiveInt = 32
+    width: PositiveInt = 128  # d, channels inside
+    layers: int = Field(2, ge=0, le=4096)  # transformer layers
+    heads: PositiveInt = 8  # attention heads
+    groups: PositiveInt = 32  # groups of the group norms
 
     @model_validator(mode="after")
     def _check(self) -> AggregatorConfig:
@@ -44,7 +43,7 @@ class AggregatorConfig(Config):
         return self
 
     def parameters(self, channels: int, experts: int, time_width: int, seen_width: int) -> int:
-        """How many an aggregator of ``experts`` features of ``channels`` has, in closed form."""
+        """Number of parameters of an aggregator for ``experts`` features of ``channels``."""
         d = self.width
         residual = 2 * (9 * d * d + d) + (time_width + 1) * d + 4 * d
         seen = d * d + 2 * seen_width * d + d * d + d + 2 * d if seen_width else 0
@@ -82,7 +81,7 @@ class SpatialAggregator(nn.Module):
 
 
 class StepAggregator(nn.Module):
-    """One weight per expert and noise level, the same at every pixel: logits f32 [B, N, 1, 1]."""
+    """One weight per expert and noise level, equal at all pixels: logits f32 [B, N, 1, 1]."""
 
     def __init__(self, experts: int, topology: Topology) -> None:
         super().__init__()
@@ -101,7 +100,7 @@ class StepAggregator(nn.Module):
 
 
 class UniformAggregator(nn.Module):
-    """The mean of the features: nothing to learn. Logits f32 [B, N, 1, 1], all 0."""
+    """The mean of the features; no parameters. Logits f32 [B, N, 1, 1], all 0."""
 
     def forward(
         self,

@@ -1,14 +1,14 @@
-"""Several denoisers are one: an ensemble has a process, answers in a view, and says who was asked.
+"""Base of ensembles: several denoisers with one process and one view.
 
-The choice among members is a :class:`Routing` of unit ``sample`` in slot ``ensemble``, so traces
-and reports read it like any other. Members keep their own process, view and preconditioning. Those
-of another process are asked at the same log signal-to-noise ratio, t_A = lam_A^-1(lam), with
-x alpha_A / alpha_B (:mod:`coterie.process.transport`).
+The members used for a sample are a :class:`Routing` of unit ``sample`` in slot ``ensemble``, so
+traces and reports read it like any other. Members keep their own process, view and preconditioning.
+A member with another process is called at the same log signal-to-noise ratio, t_A = lam_A^-1(lam),
+with x alpha_A / alpha_B (:mod:`coterie.process.transport`).
 
-All views are affine in x0 given x, so a convex combination may be made in any of them. Members that
-share process and view are combined in that view: nothing is converted, and what one member answers
-alone is passed on bit for bit. Otherwise they are combined in x0: it is bounded by the data at
-every noise level, and needs no division by sigma (nor by alpha, from x0, flow and v). Shapes: B
+All views are affine in x0 given x, so a convex combination may be made in any of them. Members with
+the same process and view are combined in that view, without conversion: a single member's
+prediction is returned bit for bit. Otherwise they are combined in x0, which is bounded by the data
+at every noise level and needs no division by sigma (nor by alpha, from x0, flow and v). Shapes: B
 batch, K members, k of them chosen.
 """
 
@@ -34,26 +34,27 @@ ENSEMBLES = Registry("ensemble", "coterie.ensembles")
 
 
 class EnsembleConfig(Part):
-    """``process``: the one it is sampled in; None: that of its first member. ``view`` ``auto``: the
-    members' own where all agree in process and view, else x0."""
+    """Base of ensemble configurations."""
 
     process: Annotated[SerializeAsAny[Part], PROCESSES.validator] | None = None
+    """process for sampling; null: that of the first member"""
     view: Literal["auto", "x0", "eps", "score", "flow", "v"] = "auto"
+    """view of the prediction; auto: the members', if they agree, else x0"""
 
     def build(
         self,
         members: Members | Mapping[str, DenoiserLike | None] | Sequence[DenoiserLike | None],
         router: Any = None,
     ) -> Ensemble:
-        """ConfigError where the members do not fit each other or this configuration."""
+        """The ensemble. ConfigError if members do not fit each other or this configuration."""
         raise NotImplementedError
 
 
 class Ensemble(nn.Module):
-    """``forward(x [B, ...], t f32 [B], cond) -> Prediction``, as of any denoiser.
+    """``forward(x [B, ...], t f32 [B], cond) -> Prediction``, as any denoiser.
 
-    Subclasses say in :meth:`choose` who answers for which sample, and with what weight. ``aux`` and
-    balance losses there are none: members are trained alone.
+    Subclasses choose members and weights in :meth:`choose`. There are no balance losses: members
+    are trained separately.
     """
 
     def __init__(self, config: EnsembleConfig, members: Members) -> None:
@@ -77,11 +78,11 @@ class Ensemble(nn.Module):
 
     @property
     def present(self) -> Tensor:
-        """bool [K]: members that are there."""
+        """bool [K]: members that exist."""
         return torch.tensor([not facts.missing for facts in self.members.facts])
 
     def choose(self, x: Tensor, t: Tensor, cond: Condition) -> Routing:
-        """Who answers for each row of x [B, ...] at t [B]."""
+        """The members and weights for each row of x [B, ...] at t [B]."""
         raise NotImplementedError
 
     def forward(
@@ -93,13 +94,15 @@ class Ensemble(nn.Module):
         rng: Generator | None = None,
         progress: float = 1.0,
     ) -> Prediction:
-        """``sample_ids`` go to the routing; ``rng`` and ``progress`` have no meaning here."""
+        """The combined prediction. ``sample_ids`` go to the routing; ``rng`` and ``progress`` are
+        ignored."""
         t = as_times(t, x)
         routing = self.choose(x, t, cond)
         return self.answer(x, t, cond, routing.replace(sample_ids=sample_ids))
 
     def paired(self, x: Tensor, t: Tensor, cond: Condition, null: Condition) -> Prediction:
-        """The stacked answer to a condition and its null form: both by the choice of the first."""
+        """Predictions with a condition and its null form, stacked; both use the members of the
+        first half."""
         routing = twice(self.choose(x, t, cond), null)
         both = Condition.cat(cond, null)
         return self.answer(torch.cat([x, x]), torch.cat([t, t]), both, routing)
@@ -110,7 +113,8 @@ class Ensemble(nn.Module):
         return ()
 
     def answer(self, x: Tensor, t: Tensor, cond: Condition, routing: Routing) -> Prediction:
-        """Each chosen member is called once with its rows; their answers are added up, weighted."""
+        """The weighted sum of the chosen members' predictions; each is called once with its
+        rows."""
         value = torch.zeros_like(x)
         variance: Tensor | None = None
         routings = [routing]
@@ -130,7 +134,7 @@ class Ensemble(nn.Module):
         return Prediction(value, self.view, tuple(routings), variance=variance)
 
     def successor(self, index: int) -> int | None:
-        """Who is likely to be asked after ``index``, in calls to come."""
+        """The member that is likely to be used after ``index``; None: unknown."""
         return None
 
     def _expect(self, order: list[int]) -> None:
@@ -141,7 +145,7 @@ class Ensemble(nn.Module):
             self.members.expect(after)
 
     def order(self, routing: Routing) -> list[int]:
-        """Chosen members, in the order in which they are called."""
+        """The chosen members in the order of their calls."""
         chosen = routing.ids[routing.ids < routing.num_experts]
         return [int(index) for index in chosen.unique()]
 
@@ -160,7 +164,7 @@ class Ensemble(nn.Module):
         return part.replace(routings=inner)
 
     def ask(self, index: int, x: Tensor, t: Tensor, cond: Condition) -> Prediction:
-        """One member's answer in the ensemble's process and the view that members are asked in."""
+        """One member's prediction in the ensemble's process, in the view for combining."""
         member = self.members.get(index)
         if member.process == self.process:
             return as_view(self.process, member(x, t, cond), self.asked_view, x, t)
@@ -171,7 +175,7 @@ class Ensemble(nn.Module):
     def record(
         self, logits: Tensor, probs: Tensor, ids: Tensor, gates: Tensor, t: Tensor, cond: Condition
     ) -> Routing:
-        """The choice as data; logits and probs [B, K], ids and gates [B, k]."""
+        """A Routing of the choice; logits and probs [B, K], ids and gates [B, k]."""
         return Routing(
             unit="sample",
             num_experts=len(self.members),
@@ -191,7 +195,7 @@ class Ensemble(nn.Module):
 
 
 def shared_view(process: Process, members: Members) -> View | None:
-    """The view in which every member answers by itself in ``process``; None where they differ."""
+    """The view that every member has in ``process``; None if they differ."""
     present = [facts for facts in members.facts if not facts.missing]
     own = {facts.view if facts.process == process else "x0" for facts in present}
     return own.pop() if len(own) == 1 else None  # type: ignore[return-value]
@@ -211,6 +215,7 @@ def twice(routing: Routing, null: Condition) -> Routing:
 def as_members(
     given: Members | Mapping[str, DenoiserLike | None] | Sequence[DenoiserLike | None],
 ) -> Members:
+    """``given`` as :class:`Members`."""
     return given if isinstance(given, Members) else Members(given)
 
 

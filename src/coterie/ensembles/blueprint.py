@@ -1,4 +1,4 @@
-"""A model without its weights, and models made of it: what reading members one by one takes."""
+"""A model without weights, and copies of it with weights, for reading members one by one."""
 
 from __future__ import annotations
 
@@ -16,8 +16,11 @@ Cast = Callable[[str, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Blueprint:
-    """``model`` holds everything but weights; ``shapes``: of its tensors, by name; ``later``: names
-    that are filled after :meth:`make`. Models are made in any thread, without random numbers."""
+    """A model whose weights were removed.
+
+    ``shapes``: of its tensors, by name; ``later``: tensors that are filled after :meth:`make`.
+    Copies can be made in any thread and draw no random numbers.
+    """
 
     model: nn.Module
     shapes: dict[str, tuple[torch.Size, torch.dtype]]
@@ -25,7 +28,7 @@ class Blueprint:
 
     @staticmethod
     def of(model: nn.Module, later: Collection[str] = ()) -> Blueprint:
-        """Takes the weights out of ``model``, which is of no other use afterwards."""
+        """The blueprint of ``model``, which loses its weights and is of no use afterwards."""
         tensors = module_tensors(model)
         shapes = {name: (value.shape, value.dtype) for name, value in tensors.items()}
         for value in tensors.values():
@@ -35,10 +38,10 @@ class Blueprint:
     def make(
         self, values: Mapping[str, Tensor], origin: str, cast: Cast | None = None
     ) -> nn.Module:
-        """A model that holds ``values``, without a copy, in eval mode.
+        """A model with ``values`` as its weights (not copied), in eval mode.
 
-        ``cast(name, value)``: their types (None: the model's own). CheckpointError unless names and
-        shapes are those of its tensors.
+        ``cast(name, value)``: their dtypes (None: the model's own). CheckpointError unless names
+        and shapes match.
         """
         change = cast or self._own_type
         ready = {name: change(name, value) for name, value in values.items()}

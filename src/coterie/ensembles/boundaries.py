@@ -1,4 +1,4 @@
-"""Which member for which noise levels: the cut of the noise axis with the least held-out loss.
+"""Noise-range boundaries with the least held-out loss, given the loss of each member per level.
 
 Shapes: M members, N bins of the noise level.
 """
@@ -23,14 +23,12 @@ MOST = 12  # members whose orders are all looked at
 
 @dataclass(frozen=True)
 class Cut:
-    """``members``: the numbers of those that have a range, from noisy to clean; ``boundaries``
-    between them, in the unit of the edges; ``loss``: mean over bins; ``best_alone``: the mean loss
-    of the best single member."""
+    """Members and the boundaries between their ranges."""
 
-    members: tuple[int, ...]
-    boundaries: tuple[float, ...]
-    loss: float
-    best_alone: float
+    members: tuple[int, ...]  # numbers of those with a range, from noisy to clean
+    boundaries: tuple[float, ...]  # between them, in the unit of the edges
+    loss: float  # mean over bins
+    best_alone: float  # mean loss of the best single member
 
 
 def search_boundaries(
@@ -39,7 +37,7 @@ def search_boundaries(
     *,
     keep_order: bool = False,
 ) -> Cut:
-    """The contiguous ranges that minimise the mean loss, by dynamic programming over bins.
+    """The contiguous ranges with the least mean loss, by dynamic programming over bins.
 
     ``losses`` [M, N] in one and the same view; ``edges`` [N + 1] from clean to noisy. Each member
     gets one range at most, some none. ``keep_order``: members are given from noisy to clean;

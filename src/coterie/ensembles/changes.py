@@ -1,4 +1,4 @@
-"""What was done to a member since it was read: adapters go with it, all else would be lost."""
+"""Detection of changes to a member after it was read; adapters do not count, as they are kept."""
 
 from __future__ import annotations
 
@@ -14,8 +14,7 @@ Marks = dict[str, object]
 
 
 def marks(member: object) -> Marks:
-    """What changes where somebody changes a network: its tensors, how often they were written, and
-    who listens to its modules. Adapters and what they merge do not count."""
+    """Version counters and hooks of a network's tensors and modules, adapters left out."""
     if not isinstance(member, nn.Module):
         return {}
     merged = {id(layer) for layer, additions in additions_of(member).values() if additions.merged}
@@ -39,7 +38,7 @@ def _listeners(module: Any) -> int:
 
 
 def changed(before: Marks, member: object) -> str:
-    """The first thing that is not as it was when the member was read; "" if all is."""
+    """A description of the first change since the member was read; "" if there is none."""
     after = marks(member)
     for key in (*before, *after):
         if before.get(key) != after.get(key) and not _forgiven(before.get(key), after.get(key)):

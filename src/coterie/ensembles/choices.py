@@ -1,7 +1,7 @@
-"""Which members answer for a sample, given the posterior over their clusters.
+"""Choice of members per sample, given the posterior over their clusters.
 
-``dense`` (full) asks all and is exact; ``top_k``, ``top_p`` (nucleus), ``fixed`` are those of the
-token routers; ``sampled`` draws one; ``oracle`` takes the true cluster. Shapes: B batch, K members.
+``dense`` uses all and is exact; ``top_k``, ``top_p`` (nucleus), ``fixed`` are those of token
+routers; ``sampled`` draws one; ``oracle`` uses the true cluster. Shapes: B batch, K members.
 """
 
 from __future__ import annotations
@@ -26,24 +26,23 @@ for _part in (Dense, TopK, TopP, Fixed):
 
 
 class ChoicePart(Part):
-    """Base of choices that look at more than probabilities."""
+    """Base of choices that use more than the probabilities."""
 
     def choose(self, probs: Tensor, x: Tensor, t: Tensor, cond: Condition) -> Tensor:
-        """i64 [B, k] of probs [B, K]; K = nobody."""
+        """i64 [B, k] of probs [B, K]; the id K marks an unused choice."""
         raise NotImplementedError
 
 
 @CHOICES.register
 class Sampled(ChoicePart):
-    """One member drawn from the posterior, anew at every step (Decentralized Diffusion Models finds
-    it far worse than the most probable one).
+    """One member drawn from the posterior, anew at every step.
 
-    The draw is a function of the sample's own state, by its hash: it depends on no batch mate, and
-    the same run gives the same sample.
+    Decentralized Diffusion Models finds it far worse than the most probable one. The draw depends
+    on a hash of the sample's own state, so it is reproducible and independent of the batch.
     """
 
     kind: Literal["sampled"] = "sampled"
-    seed: Seed = 0
+    seed: Seed = 0  # of the draw
 
     def choose(self, probs: Tensor, x: Tensor, t: Tensor, cond: Condition) -> Tensor:
         states = torch.cat([x.flatten(1).double(), t.double()[:, None]], dim=1).cpu().numpy()
@@ -60,10 +59,10 @@ class Sampled(ChoicePart):
 
 @CHOICES.register
 class Oracle(ChoicePart):
-    """The true cluster of each sample, from the condition: analysis only."""
+    """The true cluster of each sample, from the condition; for analysis only."""
 
     kind: Literal["oracle"] = "oracle"
-    cluster: Literal["task", "label"] = "task"
+    cluster: Literal["task", "label"] = "task"  # field of the condition with the cluster
 
     def choose(self, probs: Tensor, x: Tensor, t: Tensor, cond: Condition) -> Tensor:
         known: Tensor | None = getattr(cond, self.cluster)
@@ -77,7 +76,7 @@ class Oracle(ChoicePart):
 
 
 def choose_ids(part: Part, probs: Tensor, x: Tensor, t: Tensor, cond: Condition) -> Tensor:
-    """i64 [B, k], best first; members of probability 0 are never chosen (K = nobody)."""
+    """i64 [B, k], best first; members of probability 0 are never chosen (id K: unused)."""
     count = probs.shape[1]
     if isinstance(part, ChoicePart):
         ids = part.choose(probs, x, t, cond)

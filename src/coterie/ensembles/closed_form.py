@@ -1,6 +1,6 @@
-"""Experts and router of a Gaussian mixture whose components are cut into clusters: all exact.
+"""Exact experts and router of a Gaussian mixture that is divided into clusters.
 
-They prove that an ensemble equals the denoiser of the whole data. Shapes: B batch, K clusters, C
+They test that an ensemble equals the denoiser of the whole data. Shapes: B batch, K clusters, C
 components.
 """
 

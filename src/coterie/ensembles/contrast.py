@@ -1,10 +1,10 @@
-"""Strong minus weak: away from what a worse denoiser answers, through what a better one does.
+"""Guidance between denoisers: away from a weaker prediction, towards a stronger one.
 
     D + (w - 1) (D_strong - D_weak)
 
-is the operator of guidance (:mod:`coterie.process.contrast`) between denoisers: weak is an earlier
-checkpoint, another average of the weights, a smaller network (autoguidance), or the very same
-network with other experts, which takes no second copy of its weights.
+is the formula of guidance (:mod:`coterie.process.contrast`). Weak is an earlier checkpoint, another
+average of the weights, a smaller network (autoguidance), or the same network with other experts,
+which needs no second copy of its weights.
 """
 
 from __future__ import annotations
@@ -27,15 +27,17 @@ from coterie.process import ContrastConfig, contrast
 
 @ENSEMBLES.register
 class StrongWeakConfig(EnsembleConfig):
-    """Members: strong, weak and, where it is neither, the D that is moved (default: strong).
+    """Guidance between a strong and a weak denoiser.
 
-    ``rerouted``: the weak one is the strong one with these settings of its token routers, such as
-    ``{"select.k": 1}``; there is one member then.
+    Members: strong, weak and, optionally, a third that the difference is added to (default:
+    strong).
     """
 
     kind: Literal["contrast"] = "contrast"
-    contrast: ContrastConfig = ContrastConfig(weight=2.0)
+    contrast: ContrastConfig = ContrastConfig(weight=2.0)  # weight and where it acts
     rerouted: dict[str, Any] = Field(default_factory=dict)
+    """Settings of the token routers that make the weak denoiser from the strong one, such as
+    ``{"select.k": 1}``; there is one member then."""
 
     @model_validator(mode="after")
     def _check(self) -> StrongWeakConfig:
@@ -47,14 +49,14 @@ class StrongWeakConfig(EnsembleConfig):
         members: Members | Mapping[str, DenoiserLike | None] | Sequence[DenoiserLike | None],
         router: Any = None,
     ) -> StrongWeak:
-        """``members``: strong, weak and the base; see the configuration. There is no router."""
+        """The ensemble. ``members``: strong, weak and base. ``router`` is not used."""
         if router is not None:
             raise ConfigError(describe("router", type(router).__name__, "none", "all answer"))
         return StrongWeak(self, as_members(members))
 
 
 class StrongWeak(Ensemble):
-    """See the module. The gates of its routing are w and 1 - w (and 1 of the base)."""
+    """The ensemble of the module. The gates of its routing are w and 1 - w (and 1 for the base)."""
 
     config: StrongWeakConfig
 

@@ -1,7 +1,7 @@
-"""Do samples cover the clusters of the data? What sparse choices cost near pure noise.
+"""Whether samples cover the clusters of the data, which sparse choices may prevent.
 
-There the posterior is the clusters' prior whatever x is: top-1 sends every sample to the largest
-cluster first, and those that should have become another have to find their way later, or do not.
+Near pure noise the posterior is the prior of the clusters for every x: top-1 sends every sample to
+the largest cluster first, and some never reach another one.
 """
 
 from __future__ import annotations
@@ -18,19 +18,17 @@ from coterie.ensembles.base import check_share
 
 @dataclass(frozen=True)
 class Coverage:
-    """``histogram``: share of the samples in each cluster; ``prior``: of the data;
-    ``total_variation``: half the sum of their differences, 0 = alike, 1 = disjoint; ``expected``:
-    its mean for as many samples drawn from the prior, which is what chance alone leaves."""
+    """Shares of samples per cluster, compared with those of the data."""
 
-    histogram: tuple[float, ...]
-    prior: tuple[float, ...]
-    total_variation: float
-    expected: float
+    histogram: tuple[float, ...]  # share of the samples in each cluster
+    prior: tuple[float, ...]  # share of the data in each cluster
+    total_variation: float  # half the summed difference; 0: equal, 1: disjoint
+    expected: float  # its mean for as many samples drawn from the prior
     num_samples: int
 
 
 def coverage(clusters: Tensor, prior: Sequence[float]) -> Coverage:
-    """``clusters``: i64 [S], the cluster each sample was found in; ``prior``: of the data, [K]."""
+    """``clusters``: i64 [S], the cluster of each sample; ``prior``: of the data, [K]."""
     count = len(prior)
     check_share("prior", prior, count)
     if clusters.dim() != 1 or not len(clusters):

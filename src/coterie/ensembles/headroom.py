@@ -1,9 +1,10 @@
-"""What a perfect choice among experts would be worth, before anything is trained.
+"""How much a perfect choice among experts would gain, measured before a router is trained.
 
-The same noisy input goes through every expert. The *oracle* takes at each pixel the one with the
-least squared error: no gate can do better, but it also picks by luck. So the winners under one
-noise are asked under another one of the same picture and level: what is left is *predictable*,
-and only that can be learnt. Related experts of equal skill have an oracle and no headroom.
+All experts denoise the same noisy input. The *oracle* takes, at each pixel, the expert with the
+least squared error: no router can do better, but part of its gain is chance. So the winners under
+one noise are evaluated under a second noise of the same picture and level; the gain that remains is
+*predictable*, and only that can be learned. Similar experts have an oracle gain but no predictable
+one.
 
 Shapes: B batch, N experts, C channels, H x W pixels.
 """
@@ -30,23 +31,20 @@ LEVELS = 10
 
 @dataclass(frozen=True)
 class Level:
-    """Mean squared errors of eps at one noise level t in [0, 1]: ``alone`` of each expert; of the
-    winners per pixel under the same noise (``oracle``) and the other (``predictable``), and of the
-    winners per sample under the other; ``agreement``: share of pixels that both noises give to the
-    same expert, and what independent winners would share."""
+    """Mean squared errors of eps at one noise level."""
 
-    noise: float
-    alone: tuple[float, ...]
-    oracle: float
-    predictable: float
-    per_sample: float
-    agreement: float
-    chance: float
+    noise: float  # t in [0, 1]
+    alone: tuple[float, ...]  # of each expert
+    oracle: float  # of the winners per pixel, under the same noise
+    predictable: float  # of the winners per pixel, under the second noise
+    per_sample: float  # of the winners per sample, under the second noise
+    agreement: float  # share of pixels with the same winner under both noises
+    chance: float  # that share for independent winners
 
 
 @dataclass(frozen=True)
 class Headroom:
-    """Gains are relative to ``best``, the expert of the least error over all levels."""
+    """Errors per noise level. Gains are relative to ``best``, the best single expert."""
 
     names: tuple[str, ...]
     levels: tuple[Level, ...]
@@ -59,6 +57,7 @@ class Headroom:
 
     @property
     def best(self) -> str:
+        """Number of the expert with the least error over all levels."""
         return self.names[self.alone.index(min(self.alone))]
 
     def gain(self, of: str) -> float:
@@ -79,7 +78,7 @@ def _mean(values: Sequence[float]) -> float:
 def headroom(members: Members, batches: Iterable[Batch], levels: int = LEVELS) -> Headroom:
     """Errors of members in memory on ``batches``, at ``levels`` evenly spaced noise levels.
 
-    ConfigError unless there are two or more, of one process and one kind of sample.
+    ConfigError unless there are two or more, with the same process and sample shape.
     """
     check_alike(members)
     if len(members) < 2 or len(members.modules) < len(members):

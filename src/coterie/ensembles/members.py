@@ -1,4 +1,4 @@
-"""The denoisers of an ensemble, by name: in memory, or read when they are needed."""
+"""The denoisers of an ensemble, by name: in memory, or read when needed."""
 
 from __future__ import annotations
 
@@ -15,14 +15,13 @@ from coterie.process import Process
 
 @dataclass(frozen=True)
 class MemberFacts:
-    """What can be known of a member before it is asked: its ``process`` (None: the member is
-    missing, for ``reason``), its ``view`` (None: it depends), and in ``traits`` what all members of
-    an ensemble must agree on, such as the shape of a sample."""
+    """What is known of a member before it is read."""
 
     name: str
-    process: Process | None
-    view: str | None = None
+    process: Process | None  # None: the member is missing, for ``reason``
+    view: str | None = None  # None: unknown
     traits: Mapping[str, Any] = field(default_factory=dict)
+    """what all members must agree on, such as the shape of a sample"""
     reason: str = ""
 
     @property
@@ -31,7 +30,7 @@ class MemberFacts:
 
 
 def facts_of(name: str, denoiser: Any, traits: Mapping[str, Any] | None = None) -> MemberFacts:
-    """Facts of a denoiser in memory; those it does not state stay open."""
+    """Facts of a denoiser in memory."""
     config = getattr(denoiser, "config", None)
     view = getattr(denoiser, "view", None) or getattr(config, "view", None)
     found = {**traits_of(config), **(traits or {})}
@@ -48,7 +47,7 @@ def traits_of(config: Any) -> dict[str, Any]:
 
 
 class Members:
-    """Denoisers in memory, in order. None marks one that is missing."""
+    """Denoisers in memory, in order; None: missing."""
 
     def __init__(
         self,
@@ -80,7 +79,7 @@ class Members:
         return [one for one in self._denoisers if isinstance(one, nn.Module)]
 
     def get(self, index: int) -> DenoiserLike:
-        """The denoiser itself; valid until another one is asked for."""
+        """The denoiser; it stays valid until another one is requested."""
         found = self._denoisers[index]
         if found is None:
             facts = self.facts[index]
@@ -89,11 +88,11 @@ class Members:
         return found
 
     def expect(self, index: int) -> None:
-        """``index`` is likely to be asked for soon; nothing to do for what is in memory."""
+        """A hint that ``index`` will be needed soon; no effect for members in memory."""
 
 
 def check_alike(members: Members) -> None:
-    """ConfigError unless every member works on the same data: it names the first that does not."""
+    """ConfigError, naming the first difference, unless all members are for the same data."""
     present = [facts for facts in members.facts if not facts.missing]
     if not present:
         reasons = "; ".join(f"{facts.name}: {facts.reason}" for facts in members.facts)

@@ -1,12 +1,12 @@
-"""Experts of clusters of the data, joined by the posterior of the cluster given x_t.
+"""Experts of clusters of the data, mixed by the posterior of the cluster given x_t.
 
     D(x, t) = sum_k r_k(x, t) D_k(x, t),   r_k = P(cluster = k | x_t = x)
 
 is the denoiser of the whole data, in any view (Decentralized Diffusion Models, McAllister et al.
-2025). r comes from a router network (:mod:`.router`), or in closed form (:mod:`.closed_form`). Only
-the choice ``dense`` is exact. The others keep a part of the members with renormalised weights; near
-pure noise, where r is the clusters' prior, ``top_k`` begins with the largest clusters
-(:mod:`.coverage` measures what that costs). Shapes: B batch, K members.
+2025). r comes from a router network (:mod:`.router`) or a closed form (:mod:`.closed_form`). Only
+the choice ``dense`` is exact. The others use some of the members with renormalised weights; near
+pure noise, where r is the clusters' prior, ``top_k`` starts with the largest clusters
+(:mod:`.coverage` measures the effect). Shapes: B batch, K members.
 """
 
 from __future__ import annotations
@@ -39,17 +39,18 @@ from coterie.process import transport
 
 @ENSEMBLES.register
 class MixtureConfig(EnsembleConfig):
-    """``prior``: q(k), each cluster's share of the data. ``router_prior``: the shares that the
-    router saw in training (None: q itself; of a class-balanced one all 1 / K): its logits get
-    log q - log router_prior. ``router_every`` n: the router is asked at every n-th time of the
-    grid only; lossy, the choice in between is that of an earlier, noisier state.
-    """
+    """Experts of clusters of the data, mixed by a router's posterior."""
 
     kind: Literal["mixture"] = "mixture"
     choice: Annotated[SerializeAsAny[Part], CHOICES.validator] = "dense"  # type: ignore[assignment]
-    prior: tuple[float, ...] | None = None
+    """Which members are used, given the posterior."""
+    prior: tuple[float, ...] | None = None  # q(k), each cluster's share of the data
     router_prior: tuple[float, ...] | None = None
+    """Shares that the router was trained with; its logits get log q - log router_prior. null: q.
+    For a class-balanced router all are 1 / K."""
     router_every: PositiveInt = 1
+    """Run the router at every n-th step only; in between the last choice is kept, which is
+    approximate."""
 
     @model_validator(mode="after")
     def _check(self) -> MixtureConfig:
@@ -67,8 +68,11 @@ class MixtureConfig(EnsembleConfig):
         members: Members | Mapping[str, DenoiserLike | None] | Sequence[DenoiserLike | None],
         router: Any = None,
     ) -> Mixture:
-        """``router(x, t, cond)`` answers logits [B, K], or a Prediction of logits. If it has a
-        ``process``, it is asked at the noise level and scale of that process."""
+        """The ensemble.
+
+        ``router(x, t, cond)`` returns logits [B, K], or a Prediction of logits. If it has a
+        ``process``, it is called at that process's noise level and scale.
+        """
         if not callable(router):
             raise ConfigError(describe("router", router, "a callable that answers logits"))
         return Mixture(self, as_members(members), router)
@@ -84,8 +88,7 @@ class _Remembered:
 
 
 class Mixture(Ensemble):
-    """See the module. A choice belongs to a sample: rows are grouped by member, and each member is
-    called once with its rows."""
+    """The ensemble of the module. Each member is called once with the rows that use it."""
 
     config: MixtureConfig
 
@@ -110,12 +113,12 @@ class Mixture(Ensemble):
         self._last: _Remembered | None = None
 
     def reset(self) -> None:
-        """Forget the router's last answer (``router_every`` > 1); new runs are noticed anyway."""
+        """Drop the kept choice of ``router_every`` > 1; a new run is noticed without it."""
         self._last = None
 
     def probabilities(self, x: Tensor, t: Tensor, cond: Condition) -> tuple[Tensor, Tensor]:
-        """(logits, posterior) [B, K] over the members that are there, after prior correction; f32,
-        or f64 where x is."""
+        """(logits, posterior) [B, K] over existing members, after prior correction; f32, or f64 if
+        x is."""
         logits = self._logits(x, t, cond)
         corrected = logits + self.get_buffer("shift").to(logits)
         return corrected, corrected.softmax(dim=1)
@@ -171,5 +174,5 @@ class Mixture(Ensemble):
 
 
 def router_module(router: Any) -> nn.Module | None:
-    """The router where it has weights; a closed form has none."""
+    """The router as a module; None for a closed form."""
     return router if isinstance(router, nn.Module) else None

@@ -1,4 +1,4 @@
-"""An ensemble as one model: its members, each a model's configuration, and how they are joined."""
+"""An ensemble as one model: configurations of its members and of how they are combined."""
 
 from __future__ import annotations
 
@@ -26,24 +26,23 @@ Model = Annotated[SerializeAsAny[Part], BeforeValidator(_model)]
 
 
 class MemberConfig(Config):
-    """One model of an ensemble; None: it is missing, for ``reason``. ``space``: name of what
-    samples are, an autoencoder's latents for example, where members might differ in that."""
+    """One member of an ensemble."""
 
-    name: str = Field(min_length=1)
-    model: Model | None = None
-    reason: str = ""
-    space: str = ""
+    name: str = Field(min_length=1)  # of the member
+    model: Model | None = None  # its configuration; null: missing
+    reason: str = ""  # why it is missing
+    space: str = ""  # name of the sample space, such as an autoencoder's latents
 
     @property
     def absent(self) -> str:
-        """Why there is no such model; "" if there is."""
+        """Why the member is missing; "" if it exists."""
         if self.model is None:
             return self.reason or "not given"
         return str(getattr(self.model, "absent", ""))
 
     @property
     def resolved(self) -> Part | None:
-        """The configuration of its network, also where the model says only where that lies."""
+        """The configuration of its network, read from its folder if necessary."""
         return getattr(self.model, "model", self.model)
 
     @property
@@ -51,7 +50,7 @@ class MemberConfig(Config):
         return {"space": self.space} if self.space else {}
 
     def facts(self) -> MemberFacts:
-        """What is known before any weights are read."""
+        """What is known before weights are read."""
         config = self.resolved if not self.absent else None
         if config is None:
             return MemberFacts(self.name, None, reason=self.absent)
@@ -62,13 +61,13 @@ class MemberConfig(Config):
 
 @MODELS.register
 class EnsembleModelConfig(Part):
-    """Several models as one. ``router``: the model that says whom to ask, where the kind of
-    ensemble needs one. A member that is not there is left out, with a warning."""
+    """Several models that act as one. Missing members are left out with a warning."""
 
     kind: Literal["ensemble"] = "ensemble"
     ensemble: Annotated[SerializeAsAny[Part], ENSEMBLES.validator] = "mixture"  # type: ignore[assignment]
-    members: tuple[MemberConfig, ...] = ()
-    router: Model | None = None
+    """How the members are combined."""
+    members: tuple[MemberConfig, ...] = ()  # the models
+    router: Model | None = None  # model that weighs the members, if the ensemble needs one
 
     @model_validator(mode="after")
     def _named(self) -> EnsembleModelConfig:
@@ -79,20 +78,20 @@ class EnsembleModelConfig(Part):
 
     @property
     def is_trained(self) -> bool:
-        """Whether nothing is left to learn: so it is, unless the ensemble has weights of its own
-        (aggregators of features)."""
+        """Whether there is nothing to train: the ensemble has no weights of its own."""
         return bool(getattr(self.ensemble, "is_trained", True))
 
     @property
     def backbone(self) -> Any:
-        """That of the first member that is there: they agree on the data."""
+        """The backbone of the first existing member; all are for the same data."""
         for member in self.members:
             if not member.absent and member.model is not None:
                 return member.model.backbone
         raise ConfigError(describe("members", [m.name for m in self.members], "one that is there"))
 
     def multiply_adds(self) -> int:
-        """Of one sample's forward pass, through every member that is asked and what joins them."""
+        """Multiply-adds of one sample's forward pass, through all members used and the
+        combination."""
         from torch.utils.flop_counter import FlopCounterMode
 
         model = self.build()
@@ -125,15 +124,15 @@ class EnsembleModelConfig(Part):
                     borrow(part)
 
     def join(self, members: Members) -> Ensemble:
-        """The ensemble of members that are built already, in eval mode."""
+        """The ensemble of built members, in eval mode."""
         router = None if self.router is None else self.router.build()
         made: Ensemble = self.ensemble.build(members, router).eval()
         return made
 
 
 def model_of(ensemble: Ensemble) -> EnsembleModelConfig:
-    """The configuration of an ensemble in memory; ConfigError where a member or the router is no
-    registered model."""
+    """The configuration of an ensemble in memory; ConfigError if a part is not a registered
+    model."""
     members = []
     for index, facts in enumerate(ensemble.members.facts):
         member = MemberConfig(name=facts.name, reason=facts.reason)

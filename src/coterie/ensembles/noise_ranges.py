@@ -1,8 +1,8 @@
-"""Denoisers that each answer for a range of the noise level, the noisiest first.
+"""Denoisers for ranges of the noise level, the noisiest first.
 
-Two of them are Wan 2.2's pair (``transformer``, ``transformer_2``, ``boundary_ratio``); there may
-be any number, of any process. Of members on disk (:mod:`.residency`) the one in use is resident and
-the next one is read meanwhile. Shapes: B batch, K members.
+Wan 2.2's pair (``transformer``, ``transformer_2``, ``boundary_ratio``) is an example; there may be
+any number, of any process. If members are on disk (:mod:`.residency`), the one in use is in memory
+and the next one is read meanwhile. Shapes: B batch, K members.
 """
 
 from __future__ import annotations
@@ -26,14 +26,11 @@ from coterie.process.ranges import RangesConfig
 
 @ENSEMBLES.register
 class NoiseRangesConfig(RangesConfig, EnsembleConfig):
-    """``boundaries`` as in :class:`RangesConfig`; ``t`` is that of the ensemble's process.
-
-    ``guidance``: a weight for each member, or null where it is left to whoever asks. Members with a
-    weight guide themselves (classifier-free, from one stacked batch).
-    """
+    """Denoisers for ranges of the noise level; ``boundaries`` count in the ensemble's process."""
 
     kind: Literal["noise_ranges"] = "noise_ranges"
     guidance: tuple[float | None, ...] | None = None
+    """Guidance weight of each member (classifier-free); null: that of the sampling run."""
 
     @model_validator(mode="after")
     def _check(self) -> NoiseRangesConfig:
@@ -51,14 +48,14 @@ class NoiseRangesConfig(RangesConfig, EnsembleConfig):
         members: Members | Mapping[str, DenoiserLike | None] | Sequence[DenoiserLike | None],
         router: Any = None,
     ) -> NoiseRanges:
-        """``members``: the noisiest first. There is no router: the noise level decides."""
+        """The ensemble. ``members``: the noisiest first. ``router`` is not used."""
         if router is not None:
             raise ConfigError(describe("router", type(router).__name__, "none", "t decides"))
         return NoiseRanges(self, as_members(members))
 
 
 class NoiseRanges(Ensemble):
-    """See the module. Where a member is missing, the nearest range answers for it."""
+    """The ensemble of the module. The nearest range replaces a missing member."""
 
     config: NoiseRangesConfig
 
@@ -73,11 +70,11 @@ class NoiseRanges(Ensemble):
 
     @property
     def guides_itself(self) -> bool:
-        """Whether some member has a guidance weight of its own."""
+        """Whether a member has a guidance weight of its own."""
         return any(weight is not None for weight in self.config.guidance or ())
 
     def member_at(self, t: Tensor) -> Tensor:
-        """i64 [B]: the range that each t [B] lies in (its member may be missing)."""
+        """i64 [B]: the range of each t [B] (its member may be missing)."""
         return self.config.range_at(self.process, t)
 
     def choose(self, x: Tensor, t: Tensor, cond: Condition) -> Routing:

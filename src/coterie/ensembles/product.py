@@ -1,4 +1,4 @@
-"""Products, powers and tilts of what denoisers have learnt, right in distribution.
+"""Products, powers and tilts of the densities of trained denoisers, sampled correctly.
 
 The target at every noise level is p(x, t) ~ prod_i q_i(x, t)^beta_i exp(b(t) r(x)): q_i are the
 noised densities of the experts, r is a reward. With S = sum_i beta_i score_i the answer is the
@@ -11,12 +11,12 @@ score S, and particles that follow the reverse equation of any zeta > 0 with it 
 in falling time s (Skreta et al. 2025, arXiv:2503.02819: its annealing, geometric average, product
 and reward are special cases). No divergence of a network is needed. With a reward the drift has a
 half of its gradient at zeta = 1, zeta^2 / (1 + zeta^2) of it in general; the weights do the rest.
-Everything is per unit of lam = log(alpha / sigma), where it is finite in every process:
-g^2 |score|^2 ds = 2 |eps|^2 d lam. ``corrector`` "none" is the plain sum of scores, and the whole
+Everything is per unit of lam = log(alpha / sigma), where it is finite in every process: g^2
+|score|^2 ds = 2 |eps|^2 d lam. ``corrector`` "none" is the plain sum of scores, and the whole
 gradient of the reward, without weights: plausible, and not the target.
 
-What changes over noise levels goes with the share of signal c = alpha^2 / (alpha^2 + sigma^2):
-b(t) = b c, and beta_i(t) from ``noisy_betas`` at c = 0 to ``betas`` at c = 1. Shapes: B batch, M
+What changes over noise levels goes with the share of signal c = alpha^2 / (alpha^2 + sigma^2): b(t)
+= b c, and beta_i(t) from ``noisy_betas`` at c = 0 to ``betas`` at c = 1. Shapes: B batch, M
 experts, d numbers of a sample.
 """
 
@@ -64,30 +64,31 @@ DIVIDE_BY_ALPHA = {"eps", "score"}
 
 @ENSEMBLES.register
 class CompositionConfig(EnsembleConfig):
-    """What is composed, and how.
+    """A product, average, power or tilt of the densities of trained denoisers.
 
-    ``mode`` product: any ``betas`` (default: 1 each). average: they add up to 1 (default: 1 / M);
-    of an unconditional and a conditional expert, (1 - w, w) is what classifier-free guidance of
-    weight w aims at. anneal: one expert's density to the power beta. tilt: experts, and ``reward``
-    (or a function given to ``build``) times ``tilt``. ``noisy_betas``: the betas in pure noise, if
-    they change on the way; then every expert must know its density (``log_prob``). ``labels``: what
-    each expert is told, the sample's own condition, none, or one class. ``zeta``: noise of the
-    solver, for rewards.
-
-    ``process`` must be named where experts were trained in different ones: they are then asked at
-    the same lam. Where alpha is 0 at its noisy end, and the normaliser changes with noise or an
-    expert answers in eps or score, which say nothing of x0 there, sampling starts at lam = -6.
+    ``process`` must be named if experts were trained with different ones. If alpha is 0 at its
+    noisy end, and the normaliser changes with noise or an expert predicts eps or score (from which
+    x0 cannot be computed there), sampling starts at lam = -6.
     """
 
     kind: Literal["composition"] = "composition"
     mode: Mode = "product"
+    """``product``: any betas. ``average``: betas that add up to 1; of an unconditional and a
+    conditional expert (1 - w, w) is the target of classifier-free guidance of weight w. ``anneal``:
+    one expert's density to the power beta. ``tilt``: times exp(tilt * reward)."""
     betas: tuple[float, ...] | None = None
+    """power of each expert's density; null: 1, or 1 / M in an average"""
     noisy_betas: tuple[float, ...] | None = None
+    """Powers in pure noise, if they change with the noise level; every expert must then have
+    ``log_prob``."""
     labels: tuple[Label, ...] | None = None
-    tilt: float = 0.0
+    """Condition of each expert: that of the sample (``given``), none (``null``), or a class."""
+    tilt: float = 0.0  # factor of the reward
     reward: Annotated[SerializeAsAny[Part], REWARDS.validator] | None = None
-    zeta: float = Field(1.0, gt=0)
+    """function of a sample; larger is better"""
+    zeta: float = Field(1.0, gt=0)  # noise of the solver, for rewards
     corrector: Literal["none", "fkc"] = "fkc"
+    """fkc: weighted particles; none: the sum of scores, approximate"""
 
     @model_validator(mode="after")
     def _check(self) -> CompositionConfig:
@@ -120,8 +121,10 @@ class CompositionConfig(EnsembleConfig):
         router: Any = None,
         reward: Reward | None = None,
     ) -> Composition:
-        """``reward``: a function in place of the one configured. ConfigError where the target is
-        not defined by these experts. There is no router."""
+        """The ensemble. ``reward``: a function that replaces the configured one.
+
+        ConfigError if the target is not defined for these experts. ``router`` is not used.
+        """
         if router is not None:
             raise ConfigError(describe("router", router, "none: every expert is asked"))
         if not isinstance(members, Members):
@@ -132,7 +135,8 @@ class CompositionConfig(EnsembleConfig):
 
 
 class Composition(Ensemble):
-    """See the module. Sample it from :meth:`initial` noise with the solver ``feynman_kac``."""
+    """The ensemble of the module. Sample from :meth:`initial` noise with the solver
+    ``feynman_kac``."""
 
     config: CompositionConfig
 
@@ -175,13 +179,13 @@ class Composition(Ensemble):
 
     @property
     def zeta(self) -> float | None:
-        """What the solver's must be; None: any."""
+        """The ``zeta`` that the solver must have; None: any."""
         tilted = self.reward is not None and self.config.corrector == "fkc"
         return self.config.zeta if tilted else None
 
     @property
     def prior_scale(self) -> float:
-        """The initial noise of the composition as a multiple of an expert's: 1 / sqrt(sum beta)."""
+        """Standard deviation of the initial noise relative to an expert's: 1 / sqrt(sum beta)."""
         return 1.0 / math.sqrt(float(sum(self._betas_at(self._noisy_end()))))
 
     def initial(self, shape: Sequence[int], noise: SampleNoise) -> Tensor:
@@ -298,8 +302,10 @@ def compose(
     reward: Reward | None = None,
     **settings: Any,
 ) -> Composition:
-    """Several denoisers as one whose law is known; ``settings`` are those of
-    :class:`CompositionConfig`. ConfigError where the target is not defined."""
+    """A composition of denoisers; ``settings`` are fields of :class:`CompositionConfig`.
+
+    ConfigError if the target is not defined.
+    """
     given = None if betas is None else tuple(float(beta) for beta in betas)
     config = CompositionConfig.from_dict({**settings, "betas": given})
     return config.build(experts, reward=reward)

@@ -1,9 +1,8 @@
-"""Members that are read when they are needed and released afterwards.
+"""Members that are read from disk when needed and released afterwards.
 
-``resident`` members are in memory at most, the least recently asked released first, and the one
-that is expected next while a thread reads it (``prefetch``). Released is released: only the files
-remember its weights, which is all that inference needs. Adapters that were put on a member are on
-it again when it is read again; a member that was changed otherwise is not released.
+At most ``resident`` members are in memory (the least recently used is released first), plus the
+next one while a thread reads it (``prefetch``). A released member is read from its files again.
+Adapters on it are put on again; a member that was changed in another way is not released.
 """
 
 from __future__ import annotations
@@ -27,8 +26,8 @@ from coterie.ensembles.members import MemberFacts, Members
 
 
 def give_back() -> None:
-    """Hand freed memory back to the system. The allocator of glibc keeps what other threads have
-    allocated for them, which would be the weights of a member that is gone."""
+    """Return freed memory to the system, which glibc's allocator does not do by itself for other
+    threads."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if trim is not None:
         trim(0)
@@ -36,7 +35,7 @@ def give_back() -> None:
 
 @dataclass(frozen=True)
 class Loader:
-    """One member on disk: ``load()`` gives it anew; ``num_bytes``: of its weights."""
+    """One member on disk: ``load()`` reads it; ``num_bytes``: size of its weights."""
 
     facts: MemberFacts
     load: Callable[[], DenoiserLike]
@@ -44,10 +43,10 @@ class Loader:
 
 
 class LoadedMembers(Members):
-    """``get`` gives a member that is valid until ``resident`` others have been asked for.
+    """Members on disk; ``get`` returns one that is valid until ``resident`` others were requested.
 
-    ``num_bytes`` are the weights in memory or being read now, ``peak_bytes`` the most so far,
-    ``loads`` how often a member was read. Not for several threads at once.
+    ``num_bytes``: weights in memory or being read; ``peak_bytes``: the most so far; ``loads``:
+    number of reads. Not thread safe.
     """
 
     def __init__(
@@ -80,11 +79,11 @@ class LoadedMembers(Members):
 
     @property
     def held(self) -> tuple[int, ...]:
-        """Members in memory, the most recently asked last."""
+        """Members in memory, the most recently used last."""
         return tuple(self._held)
 
     def get(self, index: int) -> DenoiserLike:
-        """The member, read first if need be; CheckpointError if its files are damaged."""
+        """The member, read if necessary; CheckpointError if its files are damaged."""
         if index in self._held:
             self._held.move_to_end(index)
             return self._held[index]
@@ -114,7 +113,7 @@ class LoadedMembers(Members):
         del self._held[index], self._marks[index]
 
     def expect(self, index: int) -> None:
-        """Read ``index`` meanwhile, unless it is there or already being read."""
+        """Start to read ``index`` in a thread, unless it is in memory or being read."""
         if not self.prefetch or index in self._held or self.facts[index].missing:
             return
         if self._pending is None:
@@ -122,7 +121,7 @@ class LoadedMembers(Members):
             self._count()
 
     def release(self) -> None:
-        """Let go of every member; the next call reads again."""
+        """Release every member; the next call reads again."""
         if self._pending is not None:
             self._pending[1].cancel()
             self._pending = None

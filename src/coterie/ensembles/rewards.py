@@ -1,8 +1,8 @@
-"""What samples may be tilted to: functions of one sample, larger where it is better.
+"""Rewards for tilted compositions: functions of a sample that are larger where it is better.
 
-A composition asks for them at the noisy state; a reward that does not depend on the noise level
-needs no more than that, since its share rises from 0 in pure noise to 1 in clean data. All are
-differentiable in x, row by row. Shapes: B batch, C channels, H height, W width.
+They are evaluated at the noisy state and differentiable in x, row by row. Their share rises from 0
+in pure noise to 1 in clean data, so they need not depend on the noise level. Shapes: B batch, C
+channels, H height, W width.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ REWARDS = Registry("reward", "coterie.rewards")
 
 @REWARDS.register
 class BrightnessConfig(Part):
-    """The mean of a sample's numbers: of a picture in [-1, 1], how bright it is."""
+    """The mean of a sample's values: the brightness of a picture in [-1, 1]."""
 
     kind: Literal["brightness"] = "brightness"
 
@@ -39,10 +39,10 @@ def _brightness(x: Tensor, t: Tensor, cond: Condition) -> Tensor:
 
 @REWARDS.register
 class SymmetryConfig(Part):
-    """Minus the mean square of the difference to the mirror image; 0 is the most there is."""
+    """Minus the mean squared difference to the mirror image; 0 for symmetric pictures."""
 
     kind: Literal["symmetry"] = "symmetry"
-    axis: Literal["left_right", "up_down"] = "left_right"
+    axis: Literal["left_right", "up_down"] = "left_right"  # direction of the mirroring
 
     def build(self) -> Reward:
         return _Symmetry(-1 if self.axis == "left_right" else -2)
@@ -60,12 +60,11 @@ class _Symmetry:
 
 @REWARDS.register
 class ClassConfig(Part):
-    """log p(label | x) as ``network`` reads it: a trained model of class logits, told nothing of
-    noise. ``label`` None: the class of each sample's own condition."""
+    """log p(label | x) of a trained classifier of clean samples."""
 
     kind: Literal["class"] = "class"
-    network: Annotated[SerializeAsAny[Part], MODELS.validator]
-    label: int | None = Field(None, ge=0)
+    network: Annotated[SerializeAsAny[Part], MODELS.validator]  # model with class logits
+    label: int | None = Field(None, ge=0)  # class; null: that of each sample's condition
 
     def build(self) -> Reward:
         if not getattr(self.network, "is_trained", False):
@@ -75,7 +74,7 @@ class ClassConfig(Part):
 
 
 class ClassReward:
-    """``network(x [B, ...])`` answers logits [B, K], or a Prediction of them."""
+    """``network(x [B, ...])`` returns logits [B, K], or a Prediction of them."""
 
     def __init__(self, network: nn.Module, label: int | None = None) -> None:
         # Not a part of the composition's own weights: it is read from where it lies.

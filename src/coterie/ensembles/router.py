@@ -1,7 +1,7 @@
-"""A network that reads x_t and tells which cluster the clean sample is from.
+"""The router of an ensemble of clusters: predicts the cluster of the clean sample from x_t.
 
-With cross-entropy on samples of the whole data, diffused by the experts' process, its softmax is
-the posterior r_k(x, t) that joins them (Decentralized Diffusion Models, McAllister et al. 2025).
+Trained with cross-entropy on the whole data, noised by the experts' process, its softmax is the
+posterior r_k(x, t) that mixes them (Decentralized Diffusion Models, McAllister et al. 2025).
 Shapes: B batch, N tokens, D width, K clusters.
 """
 
@@ -27,7 +27,7 @@ from coterie.process import PRECONDITIONS, PROCESSES, Process, expand
 
 
 class PosteriorNetwork(PatchEncoder):
-    """A DiT's encoder; the mean of its tokens becomes K logits, f32."""
+    """A DiT's encoder; the mean of its tokens gives K logits, f32."""
 
     def __init__(self, config: DiTConfig, num_clusters: int) -> None:
         super().__init__(config)
@@ -35,7 +35,7 @@ class PosteriorNetwork(PatchEncoder):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """The head starts small: probabilities near 1 / K everywhere."""
+        """Initialise with a small head: probabilities near 1 / K."""
         super().reset_parameters()
         nn.init.normal_(self.head.weight, std=0.02)
         nn.init.zeros_(self.head.bias)
@@ -49,17 +49,16 @@ class PosteriorNetwork(PatchEncoder):
 
 @MODELS.register
 class ClusterRouterConfig(Part):
-    """``num_clusters``: experts to choose among. ``process``: that of the experts, or any other:
-    an ensemble matches noise levels. ``precondition`` scales the input only.
-
-    With ``backbone.num_classes`` 0 it reads x_t alone, else the condition too.
-    """
+    """A network that predicts the cluster of the clean sample from x_t."""
 
     kind: Literal["cluster_router"] = "cluster_router"
-    num_clusters: int = Field(2, ge=1)
+    num_clusters: int = Field(2, ge=1)  # number of experts
     backbone: Annotated[SerializeAsAny[Part], BACKBONES.validator] = DiTConfig(num_classes=0)
+    """with num_classes 0 it reads x_t alone, else the condition too"""
     process: Annotated[SerializeAsAny[Part], PROCESSES.validator] = "rectified_flow"  # type: ignore[assignment]
+    """Noising process; it may differ from the experts', as noise levels are matched."""
     precondition: Annotated[SerializeAsAny[Part], PRECONDITIONS.validator] = "none"  # type: ignore[assignment]
+    """Scaling of the network's input."""
 
     @model_validator(mode="after")
     def _check(self) -> ClusterRouterConfig:
@@ -77,7 +76,7 @@ class ClusterRouterConfig(Part):
 class ClusterRouter(Model):
     """``forward(x [B, ...], t f32 [B], cond) -> Prediction`` of logits f32 [B, K].
 
-    ``cond.task`` is not read: in training it holds the answer.
+    ``cond.task`` is ignored: in training it holds the target.
     """
 
     backbone: PosteriorNetwork

@@ -1,4 +1,5 @@
-"""Dispatch: a parameter-free plan made from a Routing, and backends that carry it out."""
+"""Dispatch: sending rows to their experts, by a plan made from a Routing and one of several
+backends."""
 
 from coterie.experts.dispatch.auto import choose, dispatch
 from coterie.experts.dispatch.backends import BACKENDS, available

@@ -1,4 +1,5 @@
-"""Which backend serves a call: a rule read off measurements (``coterie bench experts``)."""
+"""Choice of the dispatch backend for a call, by rules from measurements (``coterie bench
+experts``)."""
 
 from __future__ import annotations
 
@@ -70,7 +71,7 @@ def _kernels(x: Tensor, plan: DispatchPlan, pool: ExpertPool, backend: str) -> s
 
 
 def positions(x: Tensor) -> int:
-    """Tokens, or places of the grid, in one row."""
+    """Number of tokens or pixels in one row."""
     return math.prod(x.shape[2:] if x.dim() == 4 else x.shape[1:-1])
 
 
@@ -90,13 +91,13 @@ def dispatch(
     float32: bool = False,
     always: Mapping[str, Tensor] | None = None,
 ) -> Tensor:
-    """Combine the chosen experts' answers. x [R, D], [B, N, D] or [B, C, H, W] -> the kind's shape
-    (that of x for tokens), the type of x. A plan of N times as many rows as x routes each row of x
-    N times in a row, and the answer has its rows.
+    """The weighted sum of the chosen experts' outputs.
 
-    ``always``: weights of one more expert that every row uses with gate 1. Under autocast the
-    products run in its type and their sum in float32. A backend that cannot serve the call
-    (grouped in float64, say) gives way to ``sorted``.
+    x is [R, D], [B, N, D] or [B, C, H, W]; the result has the kind's output shape and x's dtype. If
+    the plan has N times as many rows as x, each row of x is routed N times in a row, and the result
+    has the plan's rows. ``always``: weights of one more expert that every row uses with gate 1.
+    Under autocast the products run in its dtype and their sum in float32. If ``backend`` cannot
+    serve the call (grouped in float64, say), ``sorted`` does.
     """
     dtype, device = x.dtype, x.device.type
     if torch.is_autocast_enabled(device) and dtype == torch.float32:
@@ -161,10 +162,10 @@ def _recorded(
 
 
 def attach(y: Tensor, plan: DispatchPlan, pool: ExpertPool) -> Tensor:
-    """Keep gates and experts in the graph with zero gradient although no row used them.
+    """Keep gates and experts in the autograd graph, with zero gradient, although no row used them.
 
-    Without this, a rank (or a batch of only unconditional samples) has parameters without a
-    gradient, which data-parallel training does not survive.
+    Otherwise a process, or a batch of unconditional samples only, has parameters without a
+    gradient, which data-parallel training does not support.
     """
     idle = [stack[:0].sum() for stack in pool.stacks().values()] + [plan.gates[:0].sum()]
     return y + torch.stack([value.to(y.dtype) for value in idle]).sum()

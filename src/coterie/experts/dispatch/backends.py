@@ -1,15 +1,15 @@
-"""Backends that compute ``y[r] = sum_k gate[r, k] * expert[id[r, k]](x[r])``; all give one answer.
+"""Backends that compute ``y[r] = sum_k gate[r, k] * expert[id[r, k]](x[r])``; results are equal.
 
-``loop`` is the oracle. ``sorted`` runs each expert once on its contiguous rows. ``grouped`` hands
-all segments to torch's grouped product. ``dense`` runs every expert on every row (right for k = E).
-``fold`` mixes the weights of linear experts per sample, ``table`` serves experts that ignore x,
-``once`` serves several routings of one row; ``triton`` has kernels of its own for CUDA, ``native``
-for float32 on a CPU.
-Parameters are split by ``unbind``: indexing a stack per expert makes its backward grow as E^2.
+``loop`` is the reference. ``sorted`` runs each expert once on its contiguous rows. ``grouped``
+hands all segments to torch's grouped product. ``dense`` runs every expert on every row (right for k
+= E). ``fold`` mixes the weights of linear experts per sample, ``table`` serves experts that ignore
+x, ``once`` serves several routings of one row; ``triton`` has kernels for CUDA, ``native`` for
+float32 on a CPU. Parameters are split by ``unbind``: indexing a stack per expert makes its backward
+grow as E^2.
 
-``float32``: sum the experts' answers in float32 at least; the caller casts back.
-x is [R, D] for unit "token" and [B, N, D] or, for experts that read grids, [B, C, H, W] for unit
-"sample" (a row is then a whole sample).
+``float32``: sum the experts' outputs in float32 at least; the caller casts back. x is [R, D] for
+unit "token" and [B, N, D] or, for experts on feature maps, [B, C, H, W] for unit "sample" (a row is
+then a whole sample).
 """
 
 from __future__ import annotations

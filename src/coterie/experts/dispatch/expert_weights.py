@@ -1,4 +1,4 @@
-"""What an expert's forward pass is given: its weights, alone, batched or sorted by row."""
+"""The weights that an expert's forward pass uses: of one expert, of a batch, or of sorted rows."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""From a Routing to the order in which experts read rows: no parameters, no arithmetic on x.
+"""A dispatch plan: the order in which experts read rows. No parameters, no arithmetic on x.
 
-Legend: R rows (tokens, or whole samples), K choices, A assignments (choices that are not the
-sentinel), E tensors in the pool.
+Legend: R rows (tokens, or whole samples), K choices, A assignments (used choices), E tensors in the
+pool.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from coterie.core.routing import Routing, Unit
 
 @dataclass(frozen=True, eq=False)
 class DispatchPlan:
-    """Choices of R rows, and (made on first use) the same choices sorted by expert."""
+    """The choices of R rows, also sorted by expert (computed when first used)."""
 
     unit: Unit
     ids: Tensor  # i64 [R, K], tensor index; num_experts = nobody

@@ -20,8 +20,7 @@ from coterie.train.objectives.base import OBJECTIVES
 
 @OBJECTIVES.register
 class DenoisingConfig(Part):
-    """The usual loss of diffusion models: squared error of the prediction, weighted by
-    noise level."""
+    """The loss of diffusion models: squared error of the prediction, weighted by noise level."""
 
     kind: Literal["denoising"] = "denoising"
     times: Annotated[SerializeAsAny[Part], TIMES.validator] = "uniform"  # type: ignore[assignment]
