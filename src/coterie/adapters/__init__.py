@@ -1,4 +1,4 @@
-"""Floor 2: small trained additions to a frozen network, found by the names of its modules."""
+"""Adapters: small trained additions to a frozen network, placed by the names of its modules."""
 
 from coterie.adapters.attach import (
     AdapterWarning,

@@ -1,4 +1,4 @@
-"""Adapters on any network: put on by the names of its modules, weighed, merged, taken off.
+"""Adapters on any network: attached by module names, weighted, merged and removed.
 
     attach(model, "six", LoraConfig(targets=("*.attention.*",), rank=8))
     ...                                     # train: only the adapter's parameters are open
@@ -61,11 +61,11 @@ class AdapterWarning(UserWarning):
 def attach(
     model: nn.Module, name: str, config: LoraConfig, weight: Gain = 1.0, warn: bool = True
 ) -> Parts:
-    """Put one adapter on ``model``, in place; its parts by the path of the module they add to.
+    """Attach a new adapter to ``model``, in place; returns its parts by the path of their module.
 
-    ``warn``: say so where ``targets`` cover experts that are no modules and are hence left out.
-    ConfigError, with ``model`` as it was: a pattern that fits nothing, a rank above a width, a slot
-    beyond a basis, a basis or a slot that does not go with the adapters that are there.
+    ``warn``: warn if ``targets`` match stacked experts, which are no modules and are left out.
+    ConfigError, with ``model`` unchanged, for a pattern that matches nothing, a rank above a width,
+    a slot beyond the basis, or a basis or slot that conflicts with other adapters.
     """
     there = adapters_of(model)
     if name in there:
@@ -129,7 +129,7 @@ def _made(modules: Mapping[str, nn.Module], config: LoraConfig) -> Parts:
 
 
 def own_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """Path -> module, without what adapters put there."""
+    """Path -> module, without those that adapters added."""
     added = {id(m) for a in model.modules() if isinstance(a, Additions) for m in a.modules()}
     return {path: m for path, m in model.named_modules() if id(m) not in added}
 
@@ -137,7 +137,7 @@ def own_modules(model: nn.Module) -> dict[str, nn.Module]:
 def named(
     modules: Mapping[str, nn.Module], patterns: Iterable[str], field: str, fit: object
 ) -> list[str]:
-    """Paths of the modules that fit, in order; ConfigError for a pattern without any."""
+    """Paths of the modules that match, in order; ConfigError for a pattern that matches none."""
     assert callable(fit)
     there = [path for path, module in modules.items() if fit(module)]
     patterns = tuple(patterns)
@@ -167,7 +167,7 @@ def _why_none(field: str, others: list[str], modules: Mapping[str, nn.Module]) -
 def named_stacks(
     modules: Mapping[str, nn.Module], patterns: Iterable[str]
 ) -> dict[str, tuple[str, ...]]:
-    """Path of a module -> its stacks of maps whose paths fit, as :func:`named` does it."""
+    """Path of a module -> its matching stacks of expert matrices, as :func:`named`."""
     there = {
         f"{path}.{own}": (path, own) for path, module in modules.items() for own in stacked(module)
     }
@@ -221,7 +221,7 @@ def configs_of(model: nn.Module) -> dict[str, LoraConfig]:
 
 
 def weights_of(model: nn.Module) -> dict[str, Gain]:
-    """Adapter -> how much of it is added."""
+    """Adapter -> its weight."""
     out: dict[str, Gain] = {}
     for _, additions in additions_of(model).values():
         out |= additions.gains
@@ -229,8 +229,8 @@ def weights_of(model: nn.Module) -> dict[str, Gain]:
 
 
 def base_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """The network's own parameters and persistent buffers, without what adapters added; each
-    tensor once, not a copy."""
+    """The network's own parameters and persistent buffers, without adapters; each tensor once, not
+    copied."""
     own = {id(v) for module in own_modules(model).values() for v in tensors_of(module)}
     out: dict[str, Tensor] = {}
     for name, value in model.state_dict(keep_vars=True).items():
@@ -246,8 +246,10 @@ def base_digest(model: nn.Module) -> str:
 
 
 def weigh(model: nn.Module, weights: Mapping[str, Gain]) -> None:
-    """How much of each named adapter is added: a number, or one per sample, [B]. ``{}`` changes
-    nothing; 0 turns an adapter off."""
+    """Set the weight of each named adapter: a number, or one per sample, [B].
+
+    ``{}`` changes nothing; weight 0 turns an adapter off.
+    """
     there = adapters_of(model)
     for name in weights:
         if name not in there:
@@ -260,8 +262,11 @@ def weigh(model: nn.Module, weights: Mapping[str, Gain]) -> None:
 
 @torch.no_grad()
 def merge(model: nn.Module) -> None:
-    """W + sum_i weight_i dW_i into the network's own weights, in f32 and from the weights as they
-    were; sorted by name, so the order in which adapters came does not matter. Twice is an error."""
+    """Add all adapters to the network's own weights: W + sum_i weight_i dW_i, in float32.
+
+    Adapters are added in the order of their names, so the result does not depend on the order of
+    attaching. ConfigError if they are already merged.
+    """
     found = additions_of(model)
     for path, (_, additions) in found.items():
         if additions.pristine is not None:
@@ -283,7 +288,7 @@ def merge(model: nn.Module) -> None:
 
 @torch.no_grad()
 def unmerge(model: nn.Module) -> None:
-    """The network's weights as they were before :func:`merge`, bit for bit."""
+    """Restore the weights from before :func:`merge`, bit for bit."""
     for layer, additions in additions_of(model).values():
         if additions.pristine is not None:
             for name, value in own_state(layer).items():
@@ -292,8 +297,8 @@ def unmerge(model: nn.Module) -> None:
 
 
 def detach(model: nn.Module) -> None:
-    """Take every adapter off; what is merged stays merged. The weights are the network's own again
-    (and stay closed to gradients)."""
+    """Remove every adapter; merged weights stay merged. The network's weights are its own again,
+    but still without gradient."""
     adapted = [layer for layer, _ in additions_of(model).values()]
     for layer in adapted:
         del layer.adapters
@@ -311,14 +316,14 @@ def detach(model: nn.Module) -> None:
 
 @dataclass(frozen=True, eq=False)
 class Taken:
-    """All that was on a network, by path, to be put on the same network read anew."""
+    """Adapters taken off a network, by path, for :func:`put_back`."""
 
     additions: dict[str, Additions]
     merged: bool
 
 
 def take_off(model: nn.Module) -> Taken:
-    """What :func:`put_back` needs; the network is as it was before any adapter came."""
+    """Remove all adapters for :func:`put_back`; the network is as before they were attached."""
     found = {path: additions for path, (_, additions) in additions_of(model).items()}
     merged = any(additions.pristine is not None for additions in found.values())
     unmerge(model)
@@ -327,7 +332,7 @@ def take_off(model: nn.Module) -> Taken:
 
 
 def put_back(model: nn.Module, taken: Taken) -> None:
-    """The same adapters, their parameters the same objects, on another copy of their network."""
+    """Attach the same adapter modules to another copy of the network."""
     modules = own_modules(model)
     for module in modules.values():
         borrow(module)
@@ -342,6 +347,6 @@ def put_back(model: nn.Module, taken: Taken) -> None:
 
 
 def fold(model: nn.Module) -> None:
-    """Merge and take off: an ordinary network of the base's own shape and cost."""
+    """Merge and detach: an ordinary network of the base's shape and cost."""
     merge(model)
     detach(model)

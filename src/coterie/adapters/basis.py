@@ -1,8 +1,8 @@
-"""Shared bases: directions that independently trained adapters are confined to.
+"""Shared bases for adapters that are trained separately and added up later.
 
-A public basis of R^m, made from a seed alone, is cut into slots of ``rank`` directions; whoever
-trains concept i takes slot i. Updates in different slots then have nothing in common,
-``dW_i dW_j^T = 0``, without anybody having seen the other (Po et al., arXiv:2312.02432).
+A public basis of R^m, computed from a seed, is divided into slots of ``rank`` directions; each
+adapter is trained in its own slot. Updates in different slots are orthogonal, ``dW_i dW_j^T = 0``,
+without joint training (Po et al., arXiv:2312.02432).
 """
 
 from __future__ import annotations
@@ -25,29 +25,32 @@ PROBE = 64  # width whose numbers stand in the hash
 
 
 class BasisConfig(Config):
-    """``index``: the slot. ``side``: the frozen factor reads the input (the paper) or writes the
-    output. ``gaussian``: rows N(0, 1/m), a new draw per slot: as many as one likes, orthogonal in
-    expectation only (E |B_i^T B_j|_F^2 = r^2 / m)."""
+    """A slot of a shared basis, to which an adapter is confined."""
 
     kind: Literal["orthogonal", "gaussian"] = "orthogonal"
-    seed: int = Field(0, ge=0, lt=2**63)
-    index: int = Field(0, ge=0, lt=2**63)
+    """``orthogonal``: an orthonormal basis. ``gaussian``: rows N(0, 1/m) drawn per slot; any number
+    of slots, orthogonal in expectation only (E |B_i^T B_j|_F^2 = r^2 / m)."""
+    seed: int = Field(0, ge=0, lt=2**63)  # of the basis
+    index: int = Field(0, ge=0, lt=2**63)  # number of the slot
     side: Literal["input", "output"] = "input"
+    """whether the frozen factor reads the input (as published) or writes the output"""
 
     @property
     def hash(self) -> str:
-        """Of all but the slot: adapters that are added up must agree on it.
+        """Hash of the basis without the slot; adapters that are added up must have the same.
 
-        Numbers go in as rounded draws, so that machines whose linear algebra rounds differently
-        agree.
+        Computed from rounded draws, so that it is equal on machines with different linear algebra.
         """
         draws = np.rint(_draws(self.kind, self.seed, PROBE, 0) * 1e6).astype(np.int64)
         fields = self.model_dump(mode="json", exclude={"index"})
         return digest({"version": VERSION, **fields, "draws": draws.ravel().tolist()})[:16]
 
     def directions(self, width: int, rank: int) -> Tensor:
-        """The frozen factor f32 [rank, width]; with ``orthogonal`` its rows are orthonormal, and
-        orthogonal to those of every other slot. ConfigError where the slot does not exist."""
+        """The frozen factor f32 [rank, width].
+
+        With ``orthogonal`` its rows are orthonormal, and orthogonal to those of other slots.
+        ConfigError if the slot does not exist.
+        """
         check_capacity(self, width, rank)
         if self.kind == "gaussian":
             rows = _draws(self.kind, self.seed, width, self.index, rank) / width**0.5
@@ -57,7 +60,7 @@ class BasisConfig(Config):
 
 
 def capacity(basis: BasisConfig | None, width: int, rank: int) -> int | None:
-    """Slots of ``rank`` directions that a basis of R^width has; None: no limit."""
+    """Number of slots of ``rank`` directions in a basis of R^width; None: no limit."""
     return width // rank if basis is not None and basis.kind == "orthogonal" else None
 
 

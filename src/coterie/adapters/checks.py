@@ -1,4 +1,4 @@
-"""Whether adapters go together, and how much they disturb each other.
+"""Whether adapters can be added up, and how much they overlap.
 
 Legend: r rank, I inputs, O outputs; A_i = down_i [r, I], dW_i = scale up_i A_i.
 """
@@ -19,8 +19,10 @@ from coterie.core.errors import ConfigError, describe
 
 
 def check_together(configs: Mapping[str, LoraConfig]) -> None:
-    """ConfigError where two adapters have different bases, or the same slot of one. Adapters
-    without a basis promise nothing and go with any."""
+    """ConfigError if two adapters have different bases, or the same slot of one.
+
+    Adapters without a basis go with any.
+    """
     placed = [(name, c, c.basis) for name, c in configs.items() if c.basis is not None]
     for (first, one, basis), (second, other, another) in combinations(placed, 2):
         if basis.hash != another.hash:
@@ -43,16 +45,15 @@ def _overlap(one: BasisConfig, rank: int, other: BasisConfig, other_rank: int) -
 
 @dataclass(frozen=True)
 class Pair:
-    """Two adapters, means over the modules that both change. ``overlap``: |A_i A_j^T| / (|A_i|
-    |A_j|), 0 where they read different directions of the input; ``update_overlap``:
-    |dW_i dW_j^T| / (|dW_i| |dW_j|); ``cosine``: of the two updates. Norms are Frobenius norms."""
+    """Overlap of two adapters: means over the modules that both change. Norms are Frobenius
+    norms."""
 
     first: str
     second: str
     modules: int
-    overlap: float
-    update_overlap: float
-    cosine: float
+    overlap: float  # |A_i A_j^T| / (|A_i| |A_j|); 0: they read different input directions
+    update_overlap: float  # |dW_i dW_j^T| / (|dW_i| |dW_j|)
+    cosine: float  # of the two updates
 
 
 def pairs(adapters: Mapping[str, Mapping[str, Part]]) -> list[Pair]:

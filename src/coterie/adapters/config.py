@@ -1,4 +1,4 @@
-"""What an adapter is, as configuration."""
+"""Configuration of adapters."""
 
 from __future__ import annotations
 
@@ -18,43 +18,38 @@ Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")]
 
 
 class LoraConfig(Config):
-    """dW = scale * up down of every linear map and convolution whose path fits ``targets`` (shell
-    patterns; ``*`` also matches dots). Nothing changes at the start: the trained factor is zero, or
-    one of the two trained factors is (LoRA, arXiv:2106.09685).
+    """A low-rank adapter: dW = scale * up down for linear maps and convolutions (LoRA,
+    arXiv:2106.09685).
 
-    ``basis`` None: both factors are trained. ``embeddings`` and ``rows``: these rows of these
-    embedding tables are trained too, such as the token of a new concept.
-
-    ``conv``: what is of low rank in a convolution of kernel k x k. ``channels``: down is a
-    convolution to ``rank`` channels (PEFT). ``kernel``: the kernel read as a matrix [O k, I k] is
-    of rank ``rank`` k, up [O k, r k] and down [r k, I k] (loralib). ``narrow``: a module with fewer
-    inputs or outputs than ``rank`` is an error, or gets the lower rank.
-
-    ``experts``: stacks of maps [E, out, in] (patterns of parameter paths, such as ``*.pool.*``), of
-    which each expert gets factors of its own. They are no modules, so ``targets`` cannot name them.
-
-    ``ranks`` and ``alphas``: modules among the targets (patterns) that have another rank or alpha;
-    the first pattern that fits holds.
-
-    ``biases``: modules whose biases are trained along. ``copies``: modules of which the adapter has
-    its own, starting as they are and trained whole: a batch norm with its statistics, or, with
-    ``*``, all of the network. On or off, and only one copy of a module at a time.
+    One trained factor starts at zero, so nothing changes at the start. Patterns are shell patterns
+    of paths, in which ``*`` also matches dots.
     """
 
-    targets: tuple[str, ...] = ("*",)
-    rank: PositiveInt = 4
-    alpha: float | None = Field(None, gt=0)  # None: rank, so that scale is 1
+    targets: tuple[str, ...] = ("*",)  # patterns of the modules that get the adapter
+    rank: PositiveInt = 4  # rank of dW
+    alpha: float | None = Field(None, gt=0)  # scale is alpha / rank; null: rank, so scale is 1
     rank_scaling: bool = False  # divide alpha by sqrt(rank) instead of rank (arXiv:2312.03732)
     ranks: dict[str, PositiveInt] = Field(default_factory=dict)
+    """pattern -> another rank for those targets; the first match holds"""
     alphas: dict[str, Annotated[float, Field(gt=0)]] = Field(default_factory=dict)
+    """pattern -> another alpha for those targets; the first match holds"""
     basis: BasisConfig | None = None
+    """confine one factor to a shared basis; null: both factors are trained"""
     embeddings: tuple[str, ...] = ()
-    rows: tuple[NonNegativeInt, ...] = ()
+    """embedding tables of which ``rows`` are trained, such as a new token"""
+    rows: tuple[NonNegativeInt, ...] = ()  # the trained rows of these tables
     conv: Literal["channels", "kernel"] = "channels"
+    """In convolutions of kernel k x k: ``channels``: down is a convolution to ``rank`` channels
+    (PEFT). ``kernel``: the kernel as a matrix [O k, I k] has rank ``rank`` k (loralib)."""
     narrow: Literal["refuse", "lower"] = "refuse"
+    """modules narrower than ``rank``: an error, or a lower rank"""
     experts: tuple[str, ...] = ()
-    biases: tuple[str, ...] = ()
+    """Patterns of stacked expert matrices [E, out, in], such as ``*.pool.*``; each expert gets its
+    own factors. ``targets`` cannot name them, as they are no modules."""
+    biases: tuple[str, ...] = ()  # patterns of modules whose biases are trained too
     copies: tuple[str, ...] = ()
+    """Patterns of modules that the adapter replaces by a fully trained copy, such as batch norms
+    with their statistics; ``*``: the whole network. Such a copy is on or off, one at a time."""
 
     @model_validator(mode="after")
     def _check(self) -> LoraConfig:
@@ -78,11 +73,11 @@ class LoraConfig(Config):
 
     @property
     def scale(self) -> float:
-        """Of a module without a rank or alpha of its own."""
+        """Scale of modules without a rank or alpha of their own."""
         return self._scale(self.rank, self.alpha)
 
     def rank_of(self, path: str) -> int:
-        """The rank that is wanted in the module at ``path``."""
+        """The rank for the module at ``path``."""
         rank: int = _first(self.ranks, path, self.rank)
         return rank
 
@@ -99,14 +94,13 @@ def _first(patterns: Mapping[str, Any], path: str, otherwise: Any) -> Any:
 
 
 class AdapterConfig(Config):
-    """One adapter of a model: a new one (``lora``), which is trained, or that of a run or a folder
-    in PEFT's layout (``path``), which stays as it is. ``weight``: how much of it is added; rows of
-    embeddings come whole."""
+    """One adapter of a run: a new one that is trained, or a trained one."""
 
-    name: Name
-    lora: LoraConfig | None = None
+    name: Name  # of the adapter
+    lora: LoraConfig | None = None  # a new adapter
     path: Annotated[Place, Field(min_length=1)] | None = None
-    weight: float = 1.0
+    """A trained adapter: a run, or a folder in PEFT's layout; it is not trained further."""
+    weight: float = 1.0  # factor of the adapter; trained rows of embeddings ignore it
 
     @model_validator(mode="after")
     def _one_origin(self) -> AdapterConfig:

@@ -47,8 +47,8 @@ BIAS, OWN_BIAS = "bias", "base_layer.bias"
 
 @dataclass(frozen=True, eq=False)
 class AdapterFile:
-    """A folder as it was read: factors by path in PEFT's shapes, and the new values of rows, of
-    biases and of whole modules."""
+    """The contents of an adapter folder: factors in PEFT's shapes, and trained rows, biases and
+    modules."""
 
     path: Path
     config: LoraConfig
@@ -63,7 +63,7 @@ class AdapterFile:
 def save_adapter(
     model: nn.Module, name: str, folder: str | Path, *, base: str = "", overwrite: bool = False
 ) -> Path:
-    """Write one adapter of ``model``; ``base`` is what PEFT calls the base model's name or path."""
+    """Write one adapter of ``model``; ``base``: PEFT's entry for the base model's name or path."""
     there = adapters_of(model)
     if name not in there:
         raise ConfigError(unknown("adapter", name, there))
@@ -144,8 +144,8 @@ def _digest(tensors: dict[str, Tensor]) -> str:
 
 
 def read_adapter(folder: str | Path) -> AdapterFile:
-    """CheckpointError for a folder that is not of this layout, asks for what is not here, or holds
-    weights that are not finite."""
+    """Read an adapter folder. CheckpointError if it has another layout, uses options that are not
+    supported, or holds weights that are not finite."""
     folder = Path(folder)
     data = read_object(folder / CONFIG, "no adapter configuration")
     where, weights = str(folder / CONFIG), str(folder / WEIGHTS)
@@ -193,8 +193,10 @@ def read_adapter(folder: str | Path) -> AdapterFile:
 
 
 def load_adapter(model: nn.Module, name: str, folder: str | Path, weight: float = 1.0) -> Parts:
-    """Put the adapter of a folder on ``model``; :class:`CheckpointError`, with ``model`` as it was,
-    where its basis or its shapes are not what they should be."""
+    """Attach the adapter of a folder to ``model``.
+
+    CheckpointError, with ``model`` unchanged, if its basis or shapes do not fit.
+    """
     found = read_adapter(folder)
     basis = found.config.basis
     if basis is not None and basis.hash != found.basis_hash:

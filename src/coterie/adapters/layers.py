@@ -1,6 +1,5 @@
-"""What an adapter adds to one module. Shapes: r rank, I inputs of the map (of a convolution:
-channels times kernel), O outputs, B batch.
-"""
+"""The additions of adapters to one module. Shapes: r rank, I inputs of the map (of a convolution:
+channels times kernel), O outputs, B batch."""
 
 from __future__ import annotations
 
@@ -179,7 +178,7 @@ class Rows(nn.Module):
         return (ids[..., None] == rows).to(self.change.dtype) @ self.change
 
     def merge_into(self, own: dict[str, Tensor], gain: float) -> None:
-        """Rows come whole."""
+        """Add the rows, whatever the weight."""
         if gain != 0:
             rows = torch.tensor(self.rows, device=self.change.device)
             own["weight"] = own["weight"].index_add(0, rows, self.change.float())
@@ -199,9 +198,11 @@ Part = LowRank | Rows | Shift | Copy | Stacks
 
 
 class Additions(nn.Module):
-    """All that adapters add to one module, under its child ``adapters``; ``gains``: how much of
-    each, one number or one per sample [B]. A gain of 0 costs nothing; of gains per sample, only
-    samples with another one do."""
+    """All adapters of one module, its child ``adapters``.
+
+    ``gains``: weight of each, one number or one per sample [B]. Weight 0 costs nothing; with
+    weights per sample, only samples with another weight do.
+    """
 
     def __init__(self) -> None:
         super().__init__()

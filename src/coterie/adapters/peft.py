@@ -1,7 +1,7 @@
-"""The words of PEFT's ``adapter_config.json``: what they mean here, and which are refused.
+"""The options of PEFT's ``adapter_config.json``: their meaning, and which are refused.
 
-A file of another library is read as that library reads it, or not at all: every option that is not
-listed here, or has another value than those listed, is refused by its name.
+A file is read as PEFT reads it, or refused: every option that is not listed here, or has another
+value than those listed, is an error that names it.
 """
 
 from __future__ import annotations

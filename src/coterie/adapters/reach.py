@@ -1,6 +1,6 @@
-"""What an adapter reaches: of a network's parameters, and of the modules that a pass goes through.
+"""The share of a network that an adapter changes, and whether a forward pass uses it.
 
-An adapter on modules whose answer nobody asks for would train nothing and say nothing.
+An adapter on modules that no forward pass runs would train nothing without an error.
 """
 
 from __future__ import annotations
@@ -19,8 +19,10 @@ from coterie.core.errors import ConfigError, describe
 
 
 def share(modules: Mapping[str, nn.Module], parts: Mapping[str, nn.Module]) -> float:
-    """Share of the network's own parameters that lie in what the parts change. ``modules``: the
-    network's by path; ``parts``: by the path of the module they add to."""
+    """Share of the network's own parameters in modules that the adapter changes.
+
+    ``modules``: the network's, by path; ``parts``: the adapter's, by the path of their module.
+    """
     reached = total = 0
     seen: set[int] = set()
     for path, module in modules.items():
@@ -38,8 +40,8 @@ def share(modules: Mapping[str, nn.Module], parts: Mapping[str, nn.Module]) -> f
 def left_out(
     name: str, config: LoraConfig, modules: Mapping[str, nn.Module], parts: Mapping[str, nn.Module]
 ) -> str:
-    """One line where the patterns of ``targets`` cover stacked experts that stay as they are, with
-    the share of parameters that is reached; "" where nothing is left out."""
+    """One line if ``targets`` match stacked experts that the adapter leaves out, with the share of
+    parameters that it changes; "" if nothing is left out."""
     missed = []
     for path, module in modules.items():
         part = parts.get(path)
@@ -61,8 +63,8 @@ def left_out(
 
 
 def await_reach(model: nn.Module, name: str) -> None:
-    """Let the first pass that could train adapter ``name`` fail if it goes through none of its
-    modules."""
+    """Raise an error in the first training pass that uses none of the modules of adapter
+    ``name``."""
     if check_reach not in model._forward_hooks.values():
         model.register_forward_hook(check_reach)
     waiting = {*getattr(model, "awaited_adapters", ()), name}

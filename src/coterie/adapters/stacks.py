@@ -70,14 +70,14 @@ def _rank(config: LoraConfig, outputs: int, inputs: int, path: str) -> int:
 
 
 def lend(layer: Any, args: tuple[Any, ...]) -> None:
-    """Before the call of a module that reads its own stacks: what it shall read."""
+    """Before a call of a module that reads its own stacks: replace them by the sums."""
     names = [n for part in layer.adapters.parts.values() for n in getattr(part, "names", ())]
     own = {name: layer._parameters[name] for name in dict.fromkeys(names)}
     layer.__dict__.update(layer.adapters.read(layer, own, only=(Stacks,)))
 
 
 def take_back(layer: Any, args: tuple[Any, ...], output: Any) -> None:
-    """After it, also where it failed."""
+    """After the call, even if it failed: restore the stacks."""
     for part in layer.adapters.parts.values():
         for name in getattr(part, "names", ()):
             layer.__dict__.pop(name, None)

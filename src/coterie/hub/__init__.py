@@ -1,14 +1,12 @@
-"""Floor 5: a model as a directory that can be read one expert at a time.
+"""Model directories: saving and loading models, also one expert at a time.
 
-```
-manifest.json                     format, class, configuration, pools, size and SHA-256 of each file
-trunk.safetensors                 everything that is neither an expert nor a router
+``` manifest.json                     format, class, configuration, pools, size and SHA-256 of each
+file trunk.safetensors                 everything that is neither an expert nor a router
 router.safetensors                parameters and buffers of the routers
-experts/<pool>/e000.safetensors   one file per expert of each pool
-members/00.safetensors            of an ensemble: one file per member, in place of the trunk
-README.md                         the model card
-```
-Only safetensors and JSON are ever read; every file is checked against the manifest first.
+experts/<pool>/e000.safetensors   one file per expert of each pool members/00.safetensors
+of an ensemble: one file per member, in place of the trunk README.md                         the
+model card ``` Only safetensors and JSON are ever read; every file is checked against the manifest
+first.
 """
 
 from coterie.hub.ensembles import load_ensemble, load_member, save_ensemble

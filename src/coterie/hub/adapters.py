@@ -1,4 +1,4 @@
-"""Model directories that hold adapters alone: the base is read from where it lies."""
+"""Model directories that hold adapters only; the base is read from its own directory."""
 
 from __future__ import annotations
 
@@ -15,13 +15,15 @@ from coterie.hub.layout import Manifest
 
 
 def is_adapted(manifest: Manifest) -> bool:
+    """Whether the manifest describes adapters on a base."""
     return "adapters" in manifest.extra
 
 
 def base_folder(manifest: Manifest, base: str | Path | None) -> Path:
-    """The model directory of the base: ``base``, or what the manifest names (the model of a run).
+    """The model directory of the base: ``base``, or the one that the manifest names.
 
-    CheckpointError if there is none."""
+    CheckpointError if there is none.
+    """
     told = placed(str(_base(manifest).get("path", "")), manifest.path)
     wanted = Path(base if base is not None else told)
     for folder in (wanted / "model", wanted):
@@ -34,9 +36,10 @@ def base_folder(manifest: Manifest, base: str | Path | None) -> Path:
 
 
 def put_on_base(model: nn.Module, manifest: Manifest) -> None:
-    """The adapters that the manifest describes, on the base ``model``, without their weights.
+    """Attach the adapters of the manifest to the base ``model``, without their weights.
 
-    CheckpointError if this is not the base that they were trained on."""
+    CheckpointError if this is not the base that they were trained on.
+    """
     wanted, found = _base(manifest).get("digest"), base_digest(model)
     if found != wanted:
         allowed = f"{wanted}, the weights that its adapters were trained on"

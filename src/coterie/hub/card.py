@@ -1,4 +1,4 @@
-"""The model card: what it is, how big, how to load it, what data it was made from."""
+"""The model card: description, sizes, how to load the model, and its training data."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from coterie.hub.layout import Manifest, model_config
 
 
 def model_card(manifest: Manifest, name: str, description: str, data_licence: str) -> str:
-    """Markdown with the front matter that model hubs read."""
+    """Markdown with the front matter of the Hugging Face Hub."""
     config = manifest.config
     facts = {**config, **manifest.extra}
     recipe = _plain(facts.get("recipe")) or "none (built from its configuration)"

@@ -1,11 +1,9 @@
-"""An ensemble as a model directory: one file per member, read whole or as members are needed.
+"""An ensemble as a model directory: one file per member, read at once or when needed.
 
-```
-manifest.json               as of any model; its configuration is of kind ``ensemble``
+``` manifest.json               as of any model; its configuration is of kind ``ensemble``
 members/00.safetensors      the first member that is there: all of it but its experts
 experts/networks.0.<pool>/  experts of that member, one file each, where it has some
-router.safetensors          the router between members, the aggregators of their features
-```
+router.safetensors          the router between members, the aggregators of their features ```
 """
 
 from __future__ import annotations
@@ -41,9 +39,9 @@ from coterie.hub.save import save_pretrained
 
 
 def save_ensemble(ensemble: Ensemble, path: str | Path, **options: Any) -> Path:
-    """Write an ensemble whose members are in memory; ``options`` as of ``save_pretrained``.
+    """Write an ensemble whose members are in memory; ``options`` as in ``save_pretrained``.
 
-    ConfigError where a member is no registered model, or is read when it is needed.
+    ConfigError if a member is no registered model, or is itself read from disk when needed.
     """
     if isinstance(ensemble.members, LoadedMembers):
         hint = "its members lie in a directory already: copy that"
@@ -59,11 +57,11 @@ def load_ensemble(
     degraded: bool = False,
     device: torch.device | str = "cpu",
 ) -> Ensemble:
-    """Read an ensemble; ``resident`` None: all of it, n: at most n members at a time, each when it
-    is needed, and the next one meanwhile (``prefetch``).
+    """Read an ensemble.
 
-    A member whose files are not there is left out, with a warning that names it; damaged files are
-    a CheckpointError, or with ``degraded`` the same as none.
+    ``resident`` None: all members at once; n: at most n members in memory, each read when needed,
+    and the next one in advance (``prefetch``). A member without files is left out, with a warning;
+    damaged files are a CheckpointError, or with ``degraded`` treated as missing.
     """
     manifest = load_manifest(path)
     config = ensemble_config(manifest)
@@ -84,7 +82,7 @@ def load_ensemble(
 
 
 def load_member(path: str | Path, name: str) -> nn.Module:
-    """One member alone, in eval mode; no other member's files are read."""
+    """One member, in eval mode, without reading the files of others."""
     manifest = load_manifest(path)
     config = ensemble_config(manifest)
     known = [member.name for member in config.members if member.model is not None]
@@ -100,7 +98,7 @@ def load_member(path: str | Path, name: str) -> nn.Module:
 
 
 def ensemble_config(manifest: Manifest) -> EnsembleModelConfig:
-    """What the manifest describes; CheckpointError if that is no ensemble."""
+    """The configuration in the manifest; CheckpointError if it is not an ensemble."""
     from coterie.denoiser import MODELS
 
     config = model_config(manifest.config)

@@ -1,4 +1,4 @@
-"""Which tensor lives in which file, and the manifest that says so."""
+"""The files of a model directory, and its manifest."""
 
 from __future__ import annotations
 
@@ -44,24 +44,24 @@ class _ManifestFile(Config):
 
 @dataclass(frozen=True)
 class Manifest:
-    """``pools``: module path of each expert pool -> the files of its experts, in order."""
+    """The contents of ``manifest.json``."""
 
     path: Path
-    model_class: str
-    config: dict[str, Any]
-    pools: dict[str, list[str]]
-    parameters: dict[str, Total]  # "total", "active"
-    libraries: dict[str, str]
-    extra: dict[str, Any]
-    files: dict[str, dict[str, Any]]  # name -> bytes, sha256
-    members: list[str] = field(default_factory=list)  # file of each network of an ensemble
+    model_class: str  # name of the model's class
+    config: dict[str, Any]  # configuration of the model, or of its run
+    pools: dict[str, list[str]]  # module path of each expert pool -> files of its experts, in order
+    parameters: dict[str, Total]  # numbers of parameters
+    libraries: dict[str, str]  # versions that wrote it
+    extra: dict[str, Any]  # JSON given to ``save_pretrained``
+    files: dict[str, dict[str, Any]]  # file -> its size and SHA-256
+    members: list[str] = field(default_factory=list)  # files of an ensemble's members
 
     def file(self, name: str, *, hashes: bool = True) -> Path:
-        """Path of a listed file after checking its size and hash."""
+        """Path of a listed file, after a check of its size and hash."""
         return verify_file(self.path, name, {"files": self.files}, hashes=hashes)
 
     def expert_file(self, pool: str, index: int) -> str:
-        """Name of one expert's file; ConfigError lists what there is."""
+        """Name of an expert's file; ConfigError, with the existing ones, if there is none."""
         if pool not in self.pools:
             raise ConfigError(describe("pool", pool, ", ".join(self.pools) or "none: no experts"))
         if not 0 <= index < len(self.pools[pool]):
@@ -70,7 +70,7 @@ class Manifest:
 
 
 def load_manifest(path: str | Path) -> Manifest:
-    """Read and check ``manifest.json``; no weights are read. CheckpointError says what is wrong."""
+    """Read and check ``manifest.json``, without weights. CheckpointError if it is invalid."""
     path = Path(path)
     data = read_manifest(path, FORMAT, VERSION)
     try:
@@ -109,9 +109,9 @@ class Pool(Protocol):
 
 @dataclass(frozen=True)
 class Split:
-    """A model's tensors by destination; every tensor is in exactly one place.
+    """A model's tensors by file; every tensor is in exactly one.
 
-    ``members``: file -> tensors, under their names in the member, of each network of an ensemble.
+    ``members``: file -> tensors of each network of an ensemble, under the member's names.
     """
 
     trunk: dict[str, Tensor]
@@ -123,9 +123,8 @@ class Split:
 def split(model: nn.Module, borrowed: bool = False) -> Split:
     """Sort parameters and persistent buffers into trunk, routers and pools of experts.
 
-    The stacks of a :class:`Pool` leave the trunk. Pools that share their tensors are stored once.
-    Each network of an ensemble is split alone, so that its files hold all of it, also where it was
-    read from elsewhere. ``borrowed``: what others lent the model is in it.
+    Pools that share their tensors are stored once. Each network of an ensemble is split separately,
+    so that its files are complete. ``borrowed``: include tensors that belong to another model.
     """
     if isinstance(model, Ensemble):
         return _split_ensemble(model)
@@ -168,7 +167,7 @@ def _split_ensemble(model: Ensemble) -> Split:
 
 
 def deciders(model: nn.Module) -> dict[str, nn.Module]:
-    """What says whom of an ensemble to follow, where it has weights: its router, aggregators."""
+    """Modules that weigh the members of an ensemble: its router and aggregators."""
     found = {name: getattr(model, name, None) for name in ("router", "aggregators")}
     return {name: module for name, module in found.items() if isinstance(module, nn.Module)}
 
@@ -184,7 +183,7 @@ def expert_name(pool: str, index: int) -> str:
 
 
 def model_config(config: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The part that describes a registered model: the whole, or ``model`` of a run; else None."""
+    """The part of a configuration that describes a registered model; None if there is none."""
     for candidate in (config, config.get("model")):
         if isinstance(candidate, Mapping) and isinstance(candidate.get("kind"), str):
             return dict(candidate)

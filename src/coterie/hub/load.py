@@ -1,4 +1,4 @@
-"""Reading a model directory: whole, lazily, or one expert."""
+"""Reading a model directory: all of it, lazily, or one expert."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from coterie.hub.layout import ROUTER, TRUNK, Manifest, Split, load_manifest, mo
 
 @dataclass(frozen=True)
 class MissingExpert:
-    """An expert that could not be loaded, and why."""
+    """An expert that could not be read, and the reason."""
 
     pool: str
     index: int
@@ -29,14 +29,14 @@ class MissingExpert:
 
 
 def load_expert(path: str | Path, pool: str, index: int) -> dict[str, Tensor]:
-    """One expert's tensors (without the leading E), reading and checking its file alone."""
+    """One expert's tensors (without the leading E); reads and checks its file only."""
     return _expert(load_manifest(path), pool, index)
 
 
 def load_tensors(path: str | Path, *, lazy: bool = True) -> Mapping[str, Tensor]:
     """Every tensor of a model directory by name; experts' are ``<pool>[<index>].<name>``.
 
-    Lazy: a file is checked and mapped into memory when one of its tensors is first asked for.
+    Lazy: a file is checked and memory-mapped when one of its tensors is first used.
     """
     tensors = ModelTensors(load_manifest(path))
     return tensors if lazy else dict(tensors.items())
@@ -49,12 +49,11 @@ def load_into(
     degraded: bool = False,
     check_finite: bool = True,
 ) -> list[MissingExpert]:
-    """Load all weights into a model of the same class and shape.
+    """Load all weights into a model of the same class and shape; returns experts that are missing.
 
-    Strict: any damaged, missing or foreign file is a CheckpointError, and the model is left as it
-    was; so is a NaN or infinity, unless ``check_finite`` is False. ``degraded``: experts that
-    cannot be read become zero (they contribute nothing) and are returned, for the caller to mask;
-    everything else must be sound.
+    CheckpointError, with the model unchanged, for any damaged, missing or foreign file, and for NaN
+    or infinity unless ``check_finite`` is False. ``degraded``: experts that cannot be read become
+    zero (their output is 0) and are returned, so that the caller can mask them.
     """
     manifest = load_manifest(path)
     if manifest.model_class != type(model).__name__:
@@ -93,10 +92,10 @@ def load_pretrained(
     check_finite: bool = True,
     base: str | Path | None = None,
 ) -> nn.Module:
-    """Build the model a directory describes and load it, in eval mode; see :func:`load_into`.
+    """Build the model of a directory and load its weights, in eval mode; see :func:`load_into`.
 
-    ``base``: where the base of adapters lies now, if not where they were trained. ConfigError if
-    its configuration is not one of a registered model.
+    ``base``: folder of the base of adapters, if it was moved. ConfigError if the configuration is
+    not one of a registered model.
     """
     from coterie.denoiser import MODELS
 

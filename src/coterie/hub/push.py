@@ -11,7 +11,7 @@ from coterie.hub.layout import verify
 def push_to_hub(path: str | Path, repo_id: str, *, private: bool = True) -> str:
     """Verify every file, upload the directory, return its address.
 
-    Uses the login of ``huggingface_hub``. ConfigError if that package is not installed.
+    Uses the login of ``huggingface_hub``; ConfigError if that package is not installed.
     """
     try:
         from huggingface_hub import HfApi

@@ -38,12 +38,11 @@ def save_pretrained(
     data_licence: str = "",
     extra: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Write ``model`` and the JSON configuration it can be built from; all or nothing.
+    """Write ``model`` and the JSON configuration to build it from, atomically.
 
     ``description`` and ``data_licence`` go to the model card, ``extra`` (JSON) to the manifest.
-    ``overwrite`` replaces a model directory, never a folder that holds anything else. What people
-    put beside the model stays: files that its manifest does not list, and a card that was edited.
-    Raises CheckpointError.
+    ``overwrite`` replaces a model directory, but no other folder. Files that the manifest does not
+    list, and an edited card, stay. CheckpointError if it cannot be written.
     """
     target = Path(path)
     kept: list[Path] = []

@@ -1,4 +1,4 @@
-"""Floor 5: training. The loop, its state on disk, and what it reports."""
+"""Training: the loop, checkpoints, learning rates and metrics."""
 
 from coterie.train.averages import Ema
 from coterie.train.checkpoint import Checkpoint, CheckpointWarning

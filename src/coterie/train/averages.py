@@ -13,10 +13,10 @@ from coterie.core.tensors import assign, local, module_tensors
 
 
 class Ema:
-    """One shadow of the trainable parameters per decay; buffers are copied as they are.
+    """An average of the trainable parameters for each decay; buffers are copied.
 
-    ``shadow <- shadow + (1 - d) (weight - shadow)`` with ``d = min(decay, (1 + n) / (10 + n))`` at
-    update n = 0, 1, ... while warming up, else ``d = decay``. Frozen parameters have no shadow.
+    ``average <- average + (1 - d) (weight - average)`` with ``d = min(decay, (1 + n) / (10 + n))``
+    at update n = 0, 1, ... while warming up, else ``d = decay``. Frozen parameters have no average.
     """
 
     def __init__(self, model: nn.Module, decays: Sequence[float], *, warmup: bool = True) -> None:
@@ -59,7 +59,7 @@ class Ema:
 
     @contextmanager
     def swap(self, model: nn.Module, decay: float | None = None) -> Iterator[nn.Module]:
-        """``model`` holds the averaged weights inside the block and its own again after it."""
+        """Inside the block ``model`` holds the averaged weights; after it, its own again."""
         own = module_tensors(model)
         saved = {name: value.detach().clone() for name, value in own.items()}
         try:
@@ -69,7 +69,7 @@ class Ema:
             assign(own, saved, "weights set aside during evaluation")
 
     def tensors(self, decay: float) -> dict[str, Tensor]:
-        """The shadow of one decay by parameter name, with the buffers: what a checkpoint holds."""
+        """The average of one decay by parameter name, with the buffers, as in a checkpoint."""
         return {**dict(zip(self._names, self._shadows[decay], strict=True)), **self._buffers}
 
     def load(self, decay: float, values: Mapping[str, Tensor], num_updates: int) -> None:

@@ -1,4 +1,4 @@
-"""What cannot be trained in parts of a batch, because it reads the batch as a whole."""
+"""Checks for models that cannot be trained on parts of a batch, as they read the whole batch."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from coterie.experts import ExpertPool
 
 
 def check_apart(model: nn.Module, field: str, who: str) -> None:
-    """ConfigError for ``field`` where a sample's answer, or what experts remember, depends on
-    samples that other parts of the batch have; ``who`` has not all of them."""
+    """ConfigError for ``field`` if a sample's result, or running statistics, depend on other
+    samples of the batch; ``who`` holds only a part of them."""
     for path, module in model.named_modules():
         # What is borrowed stays in eval mode.
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and not is_borrowed(module):
@@ -34,7 +34,7 @@ def _not_apart(path: str, field: str, who: str) -> str:
 
 
 def routed_pools(model: nn.Module) -> dict[str, ExpertPool]:
-    """Pools that routers choose from, by path; shared experts are every process's own."""
+    """Pools that routers choose from, by path; shared experts are left out."""
     from coterie.experts.shared import SharedExperts
 
     always = {id(m.pool) for m in model.modules() if isinstance(m, SharedExperts)}

@@ -1,4 +1,4 @@
-"""Checkpoints: atomic, checksummed, without pickle.
+"""Checkpoints: atomic, with checksums, without pickle.
 
 ``<run>/checkpoints/step-00000120/`` holds one safetensors file per group of tensors (model,
 optimizer, ema-...) and a manifest with the hash of every file, the step, the configuration's hash
@@ -50,17 +50,17 @@ class CheckpointWarning(UserWarning):
 
 @dataclass(frozen=True, eq=False)
 class Checkpoint:
-    """``state``: group -> name -> tensor on the CPU. ``scalars``: whatever JSON was saved."""
+    """A checkpoint in memory."""
 
     path: Path
     step: int
     config_hash: str
-    state: dict[str, dict[str, Tensor]]
-    scalars: dict[str, Any]
+    state: dict[str, dict[str, Tensor]]  # group -> name -> tensor on the CPU
+    scalars: dict[str, Any]  # JSON saved with it
 
 
 def steps(run_dir: str | Path) -> list[tuple[int, Path]]:
-    """(step, folder) of every checkpoint, oldest first; the listing is the truth."""
+    """(step, folder) of every checkpoint on disk, oldest first."""
     parent = Path(run_dir) / FOLDER
     found = []
     if parent.is_dir():
@@ -81,12 +81,12 @@ def save(
     keep: int = 3,
     is_bad: bool = False,
 ) -> Path:
-    """Write the checkpoint of ``step`` and drop all but the ``keep`` newest.
+    """Write the checkpoint of ``step`` and remove all but the ``keep`` newest.
 
-    ``is_bad``: it stands in no other's stead, but in that of a bad one just before it. Raises
-    CheckpointError when the disk fails, and where a number is not finite; earlier checkpoints stay
-    as they are. Checkpoints of later steps (damaged ones that resuming skipped) are left alone
-    until training reaches them.
+    ``is_bad``: it was saved amid skipped steps; it replaces only a bad one just before it.
+    CheckpointError if the disk fails or a value is not finite; earlier checkpoints then stay.
+    Checkpoints of later steps (damaged ones that resuming skipped) stay until training reaches
+    them.
     """
     refuse_link(Path(run_dir) / FOLDER)
     for group, tensors in state.items():
@@ -147,16 +147,16 @@ def verify(path: str | Path) -> dict[str, Any]:
 
 
 def latest(run_dir: str | Path, config_hash: str | None = None) -> Path | None:
-    """The newest undamaged checkpoint, None if there is none at all.
+    """The newest undamaged checkpoint; None if there are no checkpoints.
 
-    Damaged ones are skipped with a CheckpointWarning; if all are damaged, or the newest belongs to
-    another configuration, CheckpointError.
+    Damaged ones are skipped with a CheckpointWarning. CheckpointError if all are damaged, or the
+    newest belongs to another configuration.
     """
     return _settled(run_dir, config_hash, lambda path, _: path)
 
 
 def load(path: str | Path) -> Checkpoint:
-    """Verify every hash, then read everything to the CPU."""
+    """Verify every hash, then read all tensors to the CPU."""
     return _read(Path(path), verify(path))
 
 

@@ -1,4 +1,4 @@
-"""Learning-rate schedules: pure functions of the step, so resuming needs no state."""
+"""Learning-rate schedules: functions of the step alone, so that resuming needs no state."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""The training loop. It knows an objective, and nothing of what is being learnt.
+"""The training loop, for any objective.
 
-Invariants: a run killed at any moment and started again leaves the losses and weights of one never
-interrupted, to the bit (same machine, and the same numbers of threads, which ``step_threads``
-keeps); weights are never non-finite.
+A run that is killed and started again has the same losses and weights as one that was never
+interrupted, bit for bit (on the same machine, with the same numbers of threads, which
+``step_threads`` keeps). Weights are never non-finite.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ Callback = Callable[["Trainer", dict[str, Any]], None]
 
 @dataclass
 class TrainState:
-    """Where training stands; saved with every checkpoint."""
+    """Progress of training; saved with every checkpoint."""
 
     step: int = 0  # optimiser steps done, skipped ones included
     samples_seen: int = 0
@@ -48,13 +48,14 @@ class TrainState:
 
 
 class Trainer:
-    """Trains ``model`` on ``source`` towards ``objective``; the same call again resumes.
+    """Trains ``model`` on ``source`` with ``objective``; calling it again resumes.
 
     The objective may be an ``nn.Module``: its parameters are trained with learning rate
-    ``objective.lr`` (default the configuration's) and no weight decay. A model with
+    ``objective.lr`` (default: the configuration's) and no weight decay. A model with
     ``after_step(routings)`` gets the routings of all micro-batches after each optimiser step.
     ``run_dir`` None keeps everything in memory. ``run_config`` is the whole run's configuration
-    (default: this one and the seed), written to ``config.json`` and guarded by its hash.
+    (default: this one and the seed), written to ``config.json`` and checked by its hash on
+    resuming.
     """
 
     def __init__(
@@ -98,8 +99,8 @@ class Trainer:
     ) -> TrainState:
         """Train to ``config.steps``, from the newest checkpoint if there is one.
 
-        Raises TrainingError (non-finite values, locked or full disk), Interrupted (a signal; a
-        checkpoint was written first), DataError (non-finite data), CheckpointError.
+        TrainingError (non-finite values, locked or full disk), Interrupted (a signal, after a
+        checkpoint was written), DataError (non-finite data), CheckpointError.
         """
         with ExitStack() as stack:
             stack.enter_context(own_threads_and_rng(self.config.threads, self.device))
@@ -125,7 +126,7 @@ class Trainer:
         return self.state
 
     def begin(self) -> None:
-        """Save the weights that training starts from and an empty log, unless it has begun."""
+        """Save the initial weights and an empty log, unless the run has begun."""
         if self.run_dir is None:
             return
         with self.locked():
@@ -149,13 +150,13 @@ class Trainer:
         return self.run_dir if self.world.is_first else None
 
     def locked(self) -> AbstractContextManager[object]:
-        """The directory held against other trainers, by one process for all of this one's."""
+        """Lock the run directory against other trainers."""
         if self.run_dir is None or not self.world.is_first:
             return nullcontext()
         return self.run_dir.lock()
 
     def project(self, steps: int = 5) -> float:
-        """Seconds the rest of training would take, from timing a few steps and undoing them."""
+        """Estimated seconds for the rest of training, from a few timed steps that are undone."""
         before = {
             group: {name: value.detach().clone() for name, value in tensors.items()}
             for group, tensors in capture(self.parts).items()
@@ -175,7 +176,8 @@ class Trainer:
 
     @contextmanager
     def averaged(self) -> Iterator[nn.Module]:
-        """The model with averaged weights (first decay) inside the block; plain ones if none."""
+        """Inside the block the model has averaged weights (first decay); its own if there
+        are none."""
         if not self.config.ema:
             yield self.model
             return
@@ -183,14 +185,14 @@ class Trainer:
             yield self.model
 
     def save(self) -> Path | None:
-        """Write the checkpoint of the present step; None without a run directory."""
+        """Write the checkpoint of the current step; None without a run directory."""
         self.log.sync()
         return self._store.save(
             self.state.step, {**asdict(self.state), "bins": self.log.bins.dump()}
         )
 
     def train_step(self) -> dict[str, Any]:
-        """One optimiser step, as ``fit`` makes them; its record."""
+        """One optimiser step as in ``fit``; returns its log record."""
         with self.world.sharing():
             return self._step()
 
@@ -265,7 +267,7 @@ class Trainer:
 
 @contextmanager
 def own_threads_and_rng(threads: int | None, device: torch.device) -> Iterator[None]:
-    """Leave torch's thread count and global generator as they were."""
+    """Restore torch's number of threads and global generator after the block."""
     before = torch.get_num_threads()
     try:
         if threads is not None:

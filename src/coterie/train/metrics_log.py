@@ -1,4 +1,4 @@
-"""Writes the metrics of a run: every step's loss, and everything else on log steps."""
+"""The metrics of a run: loss of every step, more on log steps."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from coterie.train.step_metrics import NoiseBins, average, expert_load, memory_m
 
 
 class RunLog:
-    """Makes records; writes them to ``metrics.jsonl`` (and TensorBoard) while open.
+    """Makes log records and writes them to ``metrics.jsonl`` (and TensorBoard) while open.
 
     A record has ``step`` (1-based), ``loss`` (full precision; null if not finite), ``grad_norm``
     and ``lr``; on log steps also ``losses``, ``aux``, ``noise_bins``, ``experts`` and ``machine``;

@@ -1,4 +1,4 @@
-"""Where a NaN or infinity came from; asked only after one has been seen."""
+"""Finding the module or parameter in which a NaN or infinity first appeared."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class _Found(Exception):
 
 
 def check_batch(batch: Batch, source: str) -> None:
-    """Refuse non-finite data before the model sees it; DataError names the samples."""
+    """DataError, naming the samples, if the data are not finite."""
     for name, value in {"x": batch.x, **batch.cond.tensors()}.items():
         if value.is_floating_point() and not torch.isfinite(value).all():
             rows = (
@@ -30,9 +30,9 @@ def check_batch(batch: Batch, source: str) -> None:
 
 
 def first_nonfinite(model: nn.Module, forward: Callable[[], Any], stop: bool = True) -> str | None:
-    """Name of the first module to answer with a NaN or infinity when ``forward`` runs again.
+    """Name of the first module that returns NaN or infinity when ``forward`` runs again.
 
-    ``stop`` False: the forward goes on after it, as other processes wait for its end.
+    ``stop`` False: the forward pass continues, as other processes wait for its end.
     """
     handles = []
     seen: list[str] = []
@@ -58,7 +58,7 @@ def first_nonfinite(model: nn.Module, forward: Callable[[], Any], stop: bool = T
 
 
 def last_bad_gradient(parameters: Mapping[str, nn.Parameter]) -> str | None:
-    """The last parameter with a non-finite gradient: backward meets the last one first."""
+    """The last parameter with a non-finite gradient, which the backward pass reaches first."""
     for name, parameter in reversed(list(parameters.items())):
         if parameter.grad is not None and not torch.isfinite(parameter.grad).all():
             return name
@@ -66,7 +66,7 @@ def last_bad_gradient(parameters: Mapping[str, nn.Parameter]) -> str | None:
 
 
 def finite(value: Any) -> bool:
-    """Whether every number in a nest of tensors, containers and records is finite."""
+    """Whether all numbers in nested tensors, containers and records are finite."""
     if isinstance(value, Tensor):
         return not value.is_floating_point() or bool(torch.isfinite(value).all())
     if isinstance(value, Routing):

@@ -1,4 +1,4 @@
-"""Optimiser, its parameter groups, and its state as named tensors."""
+"""The optimiser, its parameter groups, and its state as named tensors."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from coterie.train.config import TrainConfig
 
 
 def decayed(model: nn.Module) -> set[int]:
-    """Ids of the parameters weight decay applies to: those of two or more dimensions.
+    """Ids of the parameters with weight decay: those of two or more dimensions.
 
-    Stacks of experts count without their leading E, so stacked biases are not decayed. A parameter
-    may say otherwise by an attribute: ``parameter.use_decay = False``.
+    The leading E of expert stacks does not count, so their biases are not decayed. A parameter with
+    the attribute ``use_decay = False`` is not decayed.
     """
     stacked = {
         id(parameter)
@@ -35,9 +35,11 @@ def decayed(model: nn.Module) -> set[int]:
 
 
 def freeze(model: nn.Module, patterns: Iterable[str]) -> list[nn.Module]:
-    """Take the modules whose names fit a shell pattern (``*`` also matches dots) out of training;
-    ConfigError for a pattern that fits none. Borrowed modules are out too, but not what adapters
-    put inside them. Answers every module that is out; their eval mode is the loop's matter."""
+    """Exclude modules from training, by shell patterns of their names (``*`` also matches dots).
+
+    ConfigError for a pattern that matches none. Borrowed modules are excluded too, but not adapters
+    inside them. Returns every excluded module; the loop sets them to eval mode.
+    """
     found: list[nn.Module] = []
     for pattern in patterns:
         named = [module for name, module in model.named_modules() if fnmatchcase(name, pattern)]
@@ -56,7 +58,7 @@ def freeze(model: nn.Module, patterns: Iterable[str]) -> list[nn.Module]:
 
 
 def trainable(model: nn.Module, objective: Any) -> dict[str, nn.Parameter]:
-    """Every parameter to train once: ``model.<name>``, then ``objective.<name>``."""
+    """All trained parameters by name: ``model.<name>``, then ``objective.<name>``."""
     out: dict[str, nn.Parameter] = {}
     seen: set[int] = set()
     owners = [("model", model)]

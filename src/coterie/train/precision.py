@@ -1,4 +1,4 @@
-"""Which device and which arithmetic: asked of the machine, never assumed."""
+"""The device and the floating type of a run."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from coterie.core.errors import ConfigError, describe
 
 
 def resolve_device(name: str) -> torch.device:
-    """``auto`` is the CUDA device where there is one, else the CPU."""
+    """The device; ``auto``: a CUDA device if there is one, else the CPU."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -34,7 +34,7 @@ def has_bfloat16(device: torch.device) -> bool:
 
 
 def resolve_precision(name: str, device: torch.device) -> torch.dtype:
-    """``auto`` is bfloat16 exactly where :func:`has_bfloat16`, else float32."""
+    """The type of matrix products; ``auto``: bfloat16 if :func:`has_bfloat16`, else float32."""
     if name == "auto":
         return torch.bfloat16 if has_bfloat16(device) else torch.float32
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]

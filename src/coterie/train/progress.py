@@ -1,4 +1,4 @@
-"""Progress of training for people: a bar, nothing, or the caller's own function."""
+"""Progress of training: a bar, nothing, or a function of the caller."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""A run that stopped because its numbers were not finite goes on from before that, as advised."""
+"""Restarting a run that stopped at non-finite values, from before them, with the advised
+settings."""
 
 from __future__ import annotations
 
@@ -13,16 +14,15 @@ ADVISED = ("train.lr", "train.clip")
 
 
 def is_bad(scalars: Mapping[str, Any]) -> bool:
-    """Whether a checkpoint was saved amid steps that were skipped for values not finite."""
+    """Whether a checkpoint was saved amid steps that were skipped for non-finite values."""
     return bool(scalars.get("skipped_in_a_row", 0))
 
 
 def take_advice(run_dir: RunDir, config: Mapping[str, Any]) -> None:
-    """Make ``config`` the run's where it differs by what was advised alone: its newest sound
-    checkpoint is then the newest one. Otherwise nothing is done.
+    """If ``config`` differs from the run's only as advised, make it the run's, and its newest good
+    checkpoint the newest one. Otherwise do nothing.
 
-    The earlier configuration stays as ``config-until-STEP.json``. Killed anywhere, the same call
-    again ends it.
+    The earlier configuration is kept as ``config-until-STEP.json``. If killed, call it again.
     """
     old = run_dir.stored_config()
     found = checkpoint.steps(run_dir.path)

@@ -1,4 +1,4 @@
-"""What ties a trainer to its run directory: the configuration's hash, saving and resuming."""
+"""Saving and resuming a trainer in its run directory."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ OPERATOR = "experts_operator"
 
 
 class RunStore:
-    """Saves and restores ``parts`` in ``run_dir``, where None means nowhere.
+    """Saves and restores ``parts`` in ``run_dir``; None: nothing is saved.
 
     ``run_config`` is the whole run's configuration. None: the training configuration and the seed,
-    compared with what ``config.json`` says of them if the caller has written one. ``source``: the
-    data; number, classes and digest of its samples are kept, and compared when training goes on.
+    compared with ``config.json`` if the caller has written one. ``source``: the data; the number,
+    classes and digest of its samples are saved, and compared on resuming.
     """
 
     def __init__(
@@ -52,7 +52,8 @@ class RunStore:
         self._last: tuple[int, Path] | None = None
 
     def resume(self) -> dict[str, Any] | None:
-        """Check or write the configuration, restore the newest checkpoint; its scalars, or None."""
+        """Check or write the configuration and restore the newest checkpoint; returns its scalars,
+        or None."""
         if self.run_dir is None:
             return None
         run_dir = self.run_dir
@@ -75,7 +76,7 @@ class RunStore:
         return found.scalars
 
     def save(self, step: int, scalars: Mapping[str, Any]) -> Path | None:
-        """The checkpoint of ``step``, written unless it is already there; None without a run."""
+        """The checkpoint of ``step``, written unless it exists; None without a run directory."""
         if self.run_dir is None:
             return None
         if self._last is None or self._last[0] != step:
@@ -114,8 +115,8 @@ def _changed(scalars: Mapping[str, Any], now: Mapping[str, Any]) -> str:
 
 
 def say_changed_data(run: Path, scalars: Mapping[str, Any], source: Source) -> None:
-    """Warn where ``source`` is not what the run of a checkpoint was trained on: its losses and
-    distances are then of other samples."""
+    """Warn if ``source`` is not the data that the run was trained on; losses are then not
+    comparable."""
     why = _changed(scalars, identity(source))
     if why:
         text = f"{run}: the data are not those that it was trained on: {why}"

@@ -61,10 +61,10 @@ class RunDir:
         return read_object(self.config_path, error=ConfigError)
 
     def write_config(self, config: Mapping[str, Any], free: tuple[str, ...] = FREE) -> str:
-        """Write the configuration once, or check that it is the one already there.
+        """Write the configuration, or check that it equals the existing one.
 
-        ``free`` paths may differ. Returns the configuration's hash (without them); checkpoints
-        carry it. ConfigError lists the paths that differ.
+        ``free`` paths may differ. Returns the hash of the configuration without them, which
+        checkpoints carry. ConfigError lists the paths that differ.
         """
         existing = self.stored_config()
         if existing is None:
@@ -80,12 +80,12 @@ class RunDir:
         return config_hash(existing, free)
 
     def check_free(self) -> None:
-        """ConfigError where the folder is no run and holds files of others."""
+        """ConfigError if the folder is no run directory and holds other files."""
         if not self.config_path.is_file():
             refuse_foreign(self.path, "a run", (*OWN, *BROUGHT))
 
     def stored_form(self, config: Config) -> dict[str, Any]:
-        """The JSON of a configuration as it lies here: paths in it are relative to this folder."""
+        """A configuration as JSON, with paths relative to this folder."""
         with beside(self.path):
             return config.model_dump(mode="json")
 
@@ -106,10 +106,10 @@ class RunDir:
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """Hold the directory against a second trainer; TrainingError names the holder.
+        """Lock the directory against a second trainer; TrainingError names the holder.
 
-        The system releases the lock when its process dies, however it dies, so it is never stale.
-        This object may lock again inside (the trainer does).
+        The system releases the lock when the process ends, however it ends. The same object may
+        lock again inside (the trainer does).
         """
         import fcntl
 
@@ -144,7 +144,7 @@ class RunDir:
                 file.truncate(0)
 
     def is_held(self) -> bool:
-        """Whether a trainer holds the directory now."""
+        """Whether a trainer holds the lock."""
         import fcntl
 
         path = self.path / "lock"
@@ -164,7 +164,7 @@ class RunDir:
 
 
 class MetricsLog:
-    """Append-only JSON lines, one per step, cut back to the step training resumes from."""
+    """JSON lines, one per step; truncated to the step from which training resumes."""
 
     def __init__(self, path: Path, last_step: int) -> None:
         self.path = path
@@ -211,7 +211,7 @@ def _disk(path: Path) -> Iterator[None]:
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
-    """All whole records of a ``metrics.jsonl``; [] where none was written."""
+    """All complete records of a ``metrics.jsonl``; [] if there is none."""
     if not Path(path).is_file():
         return []
     lines = Path(path).read_text(encoding="utf-8", errors="replace").splitlines()
@@ -225,7 +225,7 @@ def config_hash(config: Mapping[str, Any], free: tuple[str, ...] = FREE) -> str:
 
 
 def stored_hash(run_dir: str | Path) -> str | None:
-    """Hash of the configuration as it lies in a run directory, None where there is none."""
+    """Hash of the configuration in a run directory; None if there is none."""
     stored = RunDir(run_dir).stored_config()
     return None if stored is None else config_hash(stored)
 

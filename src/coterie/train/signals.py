@@ -12,7 +12,7 @@ from coterie.core.errors import TrainingError
 
 
 class Interrupted(TrainingError):
-    """Training was asked to stop and did; the command line exits with ``exit_code``."""
+    """Training was stopped by a signal; the command line exits with ``exit_code``."""
 
     def __init__(self, signum: int, where: str) -> None:
         super().__init__(f"stopped by {signal.Signals(signum).name}; {where}")
@@ -22,8 +22,8 @@ class Interrupted(TrainingError):
 class StopSignals:
     """Inside the block the first SIGINT or SIGTERM only sets ``received``; the second exits.
 
-    ``patient``: so do all others. Launchers of several processes pass on what they get, and a
-    terminal tells everybody at once.
+    ``patient``: later ones are ignored too, for launchers that pass signals on to processes which
+    also get them from the terminal.
     """
 
     def __init__(self, patient: bool = False) -> None:

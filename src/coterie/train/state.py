@@ -1,4 +1,4 @@
-"""Everything training must remember, as named tensors."""
+"""The state of training as named tensors: model, objective, optimiser and averages."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from coterie.train.run_directory import stored_hash
 
 
 def objective_tensors(objective: Any, model: nn.Module) -> dict[str, Tensor]:
-    """Tensors an objective learns or updates: no frozen teachers, nothing of the model."""
+    """Tensors that an objective trains or updates, without frozen teachers and the model."""
     if not isinstance(objective, nn.Module):
         return {}
     shared = {id(value) for value in module_tensors(model).values()}
@@ -40,7 +40,7 @@ def objective_tensors(objective: Any, model: nn.Module) -> dict[str, Tensor]:
 
 @dataclass(frozen=True, eq=False)
 class Parts:
-    """What a checkpoint describes."""
+    """The objects whose state a checkpoint holds."""
 
     model: nn.Module
     objective: Any
@@ -50,7 +50,7 @@ class Parts:
 
 
 def ema_group(decays: Sequence[float], decay: float) -> str:
-    """Name of a shadow's group: "ema" for the first decay, "ema-<decay>" for further ones."""
+    """Name of an average's group: "ema" for the first decay, "ema-<decay>" for others."""
     return "ema" if decay == decays[0] else f"ema-{decay}"
 
 
@@ -71,7 +71,7 @@ def capture(parts: Parts) -> dict[str, dict[str, Tensor]]:
 def restore(
     parts: Parts, state: Mapping[str, Mapping[str, Tensor]], ema_updates: int, origin: str
 ) -> None:
-    """Inverse of :func:`capture`; every mismatch is a CheckpointError that names the tensor."""
+    """Inverse of :func:`capture`; CheckpointError, with the tensor's name, for a mismatch."""
     own = objective_tensors(parts.objective, parts.model)
     decays = parts.ema.decays
     expected = {"model", "optimizer", *(ema_group(decays, decay) for decay in decays)}
@@ -90,8 +90,8 @@ def restore(
 def load_weights(run_dir: str | Path, model: nn.Module, weights: str = "ema") -> Checkpoint:
     """Load a run's newest weights into ``model``: "ema" (first decay), "ema-<decay>" or "model".
 
-    "ema" falls back to the plain weights of a run trained without averaging. CheckpointError where
-    ``config.json`` is not the one that the checkpoint was made by.
+    "ema" falls back to the plain weights of a run without averages. CheckpointError if
+    ``config.json`` is not that of the checkpoint.
     """
     found = checkpoint.load_latest(run_dir, stored_hash(run_dir))
     if found is None:

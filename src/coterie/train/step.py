@@ -29,10 +29,10 @@ Buffers = list[tuple[nn.Module, dict[str, Tensor]]]
 
 @dataclass(eq=False)
 class StepResult:
-    """``loss``: mean of the micro-batches' totals. Lists hold one entry per micro-batch."""
+    """The result of one step. Lists hold one entry per micro-batch."""
 
-    loss: float
-    grad_norm: float
+    loss: float  # mean of the micro-batches' totals
+    grad_norm: float  # before clipping
     losses: list[Losses]
     routings: tuple[Routing, ...]
     tokens: int  # 0 = unknown
@@ -40,12 +40,12 @@ class StepResult:
 
 
 class GradientStep:
-    """Draws the samples of a step, runs the objective and leaves (clipped) gradients.
+    """Draws the samples of a step, runs the objective and computes (clipped) gradients.
 
-    Everything random in step s is a function of (seed, s): the objective's generator (on the CPU,
-    so that every device sees the same noise), from which every micro-batch takes its own rows, and
-    torch's global one (third-party dropout), which is each micro-batch's own. Sums over the batch
-    are over all micro-batches, counted before any of them goes backward (:class:`Turns`).
+    All random numbers of step s are a function of (seed, s): those of the objective's generator (on
+    the CPU, equal for every device), from which each micro-batch takes its own rows, and those of
+    torch's global generator (third-party dropout), per micro-batch. Sums over the batch are over
+    all micro-batches, computed before the first backward pass (:class:`Turns`).
     """
 
     def __init__(
@@ -115,7 +115,7 @@ class GradientStep:
         return outcome
 
     def trial(self, step: int, samples_seen: int) -> None:
-        """What a step costs but for the optimiser's part; nothing of it stays."""
+        """Run forward and backward of a step and undo it, to time it."""
         buffers = self._buffers()
         try:
             self(step, samples_seen, keep_routings=False)
@@ -140,7 +140,7 @@ class GradientStep:
         )
 
     def forward(self, model: Any, batch: Batch, step: int, micro: int) -> Losses:
-        """What the objective answers; ``model`` None: of the model as it is trained."""
+        """The objective's losses; ``model`` None: of the trained model."""
         # Not torch.manual_seed: it formats a stack trace and visits every backend on each call.
         shared = derive(self.seed, "global", step, micro, *self.world.stream)
         torch.default_generator.manual_seed(shared)

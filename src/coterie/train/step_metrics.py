@@ -1,4 +1,4 @@
-"""What a step leaves in ``metrics.jsonl``."""
+"""The metrics of a step for ``metrics.jsonl``."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from coterie.core.routing import Routing, loads
 
 
 class NoiseBins:
-    """Mean unweighted loss per noise-level bin since the last log; part of the checkpoint."""
+    """Mean unweighted loss per noise-level bin since the last log; saved in checkpoints."""
 
     def __init__(self, num_bins: int) -> None:
         self.num_bins = num_bins
@@ -59,7 +59,8 @@ def average(losses: Iterable[Losses]) -> dict[str, dict[str, float]]:
 
 
 def expert_load(routings: Iterable[Routing]) -> dict[str, dict[str, float]]:
-    """Per router: largest load relative to the mean, and experts nobody chose in this step."""
+    """Per router: largest load relative to the mean, and the number of unused experts in
+    this step."""
     counts: dict[str, Tensor] = {}
     made = list(routings)
     for routing, (own, _) in zip(made, loads(made)):

@@ -1,9 +1,9 @@
-"""The number of threads of a training run: chosen by timing steps, kept with the run.
+"""The number of CPU threads of a training run, chosen by timing steps and saved with the run.
 
-Sums of torch may differ between numbers of threads, so what is resumed to the bit is a run with
-the same numbers at the same steps: ``threads.json`` lists them as ``[step, number]``, each written
-before the first step that is made so. A run that is resumed before such a step changes there again.
-What is timed is the gradient of the step to come, which is thrown away.
+Sums in torch may differ between numbers of threads, so a run is reproducible bit for bit only with
+the same numbers at the same steps. ``threads.json`` lists them as ``[step, number]``, each written
+before its first step. A run that is resumed before such a step changes there again. The timed work
+is the gradient of the next step, which is discarded.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ Say = Callable[[str], None]
 
 
 class StepThreads:
-    """Sets the number of threads before each step, of ``steps`` in all; ``fixed``: always this."""
+    """Sets the number of threads before each of ``steps`` steps; ``fixed``: always this number."""
 
     def __init__(
         self,
@@ -56,7 +56,7 @@ class StepThreads:
         self._ask = False
 
     def before(self, step: int) -> None:
-        """Set what step ``step`` (0-based) is made with."""
+        """Set the number of threads for step ``step`` (from 0)."""
         if self._fixed is not None:
             torch.set_num_threads(self._fixed)
         if not self._chooses:
@@ -72,7 +72,7 @@ class StepThreads:
             self._choose(step)
 
     def after(self, seconds: float) -> None:
-        """What the step has taken."""
+        """Record the duration of the step."""
         if self._chooses:
             if self._watch is None and self._now is not None:
                 self._watch = Watch(Choice(self._now, {}, 0.5), self._most)
@@ -95,7 +95,7 @@ class StepThreads:
 
 
 def read_threads(run_dir: RunDir | None) -> list[tuple[int, int]]:
-    """(first step, threads) of every number that a run was made with; [] for a new one."""
+    """(first step, threads) of every number that a run used; [] for a new run."""
     path = None if run_dir is None else run_dir.path / FILE
     if path is None or not path.is_file():
         return []
@@ -113,7 +113,7 @@ def read_threads(run_dir: RunDir | None) -> list[tuple[int, int]]:
 
 
 def run_threads(path: str | Path, fixed: int | None) -> AbstractContextManager[None]:
-    """Inside the block as many threads as the run at ``path`` was made with in the end, so that
-    what is drawn from it does not depend on the moment; as set where none were chosen or fixed."""
+    """Inside the block use the number of threads that the run at ``path`` ended with, so that its
+    samples are reproducible; unchanged if none was chosen or fixed."""
     known = read_threads(RunDir(path))
     return threads(asked().count or fixed or (min(known[-1][1], most_threads()) if known else None))

@@ -1,7 +1,7 @@
-"""Where a training run lives: in one process, or (:mod:`coterie.train.parallel`) in several.
+"""The processes of a training run: one, or (:mod:`coterie.train.parallel`) several.
 
-The loop computes with what this process holds of the batch, the parameters and the optimiser's
-state, and asks the world for whatever concerns the whole. In one process nothing does.
+The loop works on the part of batch, parameters and optimiser state that this process holds, and
+calls the world for everything that concerns the whole. With one process these calls do nothing.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Groups = dict[str, dict[str, Tensor]]
 
 
 class World:
-    """One process, which holds everything."""
+    """A run in one process."""
 
     is_first = True
     """Whether this process writes logs, checkpoints and progress."""
@@ -35,19 +35,19 @@ class World:
     """What tells this process's global random numbers from those of others."""
 
     def distribute(self, model: nn.Module) -> None:
-        """Leave in ``model`` what this process holds of it; ConfigError where it cannot be cut."""
+        """Keep in ``model`` only this process's part; ConfigError if it cannot be split."""
 
     def local(
         self, parameters: dict[str, nn.Parameter], optimizer: Optimizer
     ) -> dict[str, nn.Parameter]:
-        """What this process holds of the parameters, by name; the optimiser steps these."""
+        """This process's part of the parameters, by name; the optimiser updates these."""
         return parameters
 
     def watch(self, signals: StopSignals) -> None:
-        """From here on signals are asked for, step by step."""
+        """Start to exchange signals at every step."""
 
     def sharing(self) -> AbstractContextManager[None]:
-        """Around everything that reads a batch."""
+        """A context for everything that reads a batch."""
         return nullcontext()
 
     def own(self, indices: np.ndarray) -> np.ndarray:
@@ -55,44 +55,46 @@ class World:
         return indices
 
     def before_backward(self, loss: Tensor, last: bool) -> Tensor:
-        """The loss to go back from; ``last``: gradients are complete after it."""
+        """The loss to differentiate; ``last``: gradients are complete after it."""
         return loss
 
     def collect(self, parameters: Mapping[str, nn.Parameter]) -> None:
-        """Make the gradients those of the whole batch."""
+        """Turn this process's gradients into those of the whole batch."""
 
     def norm(self, parameters: Mapping[str, nn.Parameter]) -> Tensor:
-        """Total norm of all gradients, wherever they are."""
+        """Norm of all gradients, over all processes."""
         return gradient_norm(parameters.values())
 
     def joining(
         self, total: Tensor, losses: list[Losses]
     ) -> Callable[[], tuple[Tensor, list[Losses]]]:
-        """Asked after the last backward pass: the loss, and its detached parts, of the batch."""
+        """Called after the last backward pass; returns the loss of the whole batch and its parts,
+        detached."""
         return lambda: (total, losses)
 
     def any_of(self, names: Iterable[str | None]) -> list[str | None]:
-        """Each name, or what another process found where this one found none."""
+        """Each name, or, where it is None, that of another process."""
         return list(names)
 
     def stopped_by(self, signals: StopSignals) -> int | None:
-        """The signal that any process had received in the last step; the same in all."""
+        """The signal that any process received in the last step; equal in all."""
         return signals.received
 
     def on_first(self, work: Callable[[], Any]) -> Any:
-        """What ``work`` answers (JSON), done by one process for all."""
+        """Run ``work`` in the first process only; all get its result (JSON)."""
         return work()
 
     def in_turn(self, work: Callable[[], Any]) -> Any:
-        """``work`` done by every process, by the first before the others."""
+        """Run ``work`` in every process, in the first one first."""
         return work()
 
     def newest(self, run: Path, config_hash: str) -> Checkpoint | None:
-        """The newest checkpoint, in full."""
+        """The newest checkpoint, with whole tensors."""
         return checkpoint.load_latest(run, config_hash)
 
     def whole(self, state: Groups) -> Mapping[str, Mapping[str, Tensor]]:
-        """A checkpoint's tensors from what the processes hold; only the first gets them."""
+        """A checkpoint's whole tensors, from the parts of all processes; only the first
+        gets them."""
         return state
 
     def part(self, state: Groups) -> Groups:

@@ -1,4 +1,4 @@
-"""Training past one process: copies, shards, and experts apart; the same samples as in one."""
+"""Training in several processes: data parallel, sharded, and expert parallel."""
 
 from coterie.train.parallel.config import ParallelConfig
 from coterie.train.parallel.processes import Processes, joined, launched

@@ -1,4 +1,5 @@
-"""Expert parallelism: rows travel to the process that has their expert, and answers back.
+"""Expert parallelism: rows are sent to the process that has their expert, and outputs are sent
+back.
 
 In one of two ways, by what they send. Where rows have few choices, each travels to those alone:
 counts are sent first, then the rows, sorted by expert and so by process. What arrives lies process
@@ -6,8 +7,7 @@ by process; the ordinary dispatch sorts it by expert and serves it with the loca
 back the way the rows came, and are weighed by their gates at home. Where rows have as many choices
 as there are processes, all travel to all, with their choices: nothing need be counted, and answers
 come weighed and added up. While rows travel shared experts compute, and while answers do, a process
-serves its own rows.
-Legend: R rows, A assignments, K choices, E experts, P processes.
+serves its own rows. Legend: R rows, A assignments, K choices, E experts, P processes.
 """
 
 from __future__ import annotations

@@ -1,5 +1,4 @@
-"""Gradients of the whole batch from those of its parts: the sum over all processes, most of which
-is on its way while the backward pass goes on."""
+"""Gradients summed over processes, mostly while the backward pass still runs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How the tensors of a run lie over processes; whole for a checkpoint, and cut again."""
+"""How tensors of a run are split over processes; whole tensors for checkpoints."""
 
 from __future__ import annotations
 
@@ -15,14 +15,15 @@ from coterie.train.world import Groups
 
 
 class Cut(NamedTuple):
-    """Along which axes a tensor is cut in parts of its first dimension, experts first."""
+    """The axes along which a tensor's first dimension is split, experts first."""
 
     expert: bool = False
     shard: bool = False
 
 
 class Layout:
-    """The cuts of a model's parameters, by name. What is not named here is whole everywhere."""
+    """The splits of a model's parameters, by name. Parameters without an entry are whole
+    everywhere."""
 
     def __init__(self, processes: Processes, model: nn.Module, experts: Mapping[str, int]) -> None:
         self.processes = processes

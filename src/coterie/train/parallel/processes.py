@@ -1,4 +1,4 @@
-"""The processes that train one model: their groups, and what they say to each other."""
+"""The processes that train one model: their groups, and the exchange of values."""
 
 from __future__ import annotations
 
@@ -71,8 +71,8 @@ def read_beats(folder: Path, count: int) -> list[tuple[int, int]]:
 class Processes:
     """This process among ``config.processes``.
 
-    ``groups[axes]`` is the group of processes that differ along these axes alone, None where that
-    is this process itself.
+    ``groups[axes]`` is the group of processes that differ along these axes only; None if that is
+    this process alone.
     """
 
     def __init__(self, config: ParallelConfig, rank: int) -> None:
@@ -120,7 +120,7 @@ class Processes:
         return wait
 
     def joined(self, values: Tensor, axes: tuple[str, ...] = _WORLD) -> Tensor:
-        """The rows [R, ...] of every process of the group, all of one shape, in order."""
+        """The rows [R, ...] of every process of the group, of equal shapes, in order."""
         return self.joining(values, axes)()
 
     def joining(self, values: Tensor, axes: tuple[str, ...] = _WORLD) -> Callable[[], Tensor]:
@@ -156,7 +156,7 @@ class Processes:
         return out, work.wait
 
     def told(self, value: Any) -> list[Any]:
-        """What every process says, as JSON, by rank."""
+        """A JSON value of every process, by rank."""
         text = json.dumps(value).encode()
         longest = int(self.reduce(torch.tensor([len(text)]), "max"))
         padded = torch.tensor(list(text.ljust(longest)), dtype=torch.uint8)
@@ -164,8 +164,7 @@ class Processes:
         return [json.loads(bytes(one)) for one in said]
 
     def on_first(self, work: Callable[[], Any]) -> Any:
-        """What ``work`` answers (JSON) in the first process, which alone does it; its error, if it
-        has one, is raised in all."""
+        """Run ``work`` in the first process only; all get its result (JSON), or its error."""
         answer: dict[str, Any] = {}
         error: CoterieError | None = None
         if self.rank == 0:
@@ -188,9 +187,9 @@ def launched() -> bool:
 
 @contextmanager
 def joined(config: ParallelConfig, timeout: float = 600.0) -> Iterator[Processes]:
-    """Meet the other processes; leave them at the end.
+    """Connect to the other processes inside the block.
 
-    ``timeout``, s: how long a process waits for another before it gives up.
+    ``timeout``: seconds that a process waits for another before it gives up.
     """
     import torch.distributed as dist
 

@@ -1,4 +1,4 @@
-"""Parameters, gradients and optimiser state in equal parts (FSDP2: ``fully_shard``)."""
+"""Fully sharded training: parameters, gradients and optimiser state in equal parts (FSDP2)."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""A run spread over processes: the world that answers for all of them.
+"""A run in several processes: the implementation of :class:`World` for them.
 
-Every process has an equal run of each micro-batch. Experts lie in parts along ``expert``, and
-all parameters of the model (what an expert process holds among them) in equal parts of their first
+Every process has an equal run of each micro-batch. Experts lie in parts along ``expert``, and all
+parameters of the model (what an expert process holds among them) in equal parts of their first
 dimension along ``shard``. The loss is the mean over all processes: each goes back from its part of
 that, and gradients are added up. Checkpoints hold whole tensors, as those of one process do.
 """
@@ -165,7 +165,8 @@ class Spread(World):
 
 
 def check_divides(samples: int, count: int) -> None:
-    """ConfigError unless the samples of a micro-batch can be dealt out to ``count`` processes."""
+    """ConfigError unless the samples of a micro-batch can be split evenly over ``count``
+    processes."""
     if samples % count:
         allowed = f"a multiple of {count}, the number of processes"
         hint = "each has an equal part of every micro-batch, train.batch / train.accumulate"
