@@ -1,1 +1,1 @@
-"""Floor 8: how fast the library is, beside its peers: a module for each ``coterie bench`` verb."""
+"""Benchmarks: speed beside other libraries, one module per ``coterie bench`` command."""

@@ -1,5 +1,5 @@
-"""Floor 4: one kind of model made into another with the same function: dense into experts,
-layers with their own experts into layers that share them, and back; norms into maps."""
+"""Conversions of models that keep the function: dense to experts, own to shared pools, norms to
+maps."""
 
 from coterie.convert.check import Preserved, check_preserved, compare
 from coterie.convert.config import UpcycleConfig

@@ -1,4 +1,5 @@
-"""Is the function kept? Both models on the same inputs, and what the new routers do there."""
+"""Check of a conversion: outputs of both models on the same inputs, and the new routers'
+choices."""
 
 from __future__ import annotations
 

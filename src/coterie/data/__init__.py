@@ -1,6 +1,6 @@
-"""Floor 1: data sources, and the order in which they are seen.
+"""Data sources, and the order in which training reads them.
 
-A folder per modality, ``worlds`` for what is computed, ``parts`` for parts of other sources. Each
+There is a folder per modality; ``worlds`` has computed data, ``parts`` parts of other sources. Each
 module below registers its sources and what they download.
 """
 

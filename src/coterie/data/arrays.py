@@ -1,4 +1,4 @@
-"""Arrays of others, ``.npy`` and ``.npz``: what a file says of itself is checked before it is read.
+"""Reading ``.npy`` and ``.npz`` files safely: headers are checked before data are read.
 
 A header may promise more than the file holds, or an archive unpack to a thousand times its size:
 both are refused from the header. Nothing is unpickled.
@@ -34,11 +34,10 @@ NUMBERS = {"f": "floating point", "i": "integers", "u": "integers without sign",
 def open_npy(
     path: Path, kinds: str = "fiu", dims: Sequence[int] = (), name: str = "", empty: bool = False
 ) -> Array:
-    """Memory-map an ``.npy`` file read-only, in the byte order it has.
+    """Memory-map an ``.npy`` file read-only, in its own byte order.
 
-    ``kinds``: letters of numpy for the numbers allowed; ``dims``: numbers of dimensions allowed
-    (none: any). DataError of one line for whatever else the file is, and for an array without an
-    element unless ``empty``.
+    ``kinds``: allowed numpy type letters; ``dims``: allowed numbers of dimensions ((): any).
+    DataError for other files, and for an empty array unless ``empty``.
     """
     name = name or str(path)
     size = regular_file(path)
@@ -54,13 +53,13 @@ def open_npy(
 
 
 def native(values: Array) -> Array:
-    """In the byte order of this machine, which is all that torch reads."""
+    """The array in this machine's byte order, which torch needs."""
     return values if values.dtype.isnative else values.astype(values.dtype.newbyteorder("="))
 
 
 def read_npz(path: Path, name: str = "") -> dict[str, Array]:
-    """All arrays of an ``.npz`` file, which may be of any type but objects; they are checked by
-    who uses them (:func:`check_numbers`)."""
+    """All arrays of an ``.npz`` file, of any type but objects; check them with
+    :func:`check_numbers`."""
     name = name or str(path)
     size = regular_file(path)
     found: dict[str, Array] = {}
@@ -94,8 +93,8 @@ def check_numbers(values: Array, name: str, kinds: str = "fiu", dims: Sequence[i
 
 
 def rows_digest(values: Array, labels: Array, rows: int = 64) -> str:
-    """SHA-256 (hex) over shape and type, ``rows`` rows spread evenly, and every label: what tells
-    large arrays apart without reading them."""
+    """SHA-256 (hex) of shape, type, ``rows`` evenly spread rows and all labels, to identify a large
+    array."""
     hasher = hashlib.sha256(f"{values.shape} {values.dtype}".encode())
     for row in np.unique(np.linspace(0, len(values) - 1, rows).round().astype(int)):
         hasher.update(np.ascontiguousarray(values[row]).tobytes())

@@ -1,4 +1,4 @@
-"""What there is to train on: one row per source, and its licence note."""
+"""The list of data sources, with sizes and licences."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ class SourceStatus:
 
 
 def status() -> list[SourceStatus]:
-    """Every registered source, in the order of its name. Fetches nothing."""
+    """Every registered source, by name. Downloads nothing."""
     return [_status(kind) for kind in SOURCES.kinds()]
 
 
 def describe_source(kind: str) -> str:
-    """A few lines for people: what the source is, its size, its licence, where it comes from."""
+    """A few lines of text: what the source is, its size, its licence, where it comes from."""
     row = _status(kind)
     lines = [
         f"{kind}: {row.summary}",

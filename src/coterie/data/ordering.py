@@ -1,7 +1,7 @@
-"""The order in which training sees a data set, as a pure function of the seed and the position.
+"""The order of samples in training, a function of seed and position alone.
 
 Resuming at sample p, or reading with another batch size or number of workers, gives the same
-stream: nothing is remembered between calls.
+stream.
 """
 
 from __future__ import annotations

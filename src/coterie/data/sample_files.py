@@ -1,7 +1,7 @@
-"""Which files of a folder are samples: what systems and programs leave there is passed over.
+"""Listing the sample files of a folder; hidden and system files are skipped.
 
 Hidden folders (``.git``, ``.ipynb_checkpoints``, ``.thumbnails``), underscored ones (``__MACOSX``)
-and hidden files (``._1.png``) are never read; what was passed over is said once.
+and hidden files (``._1.png``) are never read; a warning names what was skipped, once.
 """
 
 from __future__ import annotations
@@ -18,10 +18,11 @@ from coterie.core.paths import expanded
 
 
 class DataWarning(UserWarning):
-    """Something in a folder of data was passed over; the message names it."""
+    """A file in a data folder was skipped; the message names it."""
 
 
 def existing_folder(path: str | Path, field: str) -> Path:
+    """The folder as a path; DataError if there is none."""
     root = expanded(path, field)
     require_utf8(root, field)
     try:
@@ -34,7 +35,7 @@ def existing_folder(path: str | Path, field: str) -> Path:
 
 
 def class_folders(root: Path) -> tuple[list[Path], list[str]]:
-    """(folders that may hold a class, in order; names of those passed over)."""
+    """(folders that may hold a class, in order; names of those skipped)."""
     try:
         entries = sorted(entry for entry in root.iterdir() if entry.is_dir())
     except OSError as error:
@@ -44,8 +45,10 @@ def class_folders(root: Path) -> tuple[list[Path], list[str]]:
 
 
 def files_below(folder: Path, suffixes: Collection[str], deep: bool = True) -> list[Path]:
-    """Regular files with one of ``suffixes``, in order; DataError for a name that is not UTF-8 and
-    a folder that cannot be read."""
+    """Regular files with one of ``suffixes``, in order.
+
+    DataError for a name that is not UTF-8 and a folder that cannot be read.
+    """
     found = []
 
     def refuse(error: OSError) -> None:
@@ -63,7 +66,7 @@ def files_below(folder: Path, suffixes: Collection[str], deep: bool = True) -> l
 
 
 def say_passed_over(kind: str, root: Path, names: Iterable[str]) -> None:
-    """Warn of folders that are no classes; the same folders are named once."""
+    """Warn of skipped folders, once each."""
     listed = ", ".join(names)
     if listed:
         text = f"{kind}: {root}: hidden, underscored or empty folders are no classes: {listed}"

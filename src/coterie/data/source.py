@@ -1,8 +1,8 @@
-"""Data sources: finite, indexable, with fixed and disjoint splits.
+"""Base of data sources: finite, indexable, with fixed and disjoint splits.
 
-A source's ``kind`` is its name; ``SourceConfig.build(split)`` makes one split of it. Splits that
-the data do not bring along are drawn once and for all from the source's name or from a hash of
-each document's key, never from a training seed: a held-out sample is held out in every run.
+A source's ``kind`` is its name; ``SourceConfig.build(split)`` makes one split. Splits that the data
+do not define depend on the source's name or on a hash of each document's key, never on a training
+seed: a held-out sample is held out in every run.
 
 Shape legend: B batch, S samples.
 """
@@ -33,7 +33,7 @@ SOURCES = Registry("source", "coterie.sources")
 
 @dataclass(frozen=True)
 class SourceInfo:
-    """What is known of a source before it is fetched, for lists and licence notes."""
+    """Facts about a source that are known before it is downloaded."""
 
     summary: str
     modality: str  # "image", "text", "vector", "points", "weights"
@@ -49,19 +49,20 @@ class SourceConfig(Part):
 
     @property
     def whole(self) -> SourceConfig:
-        """What these samples are a part of: itself, unless it is a part."""
+        """The source that this one is a part of; itself if it is no part."""
         return self
 
     def build(self, split: Split = "train") -> Source:
+        """One split of the source, "train" or "held_out"."""
         raise NotImplementedError
 
     def explain_classes(self, source: Source) -> str:
-        """Where the number of classes of ``source``, made of this, comes from, for an error."""
+        """Where the number of classes of ``source`` comes from, for an error message."""
         return f"source {source.name!r} has {source.num_classes} classes"
 
 
 def identity(source: Source) -> dict[str, Any]:
-    """What a run must find again when it goes on: number, classes and a digest of its samples."""
+    """Number, classes and a digest of the samples, which must be equal when a run is resumed."""
     return {
         "samples": len(source),
         "classes": list(source.class_names),
@@ -70,7 +71,7 @@ def identity(source: Source) -> dict[str, Any]:
 
 
 def changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    """How a source differs from what it was, in words; "" where it does not."""
+    """The differences between two identities as text; "" if there are none."""
     if before.get("samples") != now["samples"]:
         return f"{before.get('samples')} samples then, {now['samples']} now"
     gone = [name for name in before.get("classes", ()) if name not in now["classes"]]
@@ -103,7 +104,7 @@ def split_rows(name: str, size: int, split: Split, share: float = 0.2) -> np.nda
 
 
 def is_held_out(key: str, one_in: int = 10) -> bool:
-    """Whether the document called ``key`` is held out: about one in ``one_in`` is."""
+    """Whether the document ``key`` is held out: about one in ``one_in`` is."""
     digest = hashlib.blake2b(key.encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") % one_in == 0
 
@@ -212,7 +213,8 @@ def _pick(values: np.ndarray | None, rows: np.ndarray) -> Tensor | None:
 
 
 class Subset:
-    """Some samples of a source (an island's shard). ``ids`` stay those of the whole source."""
+    """Some samples of a source, such as an island's shard; ``ids`` stay those of the whole
+    source."""
 
     def __init__(self, source: Source, indices: Any) -> None:
         self.source = source

@@ -1,4 +1,4 @@
-"""Floor 2: frozen networks that turn pictures into features for metrics and partitions."""
+"""Frozen networks that turn pictures into features, for metrics and partitions."""
 
 from coterie.encoders.classifier import MapNetwork, SmallClassifier
 from coterie.encoders.features import Features, ModuleFeatures

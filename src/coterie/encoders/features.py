@@ -1,4 +1,4 @@
-"""What a metric or a partition needs of a frozen network: pictures in, feature rows out."""
+"""The interface of feature networks: pictures in, feature rows out."""
 
 from __future__ import annotations
 

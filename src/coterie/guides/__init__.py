@@ -1,4 +1,4 @@
-"""Floor 4: networks that read pictures, and their experts for noise levels, which guide samples."""
+"""Guidance networks: networks that read pictures, with experts for noise levels."""
 
 from coterie.guides.guide import Guide, GuideConfig, suggested
 from coterie.guides.reader import Reader, ReaderConfig

@@ -1,4 +1,4 @@
-"""An off-the-shelf network as a guide of samples: frozen, with one small expert per noise range.
+"""A frozen network for clean pictures as a guide of samples, with one small expert per noise range.
 
 A network that reads clean pictures fails on noisy ones, and its gradient leads nowhere there. Each
 range of the noise level gets an adapter that makes it read that range, learnt from the network's

@@ -1,4 +1,4 @@
-"""What a network reads in a picture: losses to learn it, likelihoods to be guided by it.
+"""Tasks of guidance networks: training losses, and likelihoods for guidance.
 
 Tasks: ``classes`` (logits [B, K]), ``map`` (real numbers [B, M, H, W], such as depth) and
 ``pixels`` (logits [B, K, H, W], a class per pixel). Shapes: B batch, K classes, M maps.

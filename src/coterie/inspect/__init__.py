@@ -1,6 +1,6 @@
-"""Floor 4: who does what: traces of routings, their statistics, and a report for people.
+"""Inspection of routing: traces, statistics, plots and a report.
 
-Reads :class:`coterie.core.routing.Routing` records and nothing of a model.
+It reads :class:`coterie.core.routing.Routing` records only, never a model.
 """
 
 from coterie.inspect.page.anomaly_verdicts import Verdict, verdicts

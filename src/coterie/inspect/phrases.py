@@ -1,4 +1,4 @@
-"""How numbers and lists are said in a sentence."""
+"""Numbers and lists as parts of a sentence."""
 
 from __future__ import annotations
 

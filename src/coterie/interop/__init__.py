@@ -1,1 +1,1 @@
-"""Floor 5: bridges to other libraries: their models, seen and changed through the same records."""
+"""Bridges to other libraries: expert layers in their models, and routings of their models."""

@@ -1,4 +1,4 @@
-"""Floor 4: how good samples are, as pure functions of feature rows or clouds."""
+"""Metrics of samples: functions of feature rows or point clouds."""
 
 from coterie.metrics.evaluate import evaluate_images, format_evaluation
 from coterie.metrics.frechet import frechet_distance, gaussian_frechet

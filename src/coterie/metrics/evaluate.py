@@ -1,8 +1,4 @@
-"""Generated pictures against real ones, every number with its floor beside it.
-
-The floor is what real held-out pictures score in the place of the generated ones, at the same
-number of samples: no generator needs to be better, and a number without it says little.
-"""
+"""Metrics of generated pictures against real ones, each with the value between two real sets."""
 
 from __future__ import annotations
 

@@ -1,8 +1,4 @@
-"""Precision and recall of generated samples (arXiv:1904.06991): is it real, and is all there?
-
-A set's manifold is the union of balls around its samples, each reaching to the k-th nearest other
-sample. Legend: S samples, D dimensions.
-"""
+"""Precision and recall of generated samples (arXiv:1904.06991)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Loss per noise level: the cheapest and most sensitive measure of a denoiser."""
+"""Loss per noise level: a cheap and sensitive metric of a denoiser."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How close sets of point clouds are: distances of clouds, and what sets make of them.
+"""Distances between point clouds, and metrics of sets of clouds.
 
 Of two clouds: ``cd``, the Chamfer distance, mean squared distance to the nearest point, both ways
 summed; ``emd_squared`` and ``emd_euclidean``, mean squared or mean plain distance under the

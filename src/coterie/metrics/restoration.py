@@ -1,4 +1,4 @@
-"""How close a restored picture is to the clean one: PSNR and SSIM.
+"""Similarity of a restored picture to the clean one: PSNR and SSIM.
 
 Pictures are f32 [S, C, H, W] in [-1, 1], compared as floats (never rounded to 8 bits) after being
 clamped to that range; the data range is 2. Legend: S pictures, W window.

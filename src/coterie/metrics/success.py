@@ -1,4 +1,4 @@
-"""How often something succeeds, and how sure that is: Wilson's score interval (Wilson 1927)."""
+"""Success rates with Wilson's score interval (Wilson 1927)."""
 
 from __future__ import annotations
 

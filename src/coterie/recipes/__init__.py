@@ -1,4 +1,4 @@
-"""Floor 7: one file per published system. Nothing below imports a recipe."""
+"""Recipes: one file per published system."""
 
 from coterie.recipes.base import Claim, Paper, Recipe, get_recipe, list_recipes
 

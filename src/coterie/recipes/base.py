@@ -1,4 +1,4 @@
-"""What a recipe is: a paper, presets, claims, departures. No mechanism lives here.
+"""What a recipe consists of: a paper, presets, claims, departures from the paper.
 
 A recipe file defines ``PAPER``, ``SUMMARY``, ``tiny()``, ``paper()`` (and more presets if it
 likes), ``arms()`` (the configurations its claims compare; ``arm:NAME`` in place of a path is what

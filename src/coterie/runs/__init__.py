@@ -1,7 +1,7 @@
-"""Floor 6: a run directory and all that is done with it.
+"""Runs: training, sampling and measuring in a run directory.
 
-Here every part is registered that a run may be made of but lies above its floor: sources and models
-that are other runs, and networks of other libraries.
+Importing this package registers the sources and models that are other runs, and networks of other
+libraries.
 """
 
 import coterie.interop.diffusers.expert

@@ -1,4 +1,4 @@
-"""What a run's configuration describes, built: its model, its data, its first weights."""
+"""Building what a run's configuration describes: its model, data and initial weights."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def build_model(config: RunConfig) -> Any:
 
 
 def based_model(config: RunConfig) -> Any:
-    """The model as its own weights find it: with the base under its adapters, if it has any."""
+    """The model with its base, if it has adapters, but without the run's own weights."""
     model = build_model(config)
     if config.init is not None and config.init.adapters:
         put_on_base(model, config.init)
@@ -41,8 +41,10 @@ def based_model(config: RunConfig) -> Any:
 
 
 def check_fits(config: RunConfig, training: bool = True, parts: int = 1) -> None:
-    """ConfigError where this machine's memory is too small for the model: counted from shapes,
-    before anything is allocated. ``parts``: of one of several processes that share it."""
+    """ConfigError if the model needs more memory than this machine has, computed from shapes.
+
+    ``parts``: number of processes that share the model.
+    """
     if getattr(config.model, "is_trained", False) or getattr(config.model, "absent", ""):
         return  # what others trained says how large it is when it is read
     most = needs.memory_bytes() * parts
@@ -55,7 +57,7 @@ def check_fits(config: RunConfig, training: bool = True, parts: int = 1) -> None
 
 
 def build_source(config: RunConfig, split: str = "train") -> Source:
-    """The data, checked against the model's shape and classes."""
+    """The data source, checked against the model's sample shape and classes."""
     source: Source = config.data.build(split=split)
     backbone = getattr(config.model, "backbone", None)
     wanted = getattr(backbone, "sample_shape", None)
@@ -82,7 +84,7 @@ def build_source(config: RunConfig, split: str = "train") -> Source:
 
 
 def initial_model(config: RunConfig, source: Source) -> Any:
-    """The model with the weights that training starts from: those of ``config.init``, or drawn.
+    """The model with its initial weights: random, or those of ``config.init``.
 
     CheckpointError names the first tensor of ``init.path`` that does not fit ``config.model``.
     """
@@ -100,7 +102,8 @@ def initial_model(config: RunConfig, source: Source) -> Any:
 
 
 def upcycled_run(config: RunConfig, path: str | Path, upcycling: UpcycleConfig) -> RunConfig:
-    """``config`` with experts in its model, to be made of the dense weights at ``path``."""
+    """``config`` with expert layers in its model, initialised from the dense weights at
+    ``path``."""
     return config.replace(
         model=upcycled_config(config.model, upcycling),
         init=InitConfig(path=str(path), upcycle=upcycling),

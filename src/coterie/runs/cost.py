@@ -1,4 +1,4 @@
-"""What a run costs, before any work: parameters, multiply-adds, projected minutes."""
+"""The cost of a run before it starts: parameters, multiply-adds, projected minutes, memory."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Which feature network measures a source: a small classifier trained here for grey images, the
-packaged EfficientNet-Lite0 for colour. Trained once per source and kept in the user cache."""
+"""The feature network for metrics of a source: a small classifier for grey images, trained once per
+source and kept in the user cache; EfficientNet-Lite0 for colour."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ BATCH = 128  # pictures whose class is read at once
 
 
 def feature_network(data: Part) -> Features:
-    """Features of the images of ``data`` (a source configuration)."""
+    """The feature network for images of ``data`` (a source configuration)."""
     source: Source = data.build(split="train")
     if source.shape[0] == 3:
         return lite0_extractor()
@@ -32,7 +32,7 @@ def feature_network(data: Part) -> Features:
 
 
 def read_labels(data: Part, images: Tensor) -> Tensor | None:
-    """The class i64 [S] that a classifier of ``data`` sees in each picture; None where there is
+    """The classes i64 [S] that a classifier of ``data`` predicts for pictures; None if there is
     none (colour, or no classes)."""
     source: Source = data.build(split="train")
     if source.shape[0] == 3 or not source.num_classes:
@@ -43,8 +43,11 @@ def read_labels(data: Part, images: Tensor) -> Tensor | None:
 
 
 def learnt_rows(size: int) -> np.ndarray:
-    """Rows of a training split the classifier learns from: every second one. The others are the
-    reference of the metrics, so that features treat them as they treat new images."""
+    """Every second row of a training split, on which the classifier is trained.
+
+    The others are the reference of the metrics, so that the classifier has seen neither them nor
+    new images.
+    """
     return np.arange(0, size, 2)
 
 

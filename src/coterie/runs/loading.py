@@ -1,4 +1,4 @@
-"""A trained run, loaded again."""
+"""Loading a trained run."""
 
 from __future__ import annotations
 
@@ -26,11 +26,13 @@ class LoadedRun:
 
     @property
     def is_text(self) -> bool:
+        """Whether the samples are token ids."""
         return bool(self.config.model.kind == "token_denoiser")
 
 
 def load_run(path: str | Path, which: str = "ema") -> LoadedRun:
-    """The run's newest valid weights; ``which``: "ema", "ema-<decay>" or "model"."""
+    """The run at ``path`` with its newest valid weights; ``which``: "ema", "ema-<decay>" or
+    "model"."""
     run_dir = RunDir(path)
     config = run_dir.read_config(RunConfig)
     check_fits(config, training=False)

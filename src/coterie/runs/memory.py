@@ -1,4 +1,4 @@
-"""Bytes that a training step needs, counted from shapes: nothing is computed, nothing allocated.
+"""Memory of a training step in bytes, computed from shapes.
 
 What persists: weights, the optimiser's two moments, averages. What comes and goes: what the forward
 pass leaves for the backward pass, and gradients, whose peaks lie at the two ends of the backward

@@ -1,4 +1,4 @@
-"""Training a run in its directory, from the start or from where it stopped."""
+"""Training a run in its directory, from the start or resumed."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def make_trainer(
     source: Source | None = None,
     world: World = ALONE,
 ) -> Trainer:
-    """A trainer of the configured model; ``source`` where it is already built."""
+    """A trainer of the configured model; ``source``: the data, if already built."""
     if source is None:
         check_fits(config, parts=world.count)
         source = build_source(config)
@@ -40,10 +40,10 @@ def make_trainer(
 
 
 def start(config: RunConfig, out: str | Path, progress: bool = True, world: World = ALONE) -> Path:
-    """Train to ``config.train.steps``; the same call again resumes, bit for bit on a CPU.
+    """Train to ``config.train.steps``; calling it again resumes, bit for bit on a CPU.
 
-    With 0 steps the run is its configuration: nothing is copied, its model lies where that says.
-    ``world``: this process's part, where several train together and all call this.
+    With 0 steps only the configuration is written, and the run's model is read from where the
+    configuration says. ``world``: this process's part, if several processes train together.
     """
     if not config.train.steps:
         return Path(world.on_first(lambda: str(_as_it_is(config, out))))
@@ -69,8 +69,8 @@ def _as_it_is(config: RunConfig, out: str | Path) -> Path:
 
 
 def prepare(config: RunConfig, out: str | Path) -> Path:
-    """A run directory at step 0: ``start`` with the same configuration trains it, and it can be
-    loaded and sampled as it is."""
+    """Create a run directory at step 0, which can be loaded, sampled, or trained by
+    :func:`start`."""
     if not config.train.steps:
         return _as_it_is(config, out)
     trainer, run_dir, source = _begin(config, out)
@@ -96,7 +96,8 @@ def _begin(
 
 
 def pinned(config: RunConfig, run_dir: RunDir) -> RunConfig:
-    """``config`` with the origin of its first weights: the one this run began with, or today's."""
+    """``config`` with the identity of its initial weights: that of the existing run, or the current
+    one."""
     init = config.init
     if init is None or init.origin is not None:
         return config

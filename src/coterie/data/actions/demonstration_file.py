@@ -1,8 +1,8 @@
-"""Demonstrations of one's own: an .npz file of episodes, for a policy without a simulator.
+"""Your own demonstrations for a policy: an .npz file of episodes.
 
-It holds ``observations`` float [S, C] or [S, M, C] (M tokens, say cameras), ``actions`` float
-[S, A] in about [-1, 1], ``lengths`` int [E] of the episodes that follow each other, and
-``goals`` int [E]; without ``goals`` there are none.
+It holds ``observations`` float [S, C] or [S, M, C] (M tokens, such as cameras), ``actions`` float
+[S, A] in about [-1, 1], ``lengths`` int [E] of consecutive episodes, and optionally ``goals`` int
+[E].
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ MAX_GOALS = 1_000_000
 
 @SOURCES.register
 class DemonstrationsConfig(SourceConfig):
-    """``num_goals`` None: one more than the largest goal in the file. ``rest``: the action past an
-    episode's end, zeros by default."""
+    """Chunks of actions from an .npz file of episodes."""
 
     kind: Literal["demonstrations"] = "demonstrations"
-    path: Place
-    horizon: int = Field(default=8, ge=1, le=1024)
+    path: Place  # the .npz file
+    horizon: int = Field(default=8, ge=1, le=1024)  # actions per chunk
     num_goals: int | None = Field(default=None, ge=0)
-    rest: tuple[float, ...] | None = None
+    """null: one more than the largest goal in the file"""
+    rest: tuple[float, ...] | None = None  # action after the end of an episode; null: zeros
     info: ClassVar[SourceInfo] = SourceInfo(
         summary="Episodes of one's own: observations, actions and goals in an .npz file",
         modality="action",

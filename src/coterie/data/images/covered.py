@@ -1,4 +1,4 @@
-"""A part of every picture lost in noise: what an expert sees that knows the rest."""
+"""Pictures with one half replaced by noise, for experts that know the other half."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ Half = Literal["left", "right", "top", "bottom"]
 
 @SOURCES.register
 class CoveredConfig(SourceConfig):
-    """``keep``: the half that stays as it is; the other becomes Gaussian noise of the deviation
-    ``noise``, clipped to [-1, 1] and always the same for the same picture."""
+    """Pictures of another source with one half replaced by noise, the same in every run."""
 
     kind: Literal["covered"] = "covered"
     data: Annotated[SerializeAsAny[Part], SOURCES.validator] = "digits"  # type: ignore[assignment]
-    keep: Half = "left"
-    noise: float = 1.0
+    """The other source."""
+    keep: Half = "left"  # the half that is kept
+    noise: float = 1.0  # standard deviation of the noise, clipped to [-1, 1]
     info: ClassVar[SourceInfo] = SourceInfo(
         summary="pictures of another source, one half lost in noise",
         modality="of its data",

@@ -42,6 +42,7 @@ TONES = {
 class EmojiConfig(ImageConfig):
     kind: Literal["emoji"] = "emoji"
     vendors: Annotated[tuple[Vendor, ...], Field(min_length=1)] = VENDORS
+    """the styles that are used"""
     skin_tones: bool = True  # also the variants of people and hands
     native: ClassVar[tuple[int, int]] = (3, 64)
     background: ClassVar[float] = 1.0

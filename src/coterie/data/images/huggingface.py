@@ -24,15 +24,15 @@ class HuggingFaceConfig(SourceConfig):
 
     kind: Literal["huggingface"] = "huggingface"
     path: str = Field(min_length=1)  # name on the hub, or a format such as "imagefolder"
-    subset: str | None = None
-    data_dir: str | None = None
-    modality: Literal["image", "text"] = "image"
-    column: str = "image"
-    label_column: str | None = None
-    train_split: str = "train"
-    held_out_split: str | None = None
+    subset: str | None = None  # configuration of the data set; null: its default
+    data_dir: str | None = None  # folder of the files, for formats on disk
+    modality: Literal["image", "text"] = "image"  # what ``column`` holds
+    column: str = "image"  # name of the column with pictures or texts
+    label_column: str | None = None  # name of the column with classes; null: none
+    train_split: str = "train"  # name of the training split
+    held_out_split: str | None = None  # name of the held-out split; null: a fifth of train_split
     size: int = Field(default=64, ge=1, le=4096)  # of pictures
-    channels: Literal[1, 3] = 3
+    channels: Literal[1, 3] = 3  # of pictures: grey or colour
     context: int = Field(default=128, ge=2, le=1_048_576)  # tokens per text sample
     info: ClassVar[SourceInfo] = SourceInfo(
         summary="pictures or texts through the datasets library",

@@ -32,10 +32,11 @@ class ImageFolderConfig(SourceConfig):
     underscored and empty folders are no classes."""
 
     kind: Literal["image-folder"] = "image-folder"
-    path: Place
+    path: Place  # the folder
     size: int = Field(default=64, ge=1, le=4096)
-    channels: Literal[1, 3] = 3
-    held_out_one_in: int = Field(default=10, ge=2)
+    """side of the pictures in pixels, after scaling and cropping"""
+    channels: Literal[1, 3] = 3  # grey or colour
+    held_out_one_in: int = Field(default=10, ge=2)  # about one file in this many is held out
     info: ClassVar[SourceInfo] = SourceInfo(
         summary="your pictures: one sub folder per class",
         modality="image",

@@ -23,11 +23,11 @@ from coterie.data.source import SOURCES, ArraySource, SourceConfig, SourceInfo, 
 
 @SOURCES.register
 class LatentsConfig(SourceConfig):
-    """``num_classes``: labels are 0..num_classes-1."""
+    """A folder of precomputed latents."""
 
     kind: Literal["latents"] = "latents"
-    path: Place
-    num_classes: int = Field(1000, ge=1)
+    path: Place  # folder with latents.npy and labels.npy
+    num_classes: int = Field(1000, ge=1)  # labels are 0..num_classes-1
     info: ClassVar[SourceInfo] = SourceInfo(
         summary="your own latents: latents.npy and labels.npy in a folder",
         modality="image",

@@ -33,16 +33,15 @@ from coterie.data.worlds.weather import scaled
 
 @SOURCES.register
 class PairsFolderConfig(SourceConfig):
-    """``crops`` squares of ``size`` pixels are cut from each pair, always the same ones. About one
-    pair in ``held_out_one_in`` is held out, by a hash of its name."""
+    """Square crops of pairs of pictures, the same in every run."""
 
     kind: Literal["pairs-folder"] = "pairs-folder"
-    path: Place
-    degraded: str = "input"
-    clean: str = "gt"
-    size: int = Field(default=256, ge=8, le=4096)
-    crops: int = Field(default=8, ge=1)
-    held_out_one_in: int = Field(default=10, ge=2)
+    path: Place  # folder with one sub folder per kind of degradation
+    degraded: str = "input"  # name of the folder of degraded pictures
+    clean: str = "gt"  # name of the folder of clean pictures
+    size: int = Field(default=256, ge=8, le=4096)  # side of a crop in pixels
+    crops: int = Field(default=8, ge=1)  # crops per pair
+    held_out_one_in: int = Field(default=10, ge=2)  # about one pair in this many is held out
     info: ClassVar[SourceInfo] = SourceInfo(
         summary="your pairs of degraded and clean pictures, one folder per kind of degradation",
         modality="restoration",

@@ -1,4 +1,4 @@
-"""Some classes of another source: what a base learns, or one concept that it has not seen."""
+"""Some classes of another source, for a base model or for one new concept."""
 
 from __future__ import annotations
 
@@ -17,13 +17,14 @@ READ = 512  # samples read at a time
 
 @SOURCES.register
 class ClassesConfig(SourceConfig):
-    """``classes``: numbers of the classes that are kept, under their own numbers; ``count``: how
-    many training samples of each, the first ones (None: all)."""
+    """Some classes of another source."""
 
     kind: Literal["classes"] = "classes"
     data: Annotated[SerializeAsAny[Part], SOURCES.validator] = "digits"  # type: ignore[assignment]
+    """The other source."""
     classes: tuple[NonNegativeInt, ...] = (0, 1, 2, 3, 4, 5)
-    count: PositiveInt | None = None
+    """numbers of the classes that are kept; they keep their numbers"""
+    count: PositiveInt | None = None  # training samples of each class, the first ones; null: all
     info: ClassVar[SourceInfo] = SourceInfo(
         summary="some classes of another source",
         modality="of its data",

@@ -1,8 +1,8 @@
-"""Cutting a data set into islands: disjoint shards, each for an expert trained alone.
+"""Division of a data set into islands: disjoint shards, each for an expert trained alone.
 
 Clusters of features give experts a subject; the shards carry hashes, so an ensemble can check that
-its experts were trained on parts of one and the same partition (as in Decentralized
-Diffusion Models, McAllister et al. 2025).
+its experts were trained on parts of one and the same partition (as in Decentralized Diffusion
+Models, McAllister et al. 2025).
 
 Legend: S samples, D feature dimensions, F fine centres, K shards.
 """

@@ -1,7 +1,7 @@
-"""A shard written out: the samples of one island in a sealed folder, and nothing else.
+"""The samples of one island in a sealed folder, for a machine without the rest of the data.
 
-What an island needs on a machine that has no other part of the data: ``train.safetensors`` and
-``held_out.safetensors`` with ``x`` [S, ...], ``ids`` [S] of the whole source, and ``label`` [S].
+``train.safetensors`` and ``held_out.safetensors`` hold ``x`` [S, ...], ``ids`` [S] of the whole
+source, and ``label`` [S].
 """
 
 from __future__ import annotations
@@ -69,12 +69,11 @@ def _tensors(source: Source) -> dict[str, Tensor]:
 
 @SOURCES.register
 class ShardConfig(SourceConfig):
-    """A folder as ``coterie island plan --export`` writes it. ``sha256``: what its training samples
-    must be (of their ids), "" = any."""
+    """A folder written by ``coterie island plan --export``."""
 
     kind: Literal["shard"] = "shard"
-    path: Place
-    sha256: str = ""
+    path: Place  # the folder
+    sha256: str = ""  # required hash of the ids of its training samples; "": any
     info: ClassVar[SourceInfo] = SourceInfo(
         summary="one island's samples in a folder of their own",
         modality="of its data",

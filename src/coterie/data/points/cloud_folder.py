@@ -22,8 +22,8 @@ class CloudFolderConfig(CloudConfig):
     path below ``path``."""
 
     kind: Literal["cloud-folder"] = "cloud-folder"
-    path: Place
-    held_out_one_in: int = Field(default=10, ge=2)
+    path: Place  # the folder
+    held_out_one_in: int = Field(default=10, ge=2)  # about one file in this many is held out
     info: ClassVar[SourceInfo] = SourceInfo(
         summary="your point clouds: one sub folder per class, one .npy per cloud",
         modality="points",

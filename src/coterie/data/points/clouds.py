@@ -23,7 +23,7 @@ REMEMBERED_BYTES = 64 * 2**20
 class CloudConfig(SourceConfig):
     """``num_points`` of every cloud, drawn on its surface."""
 
-    num_points: int = Field(default=512, ge=2, le=1_000_000)
+    num_points: int = Field(default=512, ge=2, le=1_000_000)  # points of a sample
 
     def shape(self) -> tuple[int, int]:
         return self.num_points, 3

@@ -142,9 +142,13 @@ class Furniture3dConfig(CloudConfig):
 
     kind: Literal["furniture3d"] = "furniture3d"
     classes: Annotated[tuple[str, ...], Field(min_length=1)] = CLASSES
+    """kinds of things that are used"""
     copies: int = Field(default=16, ge=1, le=100_000)
+    """samples per model, each with other points of its surface"""
     stretch: float = Field(default=0.1, ge=0, lt=1)
+    """largest relative stretch along each axis in training"""
     yaw: float = Field(default=0.0, ge=0, le=180)
+    """largest rotation about the vertical in training, in degrees"""
     info: ClassVar[SourceInfo] = SourceInfo(
         summary="models of furniture, lamps, plants, people, vehicles; class = kind of thing",
         modality="points",

@@ -1,1 +1,1 @@
-"""Ratings: who judged what, with an answer per task."""
+"""Ratings of items by users, with a label per task."""

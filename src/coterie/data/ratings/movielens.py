@@ -106,13 +106,14 @@ def _convert(files: Sequence[Files], folder: Path) -> None:
 
 @SOURCES.register
 class MovieLensConfig(SourceConfig):
-    """``features`` and ``tasks`` in the order in which a sample has them. ``held_out``: the latest
-    tenth of each user's ratings is the test part, the tenth before it validation."""
+    """MovieLens-100K: ratings of films, with one yes-or-no task per threshold."""
 
     kind: Literal["movielens"] = "movielens"
-    features: tuple[str, ...] = tuple(field.name for field in FIELDS)
+    features: tuple[str, ...] = tuple(field.name for field in FIELDS)  # input columns, in order
     tasks: tuple[str, ...] = ("ge3", "ge4", "eq5", "le2", "eq1")
+    """questions about the rating, in order: ge3 = at least 3, ..."""
     held_out: Literal["test", "validation"] = "test"
+    """latest tenth of each user's ratings (test), or the tenth before"""
     info: ClassVar[SourceInfo] = SourceInfo(
         summary="MovieLens-100K; tasks are questions about a rating, split by time per user",
         modality="ratings",

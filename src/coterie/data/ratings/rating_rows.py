@@ -1,8 +1,8 @@
-"""Ratings: who judged what and when, as rows of feature ids with one answer per task.
+"""Ratings as rows of feature ids, with one label per task.
 
 A source of modality "ratings" yields ``x`` i64 [B, C], the columns of its ``fields`` (a field of
-several columns is a set; -1 fills it up), and ``targets`` f32 [B, T], 1 or 0 per task and NaN where
-the answer is not known. Legend: S samples, C columns, T tasks, U users.
+several columns is a set; -1 marks unused columns), and ``targets`` f32 [B, T], 1 or 0 per task and
+NaN where the label is missing. Legend: S samples, C columns, T tasks, U users.
 """
 
 from __future__ import annotations
@@ -163,23 +163,21 @@ def chosen_fields(names: Sequence[str], fields: Sequence[Feature]) -> list[Featu
 
 @SOURCES.register
 class TaskToyConfig(SourceConfig):
-    """Users judge items, drawn: a task's score is ``<w_t, u * i>`` plus logistic noise.
-
-    ``correlation`` c: any two tasks' weights w_t, and so their scores, correlate by c on average.
-    ``positive``: share of 1 among the answers, one number per task. ``observed``: share of samples
-    whose answer is known while training, one number per task (held-out answers are all known).
-    """
+    """Synthetic ratings: a task's score is ``<w_t, u * i>`` of user and item, plus logistic
+    noise."""
 
     kind: Literal["task-toy"] = "task-toy"
-    count: int = Field(default=20_000, ge=40, le=10_000_000)
-    users: int = Field(default=200, ge=2)
-    items: int = Field(default=300, ge=2)
+    count: int = Field(default=20_000, ge=40, le=10_000_000)  # training samples
+    users: int = Field(default=200, ge=2)  # number of users
+    items: int = Field(default=300, ge=2)  # number of items
     rank: int = Field(default=8, ge=1)  # of the hidden vectors of users and items
-    correlation: float = Field(default=0.5, ge=0, le=1)
+    correlation: float = Field(default=0.5, ge=0, le=1)  # mean correlation of two tasks' scores
     positive: tuple[float, ...] = Field(default=(0.5, 0.3, 0.1, 0.03), min_length=1)
-    observed: tuple[float, ...] | None = None  # None: all
-    noise: float = Field(default=0.3, ge=0)  # of the answers, relative to the scores
-    seed: Seed = 0
+    """share of label 1, per task"""
+    observed: tuple[float, ...] | None = None
+    """share of training samples with a label, per task; null: all"""
+    noise: float = Field(default=0.3, ge=0)  # of the labels, relative to the scores
+    seed: Seed = 0  # of the data
     info: ClassVar[SourceInfo] = SourceInfo(
         summary="Drawn users and items; tasks as correlated and as sparse as wanted",
         modality="ratings",

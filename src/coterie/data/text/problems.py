@@ -59,13 +59,15 @@ class _ProblemConfig(TextConfig):
     """Problems are numbers 0..``largest`` (None: modulus - 1) joined by ``operators``; the answer
     is their value, * before + and -, modulo ``modulus``."""
 
-    modulus: int = Field(default=17, ge=2, le=1_000_000)
+    modulus: int = Field(default=17, ge=2, le=1_000_000)  # answers are modulo this number
     largest: int | None = Field(default=None, ge=1, le=1_000_000)
+    """numbers are 0..largest; null: modulus - 1"""
     operators: tuple[Operator, ...] = Field(default=("+", "-", "*"), min_length=1)
+    """that join the numbers; * binds first"""
     count: int = Field(
         default=8192, ge=8, lt=2**63
     )  # training windows; an eighth as many are held out
-    seed: Seed = 0
+    seed: Seed = 0  # of the problems
 
     @model_validator(mode="after")
     def _enough(self) -> _ProblemConfig:
@@ -112,6 +114,7 @@ class ArithmeticConfig(_ProblemConfig):
         BeforeValidator(_as_tuple),
         Field(min_length=1),
     ] = (3,)
+    """Numbers per problem; several values are classes, one in each window."""
     info: ClassVar[SourceInfo] = SourceInfo(
         summary="Modular arithmetic, one problem a line",
         modality="text",
@@ -133,12 +136,12 @@ KINDS = ("easy", "hard", "text")
 
 @SOURCES.register
 class MixedDifficultyConfig(_ProblemConfig):
-    """Windows of one kind each: ``easy`` (a word repeated, or counting), ``hard`` (arithmetic of
-    ``terms`` numbers), ``text`` (Python's help pages), in the proportion ``shares``."""
+    """Windows of one kind: ``easy`` (a repeated word, or counting), ``hard`` (arithmetic) or
+    ``text`` (Python's help pages)."""
 
     kind: Literal["mixed-difficulty"] = "mixed-difficulty"
-    terms: int = Field(default=3, ge=2, le=16)
-    shares: tuple[float, float, float] = (1.0, 1.0, 1.0)
+    terms: int = Field(default=3, ge=2, le=16)  # numbers per arithmetic problem
+    shares: tuple[float, float, float] = (1.0, 1.0, 1.0)  # proportions of the three kinds
     info: ClassVar[SourceInfo] = SourceInfo(
         summary="Easy lines, hard lines and text, one kind a window",
         modality="text",

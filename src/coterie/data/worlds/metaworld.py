@@ -118,21 +118,24 @@ class MetaworldSimulator:
 
 @SOURCES.register
 class MetaworldConfig(SourceConfig):
-    """``episodes`` of each task for training, a quarter as many held out; ``limit`` steps each.
+    """Demonstrations of Meta-World's scripted experts.
 
-    The first build plays them: about a second for each two episodes.
+    The first build runs the simulator: about a second for each two episodes.
     """
 
     kind: Literal["metaworld"] = "metaworld"
     tasks: tuple[str, ...] = Field(
         default=("reach-v3", "push-v3", "drawer-open-v3", "button-press-topdown-v3"), min_length=1
     )
+    """names of Meta-World tasks"""
     episodes: int = Field(default=50, ge=4, le=100_000)
-    horizon: int = Field(default=8, ge=1, le=64)
-    stride: int = Field(default=1, ge=1)
-    limit: int = Field(default=150, ge=1, le=500)
+    """training episodes per task; a quarter as many are held out"""
+    horizon: int = Field(default=8, ge=1, le=64)  # actions per chunk
+    stride: int = Field(default=1, ge=1)  # steps between the starts of chunks
+    limit: int = Field(default=150, ge=1, le=500)  # most steps of an episode
     jitter: float = Field(default=0.1, ge=0, le=1)
-    seed: Seed = 0
+    """standard deviation of noise on the expert's actions"""
+    seed: Seed = 0  # of the episodes
     info: ClassVar[SourceInfo] = SourceInfo(
         summary="Robot arm in MuJoCo: Meta-World with its scripted experts; needs coterie[robots]",
         modality="action",

@@ -131,18 +131,16 @@ def _start(seed: int) -> tuple[Array, float, float]:
 
 @SOURCES.register
 class ObstacleConfig(SourceConfig):
-    """``episodes`` for training, a quarter as many held out; a sample are ``horizon`` actions from
-    every ``stride``-th moment: where chunks are carried out whole, others are never asked about.
-
-    ``jitter``: standard deviation of what disturbs the demonstrator's actions.
-    """
+    """Demonstrations of a planner that goes around an obstacle to one of four goals."""
 
     kind: Literal["obstacle"] = "obstacle"
     episodes: int = Field(default=2000, ge=4, le=1_000_000)
-    horizon: int = Field(default=8, ge=1, le=64)
-    stride: int = Field(default=1, ge=1)
+    """training episodes; a quarter as many are held out"""
+    horizon: int = Field(default=8, ge=1, le=64)  # actions per chunk
+    stride: int = Field(default=1, ge=1)  # steps between the starts of chunks
     jitter: float = Field(default=0.2, ge=0, le=1)
-    seed: Seed = 0
+    """standard deviation of noise on the planner's actions"""
+    seed: Seed = 0  # of the episodes
     info: ClassVar[SourceInfo] = SourceInfo(
         summary="A point mass goes around an obstacle to one of four goals, left or right",
         modality="action",

@@ -219,13 +219,15 @@ SOLIDS: dict[str, Callable[[Rng], list[Part]]] = {
 
 @SOURCES.register
 class SolidsConfig(CloudConfig):
-    """``count`` training clouds (``held_out`` others), the ``classes`` in turn."""
+    """Point clouds of procedural furniture and aeroplanes."""
 
     kind: Literal["solids"] = "solids"
     classes: Annotated[tuple[str, ...], Field(min_length=1)] = tuple(SOLIDS)
-    count: int = Field(default=4_000, ge=1, le=10_000_000)
+    """kinds of solids, in turn"""
+    count: int = Field(default=4_000, ge=1, le=10_000_000)  # training clouds
     held_out: int = Field(default=400, ge=1, le=10_000_000)
-    seed: Seed = 0
+    """held-out clouds, with other proportions"""
+    seed: Seed = 0  # of the proportions
     info: ClassVar[SourceInfo] = SourceInfo(
         summary="procedural solids (synthetic): class = kind of furniture, or plane",
         modality="points",

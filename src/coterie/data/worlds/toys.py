@@ -1,8 +1,8 @@
-"""Closed-form toys: points drawn from a density that is known, or easily seen to be missed.
+"""Toy distributions: points from a known density.
 
-Every toy keeps its samples at about [-1, 1]. The Gaussian ones expose their :class:`Mixture`, whose
-noised density and exact denoiser are known, so that solvers and compositions can be proved.
-Legend: B batch, K modes, D dimensions, S samples.
+Every toy keeps its samples at about [-1, 1]. The Gaussian ones have their :class:`Mixture`, whose
+noised density and exact denoiser are known, so that solvers and compositions can be tested. Legend:
+B batch, K modes, D dimensions, S samples.
 """
 
 from __future__ import annotations
@@ -67,7 +67,8 @@ class ToyConfig(SourceConfig):
     """Options of every toy: ``count`` training points, a quarter as many held out."""
 
     count: int = Field(default=20_000, ge=4, le=100_000_000)
-    seed: Seed = 0
+    """training points; a quarter as many are held out"""
+    seed: Seed = 0  # of the points
 
     def _draw(self, split: Split) -> tuple[int, np.random.Generator]:
         count = self.count if split == "train" else self.count // 4
@@ -96,8 +97,9 @@ class GaussianConfig(ToyConfig):
     """One axis-aligned Gaussian."""
 
     kind: Literal["gaussian"] = "gaussian"
-    mean: tuple[float, ...] = Field(default=(0.0, 0.0), min_length=1)
+    mean: tuple[float, ...] = Field(default=(0.0, 0.0), min_length=1)  # per dimension
     std: tuple[float, ...] = Field(default=(0.5, 0.5), min_length=1)
+    """standard deviation per dimension"""
     info: ClassVar[SourceInfo] = _info("one Gaussian", "D")
 
     @model_validator(mode="after")
@@ -120,11 +122,11 @@ class GaussianMixtureConfig(ToyConfig):
     """Equally wide modes on a ring or a square grid; the class is the mode."""
 
     kind: Literal["gaussian-mixture"] = "gaussian-mixture"
-    num_modes: int = Field(default=8, ge=1, le=1024)
-    layout: Literal["ring", "grid"] = "ring"
+    num_modes: int = Field(default=8, ge=1, le=1024)  # number of Gaussians
+    layout: Literal["ring", "grid"] = "ring"  # of the means
     dim: int = Field(default=2, ge=2, le=1024)  # modes differ in the first two only
     radius: float = Field(default=0.8, gt=0)  # of the ring, or half the side of the grid
-    std: float = Field(default=0.05, gt=0)
+    std: float = Field(default=0.05, gt=0)  # standard deviation of a mode
     weights: tuple[float, ...] | None = None  # None = equal
     info: ClassVar[SourceInfo] = _info("Gaussian modes on a ring or grid", "D")
 
@@ -161,7 +163,7 @@ class GaussianMixtureConfig(ToyConfig):
 @SOURCES.register
 class TwoMoonsConfig(ToyConfig):
     kind: Literal["two-moons"] = "two-moons"
-    noise: float = Field(default=0.03, ge=0)
+    noise: float = Field(default=0.03, ge=0)  # standard deviation about the half circles
     info: ClassVar[SourceInfo] = _info("two interleaved half circles")
 
     def build(self, split: Split = "train") -> ArraySource:
@@ -191,7 +193,7 @@ class CheckerboardConfig(ToyConfig):
 @SOURCES.register
 class SwissRollConfig(ToyConfig):
     kind: Literal["swiss-roll"] = "swiss-roll"
-    noise: float = Field(default=0.02, ge=0)
+    noise: float = Field(default=0.02, ge=0)  # standard deviation about the spiral
     info: ClassVar[SourceInfo] = _info("a spiral; no classes")
 
     def build(self, split: Split = "train") -> ArraySource:

@@ -95,16 +95,18 @@ WEATHERS: dict[Weather, Operator] = {"rain": rain, "drops": drops, "snow": snow,
 
 @SOURCES.register
 class WeatherConfig(SourceConfig):
-    """Clean crops as ``x``, the same under bad weather as ``cond.channels``; class = weather.
+    """Clean photographs as ``x``, the same under synthetic weather as ``cond.channels``; class =
+    weather.
 
-    Sample i has its own crop, weather, strength and seed, all fixed by i; held-out samples have
-    other photographs and other seeds. A sample without weather never occurs.
+    Sample i has its own crop, weather, strength and seed, all fixed by i. Held-out samples have
+    other photographs and seeds.
     """
 
     kind: Literal["weather"] = "weather"
-    size: int = Field(default=64, ge=8, le=96)
+    size: int = Field(default=64, ge=8, le=96)  # side of a crop in pixels
     count: int = Field(default=4000, ge=1, le=1_000_000)  # training samples; a tenth held out
     weathers: Annotated[tuple[Weather, ...], Field(min_length=1)] = tuple(WEATHERS)
+    """kinds of weather, in turn"""
     strength: tuple[float, float] = (0.5, 1.0)  # drawn evenly between these
     info: ClassVar[SourceInfo] = SourceInfo(
         summary="photographs under synthetic rain, drops, snow and haze, with the clean ones",

@@ -1,1 +1,1 @@
-"""The report page: its sentences, tables and sections, and the numbers behind them."""
+"""The report page: its sentences, tables, sections and data."""

@@ -1,4 +1,4 @@
-"""What the three meters say in a sentence each: a number, its ideal, and whether it is a fault."""
+"""A sentence for each anomaly metric: the number, its ideal, and whether it is a fault."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a person should hear about the routers: alarms and plain sentences with the numbers."""
+"""Findings about the routers: warnings and plain sentences with the numbers."""
 
 from __future__ import annotations
 

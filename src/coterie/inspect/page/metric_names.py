@@ -1,4 +1,4 @@
-"""What metrics are called on the page, and in which direction they are better."""
+"""Names of metrics on the page, and whether larger or smaller is better."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Sentences about how many experts rows use, who follows whom, and who works for whom."""
+"""Sentences about experts per row, experts that follow each other, and experts of tasks or
+classes."""
 
 from __future__ import annotations
 

@@ -103,8 +103,10 @@ def write_report(out_dir: str | Path, data: ReportData) -> Path:
 
 
 def report_outputs(folder: str | Path) -> Outputs:
-    """``folder``, looked at before anything is measured: ConfigError if a report cannot be written
-    there, or would take the place of a page that is no report of ours."""
+    """``folder``, checked before anything is measured.
+
+    ConfigError if a report cannot be written there, or would replace another page.
+    """
     return Outputs.at(folder, INDEX, _listed).check(_NAMES)
 
 

@@ -1,4 +1,4 @@
-"""What a report may speak of, and whether it has the form the report can show."""
+"""The data of a report, and checks of their form."""
 
 from __future__ import annotations
 

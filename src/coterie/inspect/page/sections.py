@@ -1,4 +1,4 @@
-"""What stands where on the page, and the tables between the pictures."""
+"""The sections of the page, and the tables between the plots."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Pictures of a report. matplotlib is imported when the first one is drawn."""
+"""Plots of a report. matplotlib is imported when the first one is drawn."""

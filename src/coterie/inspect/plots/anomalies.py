@@ -1,4 +1,4 @@
-"""Pictures of the three meters: scales of answers, whom experts work for, who is left out."""
+"""Plots of the anomaly metrics: output scales, experts of single tasks, neglected tasks."""
 
 from __future__ import annotations
 

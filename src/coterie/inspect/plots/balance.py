@@ -1,4 +1,4 @@
-"""Pictures of how the work is shared: load, certainty, pairs, steadiness, affinity, prototypes."""
+"""Plots of load balance: load, confidence, pairs of experts, stability, affinity, prototypes."""
 
 from __future__ import annotations
 

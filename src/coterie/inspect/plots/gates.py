@@ -1,4 +1,4 @@
-"""Pictures of who decides where in single pictures: soft weights of experts, one map per point."""
+"""Maps of the experts' weights over single pictures, one per point."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The picture of weighted particles: who has weight, step by step."""
+"""Plot of particle weights, step by step."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Pictures of where experts work: maps over an image or a volume, or curves over a sequence."""
+"""Plots of expert use by position: maps over an image or volume, or curves over a sequence."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Pictures of who follows whom, who works for whom, and which experts answer alike."""
+"""Plots of relations: experts of successive routers, experts of tasks, experts with similar
+outputs."""
 
 from __future__ import annotations
 

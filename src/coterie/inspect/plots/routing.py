@@ -1,4 +1,4 @@
-"""Pictures of who is chosen: by noise level, class and sampling step."""
+"""Plots of expert use by noise level, class and sampling step."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Pictures of the run itself: loss by noise level, training curves, samples."""
+"""Plots of the run: loss by noise level, training curves, samples."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What all pictures share: two colour themes, one sequential map, panels, rendering to PNG."""
+"""Style of all plots: two colour themes, one sequential colour map, panels, rendering to PNG."""
 
 from __future__ import annotations
 

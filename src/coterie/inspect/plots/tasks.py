@@ -1,4 +1,4 @@
-"""How well each task ranks: bars from one half, which is chance."""
+"""Ranking quality (AUC) per task: bars from one half, which is chance."""
 
 from __future__ import annotations
 

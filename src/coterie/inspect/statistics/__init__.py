@@ -1,1 +1,1 @@
-"""What is computed: counts of routings and everything that follows from them."""
+"""Statistics computed from counts of routings."""

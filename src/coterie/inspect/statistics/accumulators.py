@@ -1,7 +1,7 @@
-"""Accumulators for one router: only marginals and pair tables, never rows.
+"""Accumulators for one router: counts by column and tables of pairs; rows are not kept.
 
-Shapes: R rows (tokens or samples), K choices, E experts, B samples, N tokens per sample,
-C columns, 2 halves (conditional, unconditional: label NULL_LABEL).
+Shapes: R rows (tokens or samples), K choices, E experts, B samples, N tokens per sample, C columns,
+2 halves (conditional, unconditional: label NULL_LABEL).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ MAX_TABLE_STEPS = 250
 
 
 class Place(NamedTuple):
-    """Where a router sits."""
+    """The place of a router."""
 
     slot: str
     layer: int
@@ -64,9 +64,8 @@ def _bincount(column: Tensor, columns: int) -> Array:
 class Joint:
     """Choices by (half, column, expert) and rows by (half, column); columns grow on demand.
 
-    ``gates``: the sum of the gates' absolute values beside the counts; ``open``: whether the expert
-    was ever a candidate there, that is had a probability other than 0. ``reason`` says why there is
-    nothing in it, and is empty once there is.
+    ``gates``: sums of absolute gates; ``open``: whether the expert ever had a probability other
+    than 0 there. ``reason``: why the table is empty; "" once it is not.
     """
 
     def __init__(self, num_experts: int, columns: int, reason: str) -> None:
@@ -96,7 +95,7 @@ class Joint:
             self.rows = np.pad(self.rows, ((0, 0), (0, more)))
 
     def refuse(self, reason: str) -> None:
-        """Give the table up for good (too many columns to keep)."""
+        """Drop the table for good (too many columns)."""
         self._refused = True
         self.reason = reason
         self.counts, self.rows = np.zeros((2, 0, self.num_experts)), np.zeros((2, 0))
@@ -193,12 +192,12 @@ class RouterTrace:
 
     @property
     def soft(self) -> bool:
-        """Whether every row asks every expert: only the weights tell one from another."""
+        """Whether every row uses every expert, so that only weights differ."""
         every = self.num_experts * float(self.rows.sum())
         return self.num_experts > 1 and every > 0 and float(self.counts.sum()) == every
 
     def shares(self, table: Joint) -> Array:
-        """What pictures show of one of its tables [2, C, E]: choices, or weights if it is soft."""
+        """[2, C, E] for plots: choices, or weights if the router is soft."""
         return table.gates if self.soft else table.counts
 
     @property

@@ -1,9 +1,9 @@
-"""Three ways in which a mixture of experts goes wrong (HoME, arXiv:2408.05430), as numbers.
+"""Three anomalies of mixtures of experts as numbers (HoME, arXiv:2408.05430).
 
-*Collapse*: experts answer at different scales, or mostly zeros, so that gates cannot weigh them
-fairly. *Degradation*: an expert meant for several tasks works for one. *Underfitting*: a task
-leaves its own experts idle, or what is rare is learnt worse than what is frequent. Where a model
-has no tasks, classes take their place, then noise levels, then positions.
+*Collapse*: experts' outputs have different scales, or are mostly zero, so that gates cannot compare
+them. *Degradation*: an expert meant for several tasks serves one. *Underfitting*: a task does not
+use its own experts, or rare cases have a larger loss than frequent ones. In a model without tasks,
+classes take their place, then noise levels, then positions.
 
 Shapes: E experts, C columns (tasks, classes, noise bins or groups of positions).
 """
@@ -36,56 +36,48 @@ RARE = 0.5
 
 @dataclass(frozen=True, eq=False)
 class Answers:
-    """What each expert of a layer answered to rows that chose it, over rows and units.
+    """Statistics of each expert's outputs, over rows and units; [E] each, NaN for experts without
+    rows."""
 
-    ``mean``, ``std``: of its answers. ``zeros``: share of its activations that are zero: of its
-    inner units, or of its answers, where those are more. [E] each, NaN for an expert without rows.
-    """
-
-    mean: Array
-    std: Array
-    zeros: Array
+    mean: Array  # of the outputs
+    std: Array  # of the outputs
+    zeros: Array  # share of zeros among inner units or outputs, whichever is larger
     rows: Array
 
     @property
     def scale(self) -> Array:
-        """[E] root mean square of the answers."""
+        """[E] root mean square of the outputs."""
         scale: Array = np.sqrt(self.mean**2 + self.std**2)
         return scale
 
 
 @dataclass(frozen=True, eq=False)
 class Collapse:
-    """``ratio``: largest over smallest scale, ideally 1 (inf: an expert answers 0). ``zeros``:
-    the largest share of zero activations."""
+    """Different output scales in one layer."""
 
     place: Place
     name: str
     answers: Answers
-    ratio: float
+    ratio: float  # largest over smallest scale; ideal 1, inf if an expert's output is 0
     strongest: int
     weakest: int
-    zeros: float
+    zeros: float  # largest share of zeros
     emptiest: int
 
 
 @dataclass(frozen=True, eq=False)
 class Degradation:
-    """``table`` [C, E]: share of an expert's gate weight that comes from each column, were all of
-    them equally frequent; NaN for experts hardly used. ``top`` [E]: the largest share, ``ideal``
-    [E]: 1 over the columns for which the expert is a candidate. ``worst``: the expert, among those
-    that are candidates for several columns, whose largest share is largest; None without any.
-    """
+    """How much each expert serves a single column."""
 
     place: Place
     name: str
     unit: str
     facet: str
     columns: tuple[str, ...]
-    table: Array
-    top: Array
-    ideal: Array
-    worst: int | None
+    table: Array  # [C, E], share of the expert's gate weight per column, at equal column frequency
+    top: Array  # [E], largest share
+    ideal: Array  # [E], 1 over the number of columns that may use the expert
+    worst: int | None  # the expert with the largest share, among those of several columns
     expert_names: tuple[str, ...] = ()
     unused: tuple[int, ...] = ()  # experts without rows, where that is a fault
 
@@ -95,7 +87,7 @@ class Degradation:
 
     @property
     def column(self) -> str:
-        """For which column the worst expert works."""
+        """The column that the worst expert serves."""
         return (
             "" if self.worst is None else self.columns[int(np.nanargmax(self.table[:, self.worst]))]
         )
@@ -103,7 +95,7 @@ class Degradation:
 
 @dataclass(frozen=True, eq=False)
 class Private:
-    """How much of a task's gate weight stays with experts of its own, in one layer."""
+    """Gate weight of a task that goes to its own experts, in one layer."""
 
     place: Place
     name: str
@@ -114,15 +106,14 @@ class Private:
 
     @property
     def number(self) -> float:
-        """1: as much as its experts are; 0: they are idle."""
+        """Gate weight of own experts relative to their share among candidates: 1 ideal, 0
+        unused."""
         return self.share / self.ideal
 
 
 @dataclass(frozen=True, eq=False)
 class Underfitting:
-    """Columns of one facet: how often, at which held-out loss (NaN: not known), and how much gate
-    weight a row has in the mean over layers, relative to all rows. ``private``: where tasks have
-    experts of their own.
+    """Frequency, held-out loss (NaN: unknown) and gate weight per row of the columns of one facet.
 
     ``number``: loss of the rare columns over that of the others, where there are rare ones and
     losses; else the least gate weight of a column. 1 is ideal.
@@ -163,7 +154,7 @@ class Underfitting:
 
 @dataclass(frozen=True, eq=False)
 class Anomalies:
-    """The three meters over all routers; ``routed`` False: a dense model has none."""
+    """The three anomalies over all routers; ``routed`` False: a dense model."""
 
     routed: bool = False
     collapse: tuple[Collapse, ...] = ()

@@ -1,4 +1,4 @@
-"""Trained models composed: who stands in the product, and what became of weighted particles.
+"""Statistics of composed models: share of each expert, and weighted particles.
 
 Nobody is chosen in a composition, so there is no routing to show. What can go wrong instead is the
 weights: where few particles carry them, samples are copies of few. Legend: G systems, K particles.

@@ -1,4 +1,4 @@
-"""What each expert of a layer answers to the rows that choose it, summed up call by call.
+"""Statistics of each expert's outputs on the rows that choose it, accumulated call by call.
 
 Whoever runs the model says how an expert is asked; here is what is kept of its answers.
 """

@@ -1,7 +1,6 @@
-"""The streaming aggregator: routings in, marginal counts out, memory bounded.
+"""Traces: counts of routings, accumulated batch by batch in bounded memory.
 
-trace = Trace(grid=(4, 4))
-trace.add(prediction.routings)                 # any number of batches
+trace = Trace(grid=(4, 4)) trace.add(prediction.routings)                 # any number of batches
 trace.add_step(step, prediction.routings)      # along a sampling run, in order
 """
 
@@ -70,13 +69,13 @@ class StepTrace:
 
 
 class Trace:
-    """Counts of who was chosen, per router, by noise level, class and position; and of who follows
-    whom, from each router to the next of its slot (the next round, or the next layer).
+    """Counts of chosen experts per router, by noise level, class and position; and of pairs of
+    experts in successive routers of a slot (the next round, or the next layer).
 
     ``noise_to_unit`` maps ``Routing.noise`` to [0, 1] (needed where the process time is a standard
     deviation); ``grid`` = (height, width) of the tokens of an image, or (x, y upwards, z) of a
-    volume, in row-major order.
-    Conditional and unconditional rows (label NULL_LABEL) are kept apart everywhere.
+    volume, in row-major order. Conditional and unconditional rows (label NULL_LABEL) are counted
+    separately.
     """
 
     def __init__(
@@ -98,12 +97,12 @@ class Trace:
 
     @property
     def routers(self) -> list[RouterTrace]:
-        """By slot, then layer, then round."""
+        """All routers, by slot, then layer, then round."""
         return [self._routers[place] for place in sorted(self._routers)]
 
     @property
     def pairs(self) -> list[PairTrace]:
-        """Each router with the next of its slot, by slot, then layer, then round."""
+        """Each router with the next one of its slot, by slot, then layer, then round."""
         return [self._pairs[places] for places in sorted(self._pairs)]
 
     def __len__(self) -> int:
@@ -134,11 +133,12 @@ class Trace:
 
     @torch.no_grad()
     def add_step(self, step: int, routings: Sequence[Routing]) -> None:
-        """Compare the choices of sampling step ``step`` (0 = the noisiest) with those of step - 1.
+        """Compare the choices of sampling step ``step`` (0 = the noisiest) with those of the step
+        before.
 
-        Give every step once, in order, with the same samples in the same rows. A second call for
-        a step (the later stages of a solver) is passed over; a lower step, other samples, another
-        shape or a gap begins a new run, with nothing to compare to.
+        Call it for every step once, in order, with the same samples in the same rows. A second call
+        for a step (later stages of a solver) is ignored; a lower step, other samples, another shape
+        or a gap starts a new run, without a comparison.
         """
         if not 0 <= step < MAX_SAMPLING_STEPS:
             raise DataError(describe("step", step, f"0..{MAX_SAMPLING_STEPS - 1}"))

@@ -1,4 +1,4 @@
-"""Models of diffusers: experts in their modules' places, seen through the same records.
+"""Models of diffusers: expert layers in their modules, and use as denoisers.
 
 Importing this loads nothing of diffusers: places are found by structure.
 """

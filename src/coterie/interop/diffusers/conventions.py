@@ -1,11 +1,11 @@
-"""How the networks of diffusers are asked: a table by class, made from its pipelines' own calls.
+"""How networks of diffusers are called: a table by class, from the calls in its pipelines.
 
 Classes differ in the time they are told, the sign of what they answer, and the names and forms of
 their conditions. A network of a class that is not here is refused, with what else it is told: its
 answers would be those of another time or condition. ``Condition.vector`` holds the pooled text and,
 behind it, the numbers that a network reads besides: SDXL's time ids, Flux's weight of guidance,
-PixArt's height, width and their ratio.
-Shapes: B batch, M tokens of a prompt, C channels, H height, W width.
+PixArt's height, width and their ratio. Shapes: B batch, M tokens of a prompt, C channels, H height,
+W width.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The process that a scheduler of diffusers noises in, and what its network answers.
+"""The noising process and view of a diffusers scheduler.
 
 The scheduler is built by diffusers itself and asked for its alphas, so that the defaults of its
 class hold. Of its fields those that make the noise are named here, and those that only choose the

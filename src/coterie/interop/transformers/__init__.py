@@ -1,7 +1,7 @@
-"""Hugging Face MoE models: seen, changed and compared through our own records.
+"""Hugging Face MoE models: recording, changing and comparing their routing.
 
 Importing this loads nothing of transformers: layers are found by structure. Only loading a model
-from a folder (:mod:`.load`) needs the library. Classes: Mixtral, OLMoE, Qwen2-MoE, Qwen3-MoE,
+from a folder (:mod:`.moe_folder`) needs the library. Classes: Mixtral, OLMoE, Qwen2-MoE, Qwen3-MoE,
 DeepSeek-V2, DeepSeek-V3, DiffusionGemma, as they are in transformers 5.18 and later.
 """
 

@@ -1,4 +1,4 @@
-"""One of their layers as ours, and back: the same tensors, so the same answers.
+"""Conversion of one MoE layer of transformers to an expert layer and back, with equal outputs.
 
 Ours reads what their experts read: the block's input, or, where a block normalises it for the
 experts alone (DiffusionGemma), that normalised input. There the router's own norm divides by the

@@ -1,4 +1,4 @@
-"""What a model thinks of a text: nats per token, causal or block by block out of noise.
+"""Loss of a language model on a text: nats per token, causal or by masked blocks.
 
 Legend: B windows, C tokens each, P of them before the canvas, N = C - P on it, V words.
 """

@@ -1,4 +1,4 @@
-"""The one way into a folder of transformers: whatever reads one, for any verb, does it here.
+"""Safe loading of model folders of transformers, used by every command that reads one.
 
 What lies in the folder is checked against its own configuration before a weight is read, and again
 when they are read. No code in it is run, and nobody is asked whether it should be.

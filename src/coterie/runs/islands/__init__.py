@@ -1,8 +1,4 @@
-"""Islands: experts that are whole models, each trained alone on its part of the data.
-
-Here is what a run's data may be; :mod:`coterie.runs.islands.plan` makes runs of it, and
-:mod:`coterie.runs.islands.workers` trains them.
-"""
+"""Islands: experts that are whole models, each trained separately on its part of the data."""
 
 from coterie.runs.islands.partition import Islands, PartitionConfig, partition_of
 from coterie.runs.islands.source import IslandConfig

@@ -1,4 +1,4 @@
-"""Islands made one system: the router that tells them apart, the ensemble, one dense student.
+"""Combining trained islands: their router, the ensemble, and a dense student.
 
 Everything here is a run like any other. The router's training is cross-entropy over the whole data
 under the experts' noise; the ensemble trains nothing; the student learns what the expert of each

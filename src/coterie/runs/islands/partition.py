@@ -1,8 +1,8 @@
-"""How a data set is cut into islands: by clusters of frozen features, by class, or at random.
+"""Division of a data set into islands: by clusters of frozen features, by class, or at random.
 
-A partition is a function of the data, the configuration and nothing else. It is kept in the user's
-cache, and a plan carries a copy with its hash, so that experts trained in different places can be
-held against one and the same cut (Decentralized Diffusion Models, McAllister et al. 2025).
+A partition depends on the data and the configuration only. It is kept in the user's cache, and a
+plan carries a copy with its hash, so that experts trained in different places use the same one
+(Decentralized Diffusion Models, McAllister et al. 2025).
 
 Legend: S samples of a split, D feature dimensions, F fine centres, K islands.
 """
@@ -43,15 +43,16 @@ READ = 512  # samples read at a time
 
 
 class PartitionConfig(Config):
-    """``by``: k-means in two stages over features of a frozen network (of the points themselves
-    where samples are vectors), whole classes, or at random. ``samples``: how many of the training
-    split k-means looks at (the others go to the nearest centre)."""
+    """How a data set is divided into islands."""
 
-    islands: Few = 4
+    islands: Few = 4  # number of islands
     by: Literal["features", "labels", "random"] = "features"
-    seed: int = Field(0, ge=0, lt=2**63)
+    """Two-stage k-means over features of a frozen network (over the values themselves for vectors),
+    whole classes, or at random."""
+    seed: int = Field(0, ge=0, lt=2**63)  # of k-means and of the random division
     dims: int = Field(64, ge=1)  # principal components of the features
     samples: int = Field(20_000, ge=1)
+    """training samples for k-means; the others join the nearest centre"""
 
 
 @dataclass(frozen=True, eq=False)

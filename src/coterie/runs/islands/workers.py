@@ -1,4 +1,4 @@
-"""Training islands, each in a process of its own, and saying how far they are."""
+"""Training islands in parallel, each in its own process, with progress."""
 
 from __future__ import annotations
 

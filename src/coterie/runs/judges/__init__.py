@@ -1,4 +1,4 @@
-"""Who says what a run is worth: one judge per modality."""
+"""Judges: evaluation of a run's samples and held-out loss, one class per modality."""
 
 from coterie.runs.judges import (
     action,

@@ -1,4 +1,4 @@
-"""Policies: held-out loss, and what becomes of their actions in a simulator.
+"""Evaluation of policies: held-out loss, and success in a simulator.
 
 Where a source has no simulator, losses and chunks of actions are all there is.
 """

@@ -1,5 +1,5 @@
-"""What a trained run is worth depends on what it makes. A judge knows one modality: how held-out
-data are looked at, how samples are drawn, scored, shown and written.
+"""Base of judges. A judge evaluates one modality: held-out loss, and drawing, scoring, plotting and
+writing samples.
 
 Reports, claims, sampling and probes ask the judge of a run and know no modality themselves.
 """

@@ -1,4 +1,4 @@
-"""Denoisers: loss at every noise level, samples walked down the noise, distances to real data."""
+"""Evaluation of denoisers: loss per noise level, samples along the grid, distances to real data."""
 
 from __future__ import annotations
 

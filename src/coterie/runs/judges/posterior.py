@@ -1,4 +1,4 @@
-"""Routers of whole models: how well the cluster of a noisy sample is told, and how surely."""
+"""Evaluation of routers of ensembles: accuracy and calibration of the predicted cluster."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Text: bits per token, and how well marked answers are known."""
+"""Evaluation of text models: bits per token, and accuracy on marked answers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One of the processes that a supervisor starts; it is told a file.
+"""One of the processes that a supervisor starts, configured by a file.
 
 The file says what to train and how it is laid out. What goes wrong is written beside it, and the
 exit code is that of the command line.

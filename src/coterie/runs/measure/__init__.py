@@ -1,1 +1,1 @@
-"""What a trained run is worth, and what each of its experts does."""
+"""Measurements of a trained run: quality, routing, and the role of each expert."""

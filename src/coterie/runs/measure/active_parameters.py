@@ -1,8 +1,7 @@
-"""What a model has in the places of experts, and what it really uses of that for a row, from the
-choices that were counted on data.
+"""Parameters of expert layers, and how many a row really uses, from choices counted on data.
 
-A selection declares how many experts it takes at most; where the number varies (top-p, expert
-choice) only counting tells what a row costs.
+A selection declares the most experts it takes; where the number varies (top-p, expert choice) it
+has to be counted.
 """
 
 from __future__ import annotations

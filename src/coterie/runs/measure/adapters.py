@@ -1,4 +1,4 @@
-"""How much the adapters of a run disturb each other, on the concept that each of them was made for.
+"""How much the adapters of a run disturb each other, on data of the concept of each.
 
 An adapter that trains one row of a table of labels was made for that class; others are looked at on
 all held-out data. Shapes: B batch.

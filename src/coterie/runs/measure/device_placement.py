@@ -1,4 +1,4 @@
-"""Experts of a run on many devices, simulated: its routing loads, and what a row costs here."""
+"""Simulated placement of a run's experts on many devices, from its routing loads."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""What a trained run is worth, in numbers: held-out loss, scores of samples, and what its routers
-do. The report and the claims read these; what is looked at is the matter of the run's judge."""
+"""The metrics of a trained run: held-out loss, quality of samples, and routing."""
 
 from __future__ import annotations
 
@@ -26,15 +25,13 @@ from coterie.train.run_directory import RunDir, read_metrics
 
 
 def held_out(run: LoadedRun, limit: int = 512, size: int = 128) -> HeldOut:
-    """Loss and routings on ``limit`` held-out samples, as the run's judge looks at them."""
+    """Loss and routings on ``limit`` held-out samples, evaluated by the run's judge."""
     return judge_of(run).held_out(limit, size)
 
 
 def measure(run: LoadedRun, num_samples: int = 500) -> dict[str, float]:
-    """The numbers that claims compare, all plain floats.
-
-    docs/explanation/results.md says what each means.
-    """
+    """The metrics that claims and reports use, as plain floats; docs/explanation/results.md
+    explains them."""
     judge, found = judge_of(run), held_out(run)
     out = {"held_out_loss": found.loss}
     out |= {f"held_out_loss/{name}": loss for name, loss in found.by_class.items()}

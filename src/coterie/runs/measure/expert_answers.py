@@ -1,4 +1,4 @@
-"""What each expert of a model answers to the rows that choose it, summed up while it runs."""
+"""Statistics of each expert's outputs on the rows that choose it, collected while a model runs."""
 
 from __future__ import annotations
 
@@ -46,8 +46,7 @@ def _look(sums: AnswerSums, layer: ExpertLayer, h: Tensor, routing: Routing) -> 
 
 @contextmanager
 def watched_answers(model: nn.Module) -> Iterator[AnswerSums]:
-    """Inside the block every call of an expert layer is looked at: of each layer the first round
-    only, as later ones read what the one before wrote."""
+    """Inside the block the outputs of every expert layer are collected, in its first round only."""
     sums = AnswerSums()
 
     def note(layer: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:

@@ -1,4 +1,4 @@
-"""Whom an ensemble follows where, in a few held-out pictures: for its report."""
+"""Maps of the members' weights over a few held-out pictures, for an ensemble's report."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ NOISES = (0.25, 0.75)
 
 @torch.no_grad()
 def gate_maps(run: LoadedRun) -> GateMaps | None:
-    """None where the model does not weigh experts at places of a picture."""
+    """The maps; None if the model does not weight experts per pixel."""
     model = run.model
     if not isinstance(model, Ensemble) or len(run.source.shape) != 3:
         return None

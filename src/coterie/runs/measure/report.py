@@ -1,4 +1,4 @@
-"""The report of a run: who does what, over layers, noise levels, classes and positions."""
+"""The report of a run: routing by layer, noise level, class and position."""
 
 from __future__ import annotations
 

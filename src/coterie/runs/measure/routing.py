@@ -1,5 +1,4 @@
-"""What routers do, as plain numbers over the routers of a model: the routing part of
-:func:`coterie.runs.measure.evaluation.measure`."""
+"""Routing metrics as plain numbers, over all routers of a model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What happens to a trained model when its routing is changed: no training, no copies.
+"""Effects of changed routing on a trained model, without training.
 
 ``disabled_cost``: each token loses its best experts (DeepSeekMoE, section 4.5: how redundant are
 they?). ``separation``: how far apart are the inputs of different experts (ProMoE)?

@@ -1,4 +1,4 @@
-"""A trained model under other routing settings: quality against cost, without retraining.
+"""A trained model under other routing settings: quality against cost, without training.
 
     rows = sweep(run, {"select.p": [0.1, 0.2, 0.4]})
 

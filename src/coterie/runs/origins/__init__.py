@@ -1,1 +1,1 @@
-"""Where a run's first weights come from, and runs that are made of other runs."""
+"""Initial weights of runs, and runs that are made of other runs."""

@@ -1,4 +1,4 @@
-"""Samples of a trained denoiser as data: pictures without labels, drawn once and kept."""
+"""Samples of a trained denoiser as a data source, drawn once and kept."""
 
 from __future__ import annotations
 

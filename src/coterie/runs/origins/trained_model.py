@@ -1,4 +1,5 @@
-"""A trained model where it lies, for ensembles (:mod:`coterie.ensembles.model`) and teachers.
+"""A trained model, read from its folder, for ensembles (:mod:`coterie.ensembles.model`) and
+teachers.
 
 A run whose ``model`` is one of these and whose ``train.steps`` is 0 trains nothing. It says how
 what is there is put together, sampled and judged, and works with every verb like any other run.

@@ -1,1 +1,1 @@
-"""Drawing from a run: samples, roll-outs, restored pictures; guides and exact caches."""
+"""Sampling from runs: images, texts, roll-outs, restored pictures; guidance networks and caches."""

@@ -1,4 +1,4 @@
-"""A run that samples through a cache: the same samples, with what is known beforehand left out."""
+"""Sampling a run with exact caches: the same samples in less time."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from coterie.solvers import asked_times
 def cached(
     run: LoadedRun, steps: int | None = None, caches: Sequence[Cache] | None = None
 ) -> tuple[LoadedRun, CacheCost]:
-    """``run`` with every exact cache that applies to its model (or those of ``caches``), for the
-    solver, grid and ``steps`` (default: its own) it samples with, and what they save;
-    ``model.caches`` names them.
+    """``run`` with every exact cache that applies to its model (or those of ``caches``), and their
+    savings.
 
-    ConfigError where none applies, or its solver chooses its own times.
+    For the solver and grid of the run and ``steps`` (default: the run's). ``model.caches`` names
+    the caches. ConfigError if none applies, or if the solver chooses its own times.
     """
     process = getattr(run.model, "process", None)
     if process is None:
@@ -38,9 +38,10 @@ def cached(
 
 
 def compiled(run: LoadedRun) -> LoadedRun:
-    """``run`` whose backbone torch compiles at its first call, once for all sizes of batch, which
-    takes a minute on a CPU. ConfigError where the model cannot be compiled, and where the compiler
-    that torch needs does not work here."""
+    """``run`` with a backbone that torch compiles at its first call, which takes a minute on a CPU.
+
+    ConfigError if the model cannot be compiled, or torch's compiler does not work here.
+    """
     if getattr(run.model, "backbone", None) is None or run.is_text:
         hint = "only denoisers of samples that are one network are"
         raise ConfigError(describe("compile", True, "false", hint))

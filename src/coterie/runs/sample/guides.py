@@ -1,4 +1,4 @@
-"""Runs and guides together: what samples are guided to, how well they follow, a run with a guide.
+"""Sampling a run with a guidance network, and measuring how well samples follow it.
 
 Shapes: S samples.
 """
@@ -28,9 +28,11 @@ from coterie.solvers.network_guidance import GuidedConfig, GuidedDenoiser, reads
 def with_guide(
     run: LoadedRun, guide: str | Path, scale: float = 1.0, target: str | Path | None = None
 ) -> LoadedRun:
-    """``run`` guided by the guide at another run or model directory. ``target``: a picture whose
-    map, or whose pixels' classes, all samples are guided to; by default each sample has those of a
-    held-out picture."""
+    """``run`` guided by the guide at another run or model directory.
+
+    ``target``: a picture whose map, or whose pixels' classes, all samples are guided to; by default
+    each sample gets those of a held-out picture.
+    """
     part = PretrainedConfig(path=str(guide)).pinned()
     denoiser = PretrainedConfig(path=str(run.path))
     model = GuidedConfig.from_dict({"denoiser": denoiser, "guide": part, "scale": scale})
@@ -56,14 +58,14 @@ def read_picture(path: str | Path, shape: tuple[int, int, int]) -> Tensor:
 
 
 def map_guide(run: LoadedRun) -> Guide | None:
-    """The guide of a run whose samples are guided to maps, or to classes of pixels."""
+    """The guide of a run, if it guides to maps or classes of pixels."""
     guide = getattr(run.model, "guide", None)
     return guide if isinstance(guide, Guide) and guide.task != "classes" else None
 
 
 def wanted(run: LoadedRun, num: int) -> Tensor | None:
-    """f32 [S, M, H, W]: the maps that ``num`` samples are guided to, those that the guide's network
-    sees in held-out pictures, in turn; None where there is one for all, or no such guide."""
+    """f32 [S, M, H, W]: the maps that ``num`` samples are guided to, computed from held-out
+    pictures in turn; None if there is one for all, or no such guide."""
     guide = map_guide(run)
     if guide is None or run.model.target is not None:
         return None
@@ -71,7 +73,7 @@ def wanted(run: LoadedRun, num: int) -> Tensor | None:
 
 
 def models(run: LoadedRun, num: int) -> Batch:
-    """Held-out pictures, in turn, that ``num`` samples take after."""
+    """The held-out pictures whose maps ``num`` samples are guided to."""
     source = run.config.data.whole.build(split="held_out")
     rows = order(0, 0, min(num, len(source)), len(source))
     return source.get(np.resize(rows, num))

@@ -1,5 +1,4 @@
-"""Where samples that are not finite came from: drawn once more, watched; asked only after some
-have been seen."""
+"""Finding the step and module in which a sample became non-finite, by drawing it again."""
 
 from __future__ import annotations
 

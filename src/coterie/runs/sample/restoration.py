@@ -1,7 +1,7 @@
-"""Restoring pictures of one's own, of any size, with a trained run.
+"""Restoring your own pictures of any size with a trained run.
 
-A network restores squares of one size, so a picture is cut into squares that overlap. There their
-answers are averaged, with weights that fall towards the border of a square, so no seam is left.
+A network restores squares of one size, so a picture is cut into overlapping squares. Their outputs
+are averaged with weights that fall towards the border of a square, so that no seam is visible.
 Legend: C channels, H x W pixels, S side of a square, T squares.
 """
 
@@ -39,8 +39,8 @@ Restorer = Callable[[Tensor], Tensor]
 
 
 def corners(length: int, side: int, overlap: int) -> list[int]:
-    """Where squares begin along an edge of ``length``, evenly: neighbours share ``overlap`` pixels
-    or more, and the last one ends with the picture."""
+    """Starts of the squares along an edge of ``length``, evenly spaced with at least ``overlap``
+    pixels in common; the last square ends with the picture."""
     if length <= side:
         return [0]
     count = -(-(length - overlap) // (side - overlap))
@@ -76,7 +76,7 @@ def restore_tiled(picture: Tensor, network: Restorer, side: int, overlap: int) -
 
 @dataclass(frozen=True)
 class Plan:
-    """What restoring a folder means: (file, file to be written, squares) of each picture."""
+    """The pictures of a folder: (file, file to be written, squares) of each."""
 
     pictures: tuple[tuple[Path, Path, int], ...]
     side: int
@@ -91,7 +91,7 @@ class Plan:
 def plan_folder(
     run: LoadedRun, folder: str | Path, out: str | Path, overlap: int | None = None
 ) -> Plan:
-    """Look at every picture before any is restored.
+    """Check every picture before any is restored.
 
     ``overlap``: pixels, by default a quarter of the side of a square. ConfigError for a run that
     restores nothing; DataError for a folder without pictures, and for pictures that cannot be
@@ -141,8 +141,11 @@ def restore_folder(
     weights: str = "ema",
     progress: Callable[[int], None] | None = None,
 ) -> list[Path]:
-    """Write a PNG of each picture of the plan to ``out``; those that are there from the same run
-    and the same picture already are kept. ConfigError where ``out`` holds other work."""
+    """Write a PNG of each picture of the plan to ``out``; existing ones of the same run and picture
+    are kept.
+
+    ConfigError if ``out`` holds other files.
+    """
     folder = Path(out)
     record: dict[str, Any] = {
         "run": relative(str(run.path), folder),

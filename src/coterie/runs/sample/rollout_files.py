@@ -1,4 +1,4 @@
-"""Roll-outs of a run as files and a table: success by goal, and what exact caches save."""
+"""Roll-outs of a policy as files and a table: success by goal, and savings of exact caches."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""A policy at work: episodes in a simulator, all side by side, each with its own seed.
+"""Roll-outs: a policy acts in simulated episodes, in parallel, each with its own seed.
 
-A chunk of actions is sampled for what is seen now and carried out whole, without looking; then the
-next one is sampled (open loop within a chunk, closed loop between them).
-Legend: E episodes, T actions of a chunk, A values of one, S steps until the last episode is over.
+A chunk of actions is sampled from the current observation and carried out without new observations;
+then the next one is sampled (open loop within a chunk, closed loop between chunks). Legend: E
+episodes, T actions of a chunk, A values of one, S steps until the last episode is over.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def policy(
 
 
 def demonstrator(simulator: Simulator) -> Plan:
-    """The scripted one, which looks at every step: plans of one action."""
+    """The simulator's scripted policy, which observes at every step: plans of one action."""
     return lambda seen, number: simulator.expert()[:, None]
 
 

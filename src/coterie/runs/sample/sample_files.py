@@ -1,4 +1,4 @@
-"""Samples of a run as files: pictures on a sheet, texts, clouds; always with their seeds."""
+"""Samples of a run as files: a sheet of pictures, texts or clouds, with their seeds."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Drawing samples of a run, each from its own seed."""
+"""Sampling a trained run; each sample has its own seed."""
 
 from __future__ import annotations
 
@@ -36,22 +36,24 @@ MOST = 1_000_000  # samples of one draw
 
 @dataclass(frozen=True)
 class Samples:
-    """``x``: f32 [n, ...] images in [-1, 1], or i64 [n, N] token ids; one label and seed each.
-    ``particles``: of each batch, what happened to weighted particles, if these were some.
-    ``places``: their numbers in the whole draw; ``drawn``: what the draw was, for
-    another one like it; ``threads``: how many each was drawn with, where that was looked at."""
+    """Samples with their labels and seeds."""
 
-    x: Tensor
-    labels: Tensor
+    x: Tensor  # f32 [n, ...] images in [-1, 1], or i64 [n, N] token ids
+    labels: Tensor  # i64 [n]; NULL_LABEL: unconditional
     seeds: list[int]
     particles: tuple[ParticleRecord, ...] = field(default=(), kw_only=True)
+    """statistics of weighted particles, per batch"""
     places: tuple[int, ...] = field(default=(), kw_only=True)
+    """Numbers of the samples in the whole draw."""
     drawn: Mapping[str, Any] = field(default_factory=dict, kw_only=True)
+    """Settings of the draw, to repeat it."""
     threads: tuple[int, ...] = field(default=(), kw_only=True)
+    """CPU threads that each sample was drawn with, if known."""
 
 
 def balanced_labels(run: LoadedRun, num: int) -> Tensor:
-    """The data's classes in turn, so that a grid has one column per class; NULL_LABEL without."""
+    """The data's classes in turn, so that a grid has one column per class; NULL_LABEL without
+    classes."""
     classes = run.source.num_classes
     if not classes or not conditional(run):
         return torch.full((num,), NULL_LABEL)
@@ -60,12 +62,13 @@ def balanced_labels(run: LoadedRun, num: int) -> Tensor:
 
 
 def conditional(run: LoadedRun) -> bool:
+    """Whether the model is conditioned on classes."""
     return bool(getattr(run.config.model.backbone, "num_classes", 0))
 
 
 def guidance_of(run: LoadedRun, weight: float | None) -> GuidanceConfig:
-    """The run's guidance, of another weight if one is given; ConfigError where that could not
-    change a sample."""
+    """The run's guidance with ``weight`` (None: its own); ConfigError if guidance cannot change a
+    sample."""
     if weight not in (None, 1) and (run.is_text or not conditional(run)):
         hint = "the model has no classes, so there is nothing to guide to"
         raise ConfigError(describe("guidance", weight, "none, or 1", hint))
@@ -88,9 +91,9 @@ def generate(
 ) -> Samples:
     """Draw ``num`` samples. Sample i depends on (seed, i), its label and the model only.
 
-    ``index``: only these of the ``num``, equal to the bit: what shares a batch with none of them is
-    not drawn. ``seeds``: the samples' own seeds (those that are recorded), in the place of those
-    that follow from ``seed`` and i; there are as many as samples, particles of a system together.
+    ``index``: draw only these of the ``num``, with equal bits; batches without any of them are
+    skipped. ``seeds``: the samples' own seeds, such as recorded ones, instead of those derived from
+    ``seed`` and i. ConfigError for settings that do not fit the run.
     """
     together = systems_of(run)
     if seeds is not None:
@@ -136,7 +139,7 @@ def generate(
 
 
 def chosen_labels(run: LoadedRun, labels: Sequence[int], num: int) -> Tensor:
-    """``labels`` in turn; ConfigError where the model does not know one of them."""
+    """``labels`` in turn; ConfigError for a class that the model does not have."""
     if not conditional(run):
         raise ConfigError(describe("labels", list(labels), "none", "the model has no classes"))
     if not labels:
@@ -154,7 +157,7 @@ def _turns(run: LoadedRun, num: int) -> Tensor:
 
 
 def systems_of(run: LoadedRun) -> int:
-    """How many samples are drawn together: the particles of a system, else 1."""
+    """Number of samples that are drawn together: the particles of a system, else 1."""
     return getattr(run.config.sample.solver, "particles", None) or 1
 
 

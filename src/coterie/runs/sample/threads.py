@@ -1,8 +1,8 @@
-"""How many threads samples of a run are drawn with: asked for, or chosen by timing the first call.
+"""The number of CPU threads for sampling: set by the user, or chosen by timing the first call.
 
-What is timed is a draw's own first call of the denoiser, on its first batch; the answer is thrown
-away. A number serves whole batches: it may change only between two of them, where one has been
-slow. Sums of torch may differ between numbers of threads, so samples are recorded with theirs.
+The timed call is the first denoiser call of the draw, whose result is discarded. The number may
+change between batches, if one was slow. Sums in torch may differ between numbers of threads, so
+samples are recorded with theirs.
 """
 
 from __future__ import annotations
