@@ -1,23 +1,23 @@
 """Products, powers and tilts of the densities of trained denoisers, sampled correctly.
 
 The target at every noise level is p(x, t) ~ prod_i q_i(x, t)^beta_i exp(b(t) r(x)): q_i are the
-noised densities of the experts, r is a reward. With S = sum_i beta_i score_i the answer is the
-score S, and particles that follow the reverse equation of any zeta > 0 with it carry
+noised densities of the experts, r is a reward. The prediction is the score S = sum_i beta_i
+score_i, and particles that follow the reverse equation of any zeta > 0 with it carry
 
     d log W / ds = (sum_i beta_i - 1) div f + g^2 / 2 (|S|^2 - sum_i beta_i |score_i|^2)
                    + sum_i beta_i' log q_i
                    + b' r - b grad r . f + b g^2 / 2 grad r . S
 
 in falling time s (Skreta et al. 2025, arXiv:2503.02819: its annealing, geometric average, product
-and reward are special cases). No divergence of a network is needed. With a reward the drift has a
+and reward are special cases). No divergence of a network is needed. With a reward the drift has
 half of its gradient at zeta = 1, zeta^2 / (1 + zeta^2) of it in general; the weights do the rest.
 Everything is per unit of lam = log(alpha / sigma), where it is finite in every process: g^2
 |score|^2 ds = 2 |eps|^2 d lam. ``corrector`` "none" is the plain sum of scores, and the whole
-gradient of the reward, without weights: plausible, and not the target.
+gradient of the reward, without weights; this does not sample the target.
 
-What changes over noise levels goes with the share of signal c = alpha^2 / (alpha^2 + sigma^2): b(t)
-= b c, and beta_i(t) from ``noisy_betas`` at c = 0 to ``betas`` at c = 1. Shapes: B batch, M
-experts, d numbers of a sample.
+Quantities that change with the noise level follow the share of signal c = alpha^2 / (alpha^2 +
+sigma^2): b(t) = b c, and beta_i(t) from ``noisy_betas`` at c = 0 to ``betas`` at c = 1. Shapes: B
+batch, M experts, d values of a sample.
 """
 
 from __future__ import annotations

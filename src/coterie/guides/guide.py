@@ -1,8 +1,8 @@
 """A frozen network for clean pictures as a guide of samples, with one small expert per noise range.
 
-A network that reads clean pictures fails on noisy ones, and its gradient leads nowhere there. Each
-range of the noise level gets an adapter that makes it read that range, learnt from the network's
-own answers to clean pictures (PPAP: Go et al. 2023, arXiv:2212.05973). Shapes: B batch, K ranges.
+A network for clean pictures fails on noisy ones, and so does its gradient. Each range of noise
+levels gets an adapter, trained to reproduce the network's output on the clean picture from the
+noisy one (PPAP: Go et al. 2023, arXiv:2212.05973). Shapes: B batch, K ranges.
 """
 
 from __future__ import annotations
@@ -35,23 +35,20 @@ ATTENTION = ("qkv", "proj", "query", "key", "value", "to_q", "to_k", "to_v", "q_
 
 @MODELS.register
 class GuideConfig(Part):
-    """``network``: a trained model that reads clean pictures, by where it lies. ``ranges``: how
-    many equal parts of the process's steps, or boundaries between them.
-
-    ``adapt``: ``lora``, an adapter of ``rank`` and ``alpha`` (None: rank) per range, on the layers
-    that :func:`suggested` names or as ``lora`` says; ``full``, a whole copy per range; ``none``,
-    the network as it is. ``task``: None is what the network says of itself.
-    """
+    """A frozen network for clean pictures with one adapter per range of noise levels."""
 
     kind: Literal["guide"] = "guide"
-    network: Annotated[SerializeAsAny[Part], MODELS.validator]
+    network: Annotated[SerializeAsAny[Part], MODELS.validator]  # the trained network, by its path
     process: Annotated[SerializeAsAny[Part], PROCESSES.validator] = "ddpm"  # type: ignore[assignment]
+    """Noising process of the ranges."""
     ranges: Few | RangesConfig = 5
+    """number of equal ranges of steps, or the boundaries between ranges"""
     adapt: Literal["lora", "full", "none"] = "lora"
-    rank: PositiveInt = 4
-    alpha: float | None = Field(None, gt=0)
-    lora: LoraConfig | None = None
-    task: Task | None = None
+    """Per range: a low-rank adapter (``lora``), a full copy (``full``), or nothing (``none``)."""
+    rank: PositiveInt = 4  # of the adapters
+    alpha: float | None = Field(None, gt=0)  # of the adapters; null: rank
+    lora: LoraConfig | None = None  # full settings of the adapters; null: those of ``suggested``
+    task: Task | None = None  # what the network predicts; null: as it says itself
 
     @model_validator(mode="after")
     def _check(self) -> GuideConfig:
@@ -79,7 +76,7 @@ class GuideConfig(Part):
 
     @property
     def absent(self) -> str:
-        """Why there is no network to build on; "" if there is."""
+        """Why there is no network to build on; "" if there is one."""
         return str(getattr(self.network, "absent", ""))
 
     @property
@@ -105,9 +102,12 @@ class GuideConfig(Part):
 
 
 def suggested(network: nn.Module, rank: int = 4, alpha: float | None = None) -> LoraConfig:
-    """Low-rank changes of a transformer's attention, of a convolutional network's kernels larger
-    than 1 x 1, or else of all linear maps; all biases but the head's; a copy of each batch norm.
-    The head is the last linear map or convolution."""
+    """Settings of an adapter that suits a network.
+
+    Low-rank changes of a transformer's attention, of a convolutional network's kernels larger than
+    1 x 1, or else of all linear maps; all biases but those of the last layer; a copy of each batch
+    norm.
+    """
     modules = own_modules(network)
     maps = {path: m for path, m in modules.items() if isinstance(m, nn.Linear | nn.Conv2d)}
     head = next(reversed(maps), None)
@@ -139,13 +139,13 @@ def suggested(network: nn.Module, rank: int = 4, alpha: float | None = None) -> 
 
 
 class Guide(nn.Module):
-    """``forward(x [B, ...], t f32 [B]) -> Prediction`` of what ``network`` reads in noisy x.
+    """``forward(x [B, ...], t f32 [B]) -> Prediction`` of what the network recognises in noisy x.
 
-    ``network`` is any module of one input that answers a tensor (or something with ``value`` or
-    ``logits``); it is changed in place, and never trained. Each row is answered by the expert of
-    its range, by the process's own time: a sampler's step number does not matter. ``shape``: of one
-    sample, where the network does not say. ``fused``: merge a range's adapter into the weights
-    while whole batches lie in it, as in sampling; the same answers at the network's own cost.
+    ``network``: any module with one input that returns a tensor (or something with ``value`` or
+    ``logits``); it is changed in place, and not trained. Each row uses the expert of its range, by
+    process time. ``shape``: of one sample, if the network has none. ``fused``: merge a range's
+    adapter into the weights while whole batches are in it, as in sampling; the same outputs at the
+    network's own cost.
     """
 
     def __init__(
@@ -179,7 +179,7 @@ class Guide(nn.Module):
         self.train(self.training)
 
     def train(self, mode: bool = True) -> Guide:
-        """What is not the experts' own stays in eval mode: batch statistics of the network too."""
+        """Set the experts' mode; the network, batch statistics included, stays in eval mode."""
         self.separate()
         super().train(mode)
         for module in self.network.modules():
@@ -205,11 +205,11 @@ class Guide(nn.Module):
 
     @torch.no_grad()
     def clean(self, x0: Tensor) -> Tensor:
-        """What the network itself reads in clean pictures, without a gradient: the teacher."""
+        """The network's output on clean pictures, without gradient, as a training target."""
         return self.base(x0)
 
     def base(self, x0: Tensor) -> Tensor:
-        """The answer of the network without any expert."""
+        """The network's output without any expert."""
         self._check(x0)
         self.separate()
         if self.adapter is not None:
@@ -224,7 +224,7 @@ class Guide(nn.Module):
     def routings(
         self, t: Tensor, cond: Condition | None = None, sample_ids: Tensor | None = None
     ) -> tuple[Routing, ...]:
-        """Which expert answers for each t [B], as data; () where there is one for all."""
+        """The expert of each t [B] as routings; () if there is one for all."""
         if len(self.names) == 1:
             return ()
         ids = self.ranges.range_at(self.process, t)[:, None]
@@ -303,7 +303,7 @@ class Guide(nn.Module):
 
 
 def answer_of(found: Any) -> Tensor:
-    """The tensor in what a network answers."""
+    """The tensor in the output of a network."""
     for name in ("value", "logits"):
         found = getattr(found, name, found)
     if not isinstance(found, Tensor):

@@ -1,4 +1,4 @@
-"""A small network that reads clean pictures: their class, a map of them, a class per pixel.
+"""A small network for clean pictures: predicts a class, a map, or a class per pixel.
 
 Shapes: B batch, C channels, K outputs.
 """
@@ -21,17 +21,16 @@ from coterie.guides.tasks import Task
 
 @MODELS.register
 class ReaderConfig(Part):
-    """``classes``: of the data; a ``pixels`` reader has one more, for pixels without ink, and a
-    ``map`` reader none."""
+    """A small convolutional network that recognises clean pictures."""
 
     kind: Literal["reader"] = "reader"
-    task: Task = "classes"
-    image_size: int = Field(28, ge=8)
-    channels: int = Field(1, ge=1)
-    classes: int = Field(10, ge=1)
-    width: int = Field(32, ge=1)
+    task: Task = "classes"  # what it predicts: the class, a map, or a class per pixel
+    image_size: int = Field(28, ge=8)  # side of the square picture in pixels
+    channels: int = Field(1, ge=1)  # of the picture
+    classes: int = Field(10, ge=1)  # of the data; ``pixels`` adds one for background
+    width: int = Field(32, ge=1)  # channels of the first layer
     feature_dim: int = Field(128, ge=1)  # classes only
-    norm: Literal["group", "batch"] = "batch"
+    norm: Literal["group", "batch"] = "batch"  # group norm or batch norm
 
     @property
     def sample_shape(self) -> tuple[int, int, int]:
@@ -76,7 +75,7 @@ class Reader(nn.Module):
         rng: Generator | None = None,
         progress: float = 1.0,
     ) -> Prediction:
-        """It knows nothing of noise: only x is read."""
+        """The prediction from x; the noise level is ignored."""
         check_shape(x, self.sample_shape)
         return Prediction(self.network(x), "logits")
 

@@ -21,9 +21,11 @@ TASKS: tuple[Task, ...] = ("classes", "map", "pixels")
 
 
 def distilled(task: str, student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    """f32 [B]: how far the student's answer is from the teacher's. Of classes and pixels the
-    divergence KL(softmax(teacher / temperature) || softmax(student)), in nats; of maps the mean
-    squared error."""
+    """f32 [B]: distance between the student's and the teacher's output.
+
+    For classes and pixels KL(softmax(teacher / temperature) || softmax(student)), in nats; for maps
+    the mean squared error.
+    """
     student, teacher = student.float(), teacher.float()
     if task == "map":
         return (student - teacher).square().flatten(1).mean(1)
@@ -33,7 +35,7 @@ def distilled(task: str, student: Tensor, teacher: Tensor, temperature: float) -
 
 
 def supervised(task: str, answer: Tensor, x0: Tensor, label: Tensor | None) -> Tensor:
-    """f32 [B]: error against the data. What a map or the pixels should be follows from the clean
+    """f32 [B]: error against the data. Targets for maps and pixels are computed from the clean
     picture x0 (and its class)."""
     answer = answer.float()
     if task == "map":
@@ -68,8 +70,8 @@ def log_likelihood(task: str, answer: Tensor, cond: Condition) -> Tensor:
 
 
 def target_of(task: str, answer: Tensor) -> Tensor:
-    """An answer as what others may be guided towards: the map itself, or the likeliest class of
-    each pixel."""
+    """The output as a target of guidance: the map itself, or the most likely class of each
+    pixel."""
     return answer.argmax(1, keepdim=True).float() if task == "pixels" else answer
 
 

@@ -18,8 +18,8 @@ Array = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Grouped:
-    """``value``: NaN where no user has both answers. ``users`` count, ``dropped`` ones had only one
-    kind of answer."""
+    """GAUC. ``value``: NaN if no user has both labels; ``users`` were counted, ``dropped`` had one
+    label only."""
 
     value: float
     users: int
@@ -53,7 +53,7 @@ def auc(scores: ArrayLike, labels: ArrayLike) -> float:
 
 
 def gauc(scores: ArrayLike, labels: ArrayLike, users: ArrayLike) -> Grouped:
-    """AUC of each user, weighted by samples; users with one kind of answer are left out."""
+    """AUC of each user, weighted by samples; users with one label only are left out."""
     values, truth = _checked(scores, labels)
     owner = np.asarray(users)
     if owner.shape != values.shape:

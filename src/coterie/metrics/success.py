@@ -11,7 +11,7 @@ from coterie.core.errors import DataError, describe
 
 @dataclass(frozen=True)
 class Success:
-    """``rate`` of successes, and the interval that holds the true rate at the asked level."""
+    """``rate`` of successes, and its confidence interval at the given level."""
 
     rate: float
     low: float

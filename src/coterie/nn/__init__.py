@@ -1,1 +1,1 @@
-"""Floor 1: layers that know nothing about diffusion or routing."""
+"""Layers without knowledge of diffusion or routing."""

@@ -16,8 +16,7 @@ from coterie.nn.windows import Windows
 
 
 class Memory(NamedTuple):
-    """Keys and values, as :meth:`SelfAttention.keys_values` makes them, of tokens that others
-    attend to and that attend to nobody."""
+    """Keys and values of further tokens to attend to, from :meth:`SelfAttention.keys_values`."""
 
     keys_values: Tensor  # [B, 2, M, G*d]
     mask: Tensor | None = None  # bool [B, M], False = nobody attends to it

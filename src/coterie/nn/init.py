@@ -1,4 +1,4 @@
-"""Generic initialisation; parts with a recipe of their own reset themselves afterwards."""
+"""General initialisation of networks; parts with their own rule reset themselves afterwards."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Blocks on maps of features: a residual block told the time, a transformer told the condition.
+"""Blocks on feature maps: a residual block with time embedding, a transformer with cross-attention.
 
 Of the shapes, names of parts and initialisation that latent diffusion has (Rombach et al. 2022).
 Shapes: B batch, C channels, H x W pixels, N = HW, M tokens of the condition.

@@ -45,7 +45,7 @@ def transition(process: Process, t: Tensor, u: Tensor) -> Transition:
 
 
 def learned_log_variance(variance: Tensor, var_posterior: Tensor, var_forward: Tensor) -> Tensor:
-    """log variance of p(x_u | x_t) from a network's ``variance`` in [-1, 1] (clamped by nobody)."""
+    """Log variance of p(x_u | x_t) from a network's ``variance`` in [-1, 1] (not clamped)."""
     share = 0.5 * (variance + 1.0)
     low, high = expand(var_posterior.log(), variance), expand(var_forward.log(), variance)
     return share * high + (1.0 - share) * low
@@ -109,8 +109,8 @@ def discretized_log_likelihood(x: Tensor, mean: Tensor, log_scale: Tensor) -> Te
 def elbo_weights(process: Process, times: Tensor) -> Tensor:
     """f64 [N]: weights of E|D - x0|^2 in the bound of the chain ``times`` [N+1], noise to clean.
 
-    Entry n belongs to D asked at times[n] for the step to times[n+1]: (SNR_{n+1} - SNR_n)/2, in
-    nats. ConfigError unless the SNR rises strictly along ``times``.
+    Entry n belongs to the prediction D at times[n] for the step to times[n+1]: (SNR_{n+1} -
+    SNR_n)/2, in nats. ConfigError unless the SNR rises strictly along ``times``.
     """
     lam = process.lam(times.double())
     if not bool((lam.diff() > 0).all()):

@@ -21,7 +21,7 @@ from coterie.runs.config import RunConfig
 
 @dataclass(frozen=True)
 class Paper:
-    """Where the mechanism was published; ``bibtex`` is what ``coterie cite`` prints."""
+    """The publication of a recipe's method; ``bibtex`` is printed by ``coterie cite``."""
 
     title: str
     authors: str
@@ -82,9 +82,11 @@ class Recipe:
     arms: Callable[[], dict[str, RunConfig]] = field(repr=False)
 
     def presets(self) -> list[str]:
+        """Names of the presets."""
         return sorted(self._presets)
 
     def config(self, preset: str = "tiny") -> RunConfig:
+        """The configuration of a preset; ConfigError for an unknown one."""
         if preset not in self._presets:
             raise ConfigError(unknown("preset", preset, self._presets))
         return self._presets[preset]()
@@ -101,6 +103,7 @@ def list_recipes() -> list[str]:
 
 
 def get_recipe(name: str) -> Recipe:
+    """The recipe of that name."""
     if name not in list_recipes():
         raise ConfigError(unknown("recipe", name, list_recipes()))
     module = importlib.import_module(f"coterie.recipes.{name.replace('-', '_')}")

@@ -55,7 +55,7 @@ class PairsFolderConfig(SourceConfig):
 
 
 class PairsFolder:
-    """Pictures are read when they are asked for."""
+    """Pairs of pictures; files are read when a sample is requested."""
 
     def __init__(self, config: PairsFolderConfig, split: Split) -> None:
         self.name: str = config.kind

@@ -1,8 +1,8 @@
-"""Procedural solids: furniture and aeroplanes put together from boxes, ellipsoids and cylinders.
+"""Procedural solids: point clouds of furniture and aeroplanes made of boxes, ellipsoids and
+cylinders.
 
-Synthetic, always available, and known: what a cloud shows is the surface of a union of parts whose
-proportions are drawn at random. No two have the same; the held-out solids are others than those of
-training. y is up, x to the side, z to the front. Legend: P points.
+A cloud is drawn on the surface of a union of parts with random proportions. Held-out solids have
+other proportions than those of training. y is up, x to the side, z to the front. Legend: P points.
 """
 
 from __future__ import annotations

@@ -46,7 +46,7 @@ class Mixture:
         return self.weights.to(x).log() - 0.5 * (gap + norm).sum(dim=2)
 
     def denoise(self, x: Tensor, alpha: float, sigma: float) -> Tensor:
-        """E[x0 | x_t = x], [B, D]: what a perfect denoiser answers."""
+        """E[x0 | x_t = x], [B, D]: the optimal denoiser."""
         means, stds = self.means.to(x), self.stds.to(x)
         gain = alpha * stds.square() / self._variance(x, alpha, sigma)
         per_mode = means + gain * (x[:, None, :] - alpha * means)

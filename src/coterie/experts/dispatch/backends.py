@@ -45,7 +45,7 @@ def run_loop(x: Tensor, plan: DispatchPlan, pool: ExpertPool, float32: bool) -> 
 
 
 def run_dense(x: Tensor, plan: DispatchPlan, pool: ExpertPool, float32: bool) -> Tensor:
-    """Every expert on every row; rows that chose nobody are zeroed so that they cannot leak."""
+    """Every expert on every row; rows without a choice are set to 0."""
     used = one_hot_rows(plan.ids, plan.num_experts).any(dim=1)
     x = torch.where(used.reshape(-1, *[1] * (x.dim() - 1)), x, torch.zeros_like(x))
     y = zeros(x, pool.kind, float32)
@@ -104,8 +104,10 @@ def run_table(x: Tensor, plan: DispatchPlan, pool: ExpertPool, float32: bool) ->
 
 
 def run_once(x: Tensor, plan: DispatchPlan, pool: ExpertPool, float32: bool) -> Tensor:
-    """Several routings of each row: x [B, D], plan [B * N, K] -> [B * N, D]. Every expert that
-    somebody chose answers each row once, and each routing weighs the answers."""
+    """Several routings of each row: x [B, D], plan [B * N, K] -> [B * N, D].
+
+    Every chosen expert runs once on each row, and each routing weights the outputs.
+    """
     chosen = list(range(pool.num_experts))
     if not recorded():
         chosen = [e for e in chosen if plan.counts[e]]

@@ -84,10 +84,10 @@ class DispatchPlan:
 
 
 def by_expert(ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
-    """Choices ids i64 [R, K] in the order of experts, made without the host waiting for a GPU.
+    """Choices ids i64 [R, K] sorted by expert, without waiting for a GPU.
 
-    Positions i64 [R*K] in the flattened choices, by expert, rows ascending, those of nobody last;
-    and i32 [E + 1]: where each expert's segment begins, and where the last one ends.
+    Positions i64 [R*K] in the flattened choices, by expert, rows ascending, unused choices last;
+    and i32 [E + 1]: start of each expert's segment, and the end of the last one.
     """
     flat = ids.flatten()
     # A radix sort passes over every byte of its keys.
@@ -132,7 +132,7 @@ def _merge(ids: Tensor, gates: Tensor, nobody: int) -> tuple[Tensor, Tensor]:
 
 
 def scale_rows(values: Tensor, gates: Tensor, float32: bool) -> Tensor:
-    """values [A, ..., D] times gates [A]; in float32 if asked, else in the type of values."""
+    """values [A, ..., D] times gates [A]; in float32 with ``float32``, else in the values' type."""
     wide = torch.promote_types(values.dtype, torch.float32) if float32 else values.dtype
     return values.to(wide) * gates.to(wide).reshape(-1, *[1] * (values.dim() - 1))
 

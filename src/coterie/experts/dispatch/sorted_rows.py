@@ -27,6 +27,6 @@ def sorted_rows(
 
 
 def zeros(x: Tensor, kind: ExpertKind, float32: bool) -> Tensor:
-    """What the experts' answers to ``x`` are summed in; ``float32``: in that at least."""
+    """Zeros of x's shape to sum the experts' outputs in; with ``float32`` in at least that type."""
     dtype = torch.promote_types(x.dtype, torch.float32) if float32 else x.dtype
     return x.new_zeros(kind.output_shape(x.shape), dtype=dtype)

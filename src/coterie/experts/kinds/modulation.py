@@ -37,7 +37,7 @@ class Modulation(ExpertKind):
         return gamma * x + weights.linear(x, "beta", "beta_bias")
 
     def fuse(self, experts: Sequence[Mapping[str, Tensor]], gates: Tensor) -> dict[str, Tensor]:
-        """An answer is linear in gamma and beta, though not in u."""
+        """Exact, as the output is linear in gamma and beta."""
         return weighted_sum(experts, gates, experts[0])
 
     def reset(self, name: str, parameter: Tensor, rng: Generator | None) -> None:

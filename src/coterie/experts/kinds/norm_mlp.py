@@ -168,7 +168,7 @@ class NormMLP(ExpertKind):
         }
 
     def folded(self) -> Self:
-        """The kind of :meth:`fold`'s answer."""
+        """The kind of expert that :meth:`fold` returns weights for."""
         return self.replace(norm="none")
 
     def fold(self, stacks: Mapping[str, Tensor]) -> dict[str, Tensor]:

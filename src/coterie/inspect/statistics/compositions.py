@@ -15,8 +15,8 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Composed:
-    """What is composed: ``experts`` as (name, power, what it is told), ``target`` as a formula, and
-    whether particles correct the sum of scores."""
+    """A composition: ``experts`` as (name, power, condition), ``target`` as a formula, and whether
+    particles correct the sum of scores."""
 
     mode: str
     target: str

@@ -1,7 +1,4 @@
-"""Statistics of each expert's outputs on the rows that choose it, accumulated call by call.
-
-Whoever runs the model says how an expert is asked; here is what is kept of its answers.
-"""
+"""Statistics of each expert's outputs on the rows that choose it, accumulated call by call."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Quality against cost of one model under other routing settings: which, and their rows.
+"""Quality against cost of one model under other routing settings: the settings, and the table of
+results.
 
 What they are worth on a run or on another model is found out where that is known
 (:mod:`coterie.runs.measure.sweep`, :mod:`coterie.interop.transformers.sweep`).

@@ -1,11 +1,11 @@
-"""A network of diffusers as a model: a member of ensembles and compositions, by where it lies.
+"""A network of diffusers, by its path, as a model: for ensembles and compositions.
 
 Two directories are read: a pipeline (``model_index.json``; its scheduler names the process and what
 the network answers) and what ``save_pretrained`` of one network writes, of which both must be said.
-UNet2DModel, UNet2DConditionModel, DiTTransformer2DModel and others of their signature will do.
-What is read there is a network by its configuration, with weights; a model directory stores the two
-apart, and needs neither the pipeline nor its prompt any more.
-Shapes: B batch, M tokens of a prompt, C their width.
+UNet2DModel, UNet2DConditionModel, DiTTransformer2DModel and others of their signature will do. What
+is read there is a network by its configuration, with weights; a model directory stores the two
+apart, and needs neither the pipeline nor its prompt any more. Shapes: B batch, M tokens of a
+prompt, C their width.
 """
 
 from __future__ import annotations
@@ -62,18 +62,19 @@ class NetworkFacts:
 
 @MODELS.register
 class DiffusersNetworkConfig(Part):
-    """A network of diffusers by its own configuration (``config.json``), with fresh weights.
-
-    ``null_label`` as in :class:`DiffusersConfig`; ``prompt``: [M, C] of the tokens it holds for
-    samples that bring none, zeros until weights are read.
-    """
+    """A network of diffusers with new random weights."""
 
     kind: Literal["diffusers_network"] = "diffusers_network"
     network: dict[str, Any] = Field(default_factory=lambda: {"_class_name": "UNet2DModel"})
+    """its configuration (config.json)"""
     process: Annotated[SerializeAsAny[Part], PROCESSES.validator] = "ddpm"  # type: ignore[assignment]
-    view: View = "eps"
+    """Noising process."""
+    view: View = "eps"  # what the network predicts
     null_label: int | None = Field(None, ge=0)
+    """Class number that stands for no condition; null: one more than the classes of a DiT."""
     prompt: tuple[int, int] | None = None
+    """Shape [M, C] of stored prompt tokens, for samples without tokens; zeros until weights are
+    loaded."""
 
     @property
     def backbone(self) -> NetworkFacts:
@@ -91,21 +92,20 @@ class DiffusersNetworkConfig(Part):
 
 @MODELS.register
 class DiffusersConfig(Part):
-    """The network of diffusers at ``path``, with its weights, in eval mode and frozen.
-
-    ``process`` and ``view`` are for networks without a scheduler beside them. ``null_label``: the
-    class number that stands for no condition (None: one more than the classes of a DiT).
-    ``tokens``: a safetensors file whose ``tokens`` [M, C] are told to every sample that brings none
-    of its own: the embedding of one prompt. ``digest``: refuse other weights than these.
-    """
+    """The network of diffusers at a path, with its weights, in eval mode and frozen."""
 
     kind: Literal["diffusers"] = "diffusers"
-    path: Place = Field("pipeline", min_length=1)
+    path: Place = Field("pipeline", min_length=1)  # a pipeline, or a network saved by itself
     process: Annotated[SerializeAsAny[Part], PROCESSES.validator] | None = None
+    """Noising process, for networks without a scheduler beside them."""
     view: Literal["x0", "eps", "flow", "v"] | None = None
+    """what it predicts, for networks without a scheduler beside them"""
     null_label: int | None = Field(None, ge=0)
+    """Class number that stands for no condition; null: one more than the classes of a DiT."""
     tokens: Place | None = None
-    digest: str = ""
+    """A safetensors file with ``tokens`` [M, C], the embedding of one prompt, for samples without
+    tokens."""
+    digest: str = ""  # hash that the weights must have; "": any
     is_trained: ClassVar[bool] = True
 
     @property

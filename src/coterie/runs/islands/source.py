@@ -1,4 +1,4 @@
-"""The samples of one island, or of all of them with the island of each as its task."""
+"""The samples of one island, or all samples with their island as task."""
 
 from __future__ import annotations
 
@@ -28,18 +28,16 @@ from coterie.runs.islands.partition import (
 
 @SOURCES.register
 class IslandConfig(SourceConfig):
-    """``index``: the island; None: the whole of ``data``, each sample's ``task`` its island.
-
-    ``path``: a folder with the partition (``coterie island plan`` writes it); None: it is drawn.
-    ``cut``: digest that the partition must have, "" = any.
-    """
+    """One island of another source, or all samples with their island as ``task``."""
 
     kind: Literal["island"] = "island"
     data: Annotated[SerializeAsAny[Part], SOURCES.validator] = "digits"  # type: ignore[assignment]
-    partition: PartitionConfig = PartitionConfig()
-    index: NonNegativeInt | None = None
+    """The other source."""
+    partition: PartitionConfig = PartitionConfig()  # how it is divided into islands
+    index: NonNegativeInt | None = None  # number of the island; null: all samples
     path: Place | None = None
-    cut: str = ""
+    """Folder with a partition from ``coterie island plan``; null: it is computed."""
+    cut: str = ""  # digest that the partition must have; "": any
     info: ClassVar[SourceInfo] = SourceInfo(
         summary="one island of another source, or all with the island of each sample",
         modality="of its data",

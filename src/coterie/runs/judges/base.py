@@ -1,7 +1,7 @@
-"""Base of judges. A judge evaluates one modality: held-out loss, and drawing, scoring, plotting and
-writing samples.
+"""Base of judges: the evaluation of runs of one modality.
 
-Reports, claims, sampling and probes ask the judge of a run and know no modality themselves.
+A judge computes the held-out loss, and draws, scores, plots and writes samples. Reports, claims,
+sampling and probes use the judge of a run and are themselves independent of the modality.
 """
 
 from __future__ import annotations
@@ -31,8 +31,10 @@ LEVELS = 10  # noise levels at which held-out data are looked at
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Held-out loss (mean over noise levels), per level, the routings seen on the way, and the
-    loss of each class: ``by_class`` where a judge tells them apart in what it reports."""
+    """Held-out loss (mean over noise levels), loss per level, routings, and loss per class.
+
+    ``by_class``: the losses per class that the judge reports.
+    """
 
     loss: float
     bins: list[dict[str, Any]]
@@ -42,7 +44,7 @@ class HeldOut:
 
 
 class Judge:
-    """Of runs whose held-out loss is their objective's, per sample, in its own unit."""
+    """A judge whose held-out loss is the objective's, per sample, in its unit."""
 
     scale: ClassVar[float] = 1.0  # held-out loss = scale * objective's
     steps: ClassVar[bool] = False  # whether sampling is a walk whose routing can be followed
@@ -53,23 +55,23 @@ class Judge:
         self.objective: Any = run.config.objective.build(run.model)
 
     def unit(self) -> str:
-        """What the held-out loss is measured in."""
+        """Unit of the held-out loss."""
         return str(self.run.config.objective.kind)
 
     def ask(self, batch: Batch, rng: Generator) -> Losses:
-        """The objective on one batch."""
+        """The objective's losses on one batch."""
         losses: Losses = self.objective(self.run.model, batch, rng, 1.0)
         return losses
 
     def probe(self, batch: Batch) -> tuple[float, tuple[Routing, ...]]:
-        """Loss and routings of one look at a batch: always the same noise."""
+        """Loss and routings on a batch, always with the same noise."""
         losses = self.ask(batch, generator(0, "probe"))
         assert losses.per_sample is not None
         return float(losses.per_sample.mean()), losses.routings
 
     @torch.no_grad()
     def held_out(self, limit: int = 512, size: int = 128) -> HeldOut:
-        """``limit`` held-out samples, always the same, under noise that depends on them alone."""
+        """Loss on ``limit`` held-out samples, always the same, with fixed noise."""
         source, trace = build_source(self.run.config, "held_out"), make_trace(self.run)
         bins = NoiseBins(LEVELS)
         total: list[float] = []
@@ -90,11 +92,11 @@ class Judge:
 
     @property
     def by_noise(self) -> bool:
-        """Whether the objective's noise level means something in held-out data."""
+        """Whether the held-out loss depends on a noise level."""
         return False
 
     def scores(self, num: int) -> dict[str, Any]:
-        """What ``num`` samples are worth: numbers, or {value, floor}, by name; texts are notes."""
+        """Metrics of ``num`` samples by name: numbers, or {value, floor}; texts are notes."""
         return {}
 
     def measures(self) -> dict[str, float]:
@@ -117,7 +119,7 @@ class Judge:
         return samples.labels.tolist() if conditional(self.run) else None
 
     def write(self, samples: Samples, entries: list[dict[str, Any]], folder: Path) -> Path:
-        """Write the samples, add to each entry where its sample is; the path people open."""
+        """Write the samples and add each one's file to its entry; returns the path to open."""
         raise NotImplementedError
 
 
@@ -138,9 +140,9 @@ def judges(*modalities: str) -> Callable[[type[Judge]], type[Judge]]:
 
 
 def judge_of(run: LoadedRun) -> Judge:
-    """By what the objective answers where that is no sample, else by the data's modality.
+    """The judge for a run, by its objective or by the data's modality.
 
-    ConfigError where nobody knows what samples of this modality are worth.
+    ConfigError if there is none for this modality.
     """
     modality = getattr(run.config.objective, "answers", run.source.modality)
     if modality not in JUDGES:

@@ -27,18 +27,20 @@ NULL = -1
 
 @SOURCES.register
 class GeneratedConfig(SourceConfig):
-    """``count`` unconditional samples of the run at ``path`` (held out: an eighth as many, of other
-    seeds), in ``steps`` solver steps (None: the run's). They lie in the user's cache under the hash
-    of the weights, so a run that is trained on has other samples. ``origin``: refuse other weights
-    than these."""
+    """Unconditional samples of a trained run as data; an eighth as many are held out, with other
+    seeds.
+
+    They are kept in the user's cache under the hash of the weights, so a run that is trained
+    further gives other samples.
+    """
 
     kind: Literal["generated"] = "generated"
-    path: Place = Field("runs/dit", min_length=1)
-    count: int = Field(1000, ge=8)
-    steps: int | None = Field(None, ge=1)
-    seed: int = Field(0, ge=0, lt=2**63)
-    weights: str = "ema"
-    origin: Origin | None = None
+    path: Place = Field("runs/dit", min_length=1)  # the run
+    count: int = Field(1000, ge=8)  # training samples
+    steps: int | None = Field(None, ge=1)  # solver steps; null: the run's
+    seed: int = Field(0, ge=0, lt=2**63)  # of the samples
+    weights: str = "ema"  # ema (first decay), ema-<decay>, or model (not averaged)
+    origin: Origin | None = None  # identity that the weights must have; null: any
     info: ClassVar[SourceInfo] = SourceInfo(
         summary="samples of a trained run, without labels",
         modality="of its run",

@@ -1,8 +1,8 @@
 """A trained model, read from its folder, for ensembles (:mod:`coterie.ensembles.model`) and
 teachers.
 
-A run whose ``model`` is one of these and whose ``train.steps`` is 0 trains nothing. It says how
-what is there is put together, sampled and judged, and works with every verb like any other run.
+A run whose ``model`` is one of these, with ``train.steps`` 0, trains nothing. Its configuration
+says how the model is sampled and evaluated, and every command accepts it like any other run.
 """
 
 from __future__ import annotations
@@ -33,15 +33,14 @@ from coterie.train import checkpoint
 
 @MODELS.register
 class PretrainedConfig(Part):
-    """The model at ``path``, a run directory or a model directory, with its weights, in eval mode
-    and frozen. ``weights`` as in ``load_weights``; ``origin``: refuse others than these;
-    ``precision``: what it computes in (its answers keep the type of what it is asked)."""
+    """A trained model with its weights, in eval mode and frozen."""
 
     kind: Literal["pretrained"] = "pretrained"
-    path: Place = Field("runs/dit", min_length=1)
-    weights: str = "ema"
-    origin: Origin | None = None
+    path: Place = Field("runs/dit", min_length=1)  # a run directory or a model directory
+    weights: str = "ema"  # of a run: ema (first decay), ema-<decay>, or model (not averaged)
+    origin: Origin | None = None  # identity that the weights must have; null: any
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Floating type of its computation; predictions have the type of x."""
     is_trained: ClassVar[bool] = True
 
     @property
@@ -77,13 +76,12 @@ class PretrainedConfig(Part):
 
 @MODELS.register
 class WeightAverageConfig(Part):
-    """The mean of the weights of the models at ``paths``, which have one configuration, frozen: a
-    static merge ("model soup"). ``shares``: of each, if not equal; ``weights`` as above."""
+    """The mean of the weights of several models of one configuration, frozen ("model soup")."""
 
     kind: Literal["weight_average"] = "weight_average"
-    paths: tuple[Place, ...] = Field(("runs/dit",), min_length=1)
-    shares: tuple[float, ...] | None = None
-    weights: str = "ema"
+    paths: tuple[Place, ...] = Field(("runs/dit",), min_length=1)  # run or model directories
+    shares: tuple[float, ...] | None = None  # weight of each in the mean; null: equal
+    weights: str = "ema"  # of a run: ema (first decay), ema-<decay>, or model (not averaged)
     is_trained: ClassVar[bool] = True
 
     @model_validator(mode="after")

@@ -62,7 +62,8 @@ class MultiTaskObjective(nn.Module):
         )
 
     def errors(self, logits: Tensor, targets: Tensor | None) -> tuple[Tensor, Tensor]:
-        """(binary cross entropy f32 [B, T], 0 where the answer is not known; known bool [B, T])."""
+        """(binary cross entropy f32 [B, T], 0 for missing labels; bool [B, T], whether there is a
+        label)."""
         if targets is None or targets.shape != logits.shape:
             found = None if targets is None else tuple(targets.shape)
             raise DataError(

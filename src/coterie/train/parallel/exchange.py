@@ -1,13 +1,13 @@
 """Expert parallelism: rows are sent to the process that has their expert, and outputs are sent
 back.
 
-In one of two ways, by what they send. Where rows have few choices, each travels to those alone:
-counts are sent first, then the rows, sorted by expert and so by process. What arrives lies process
-by process; the ordinary dispatch sorts it by expert and serves it with the local ones. Answers go
-back the way the rows came, and are weighed by their gates at home. Where rows have as many choices
-as there are processes, all travel to all, with their choices: nothing need be counted, and answers
-come weighed and added up. While rows travel shared experts compute, and while answers do, a process
-serves its own rows. Legend: R rows, A assignments, K choices, E experts, P processes.
+There are two ways. Where rows have few choices, each is sent to the processes of its experts:
+counts first, then the rows, sorted by expert and so by process. The receiver's ordinary dispatch
+sorts them by expert and computes them with its local rows. Outputs are sent back the same way and
+weighted by their gates at home. Where rows have as many choices as there are processes, all rows
+are sent to all processes with their choices, without counts, and outputs are sent back weighted and
+summed. While rows are being sent shared experts compute, and while outputs are being sent a process
+computes its own rows. Legend: R rows, A assignments, K choices, E experts, P processes.
 """
 
 from __future__ import annotations

@@ -111,7 +111,7 @@ class Processes:
         return values
 
     def reducing(self, values: Tensor, axes: tuple[str, ...]) -> Callable[[], object]:
-        """Add ``values`` up over the group, in place, for whoever calls the answer to wait for."""
+        """Start to sum ``values`` over the group, in place; call the result to wait."""
         import torch.distributed as dist
 
         self.beat()
@@ -124,7 +124,7 @@ class Processes:
         return self.joining(values, axes)()
 
     def joining(self, values: Tensor, axes: tuple[str, ...] = _WORLD) -> Callable[[], Tensor]:
-        """As :meth:`joined`, for whoever calls the answer to wait for."""
+        """As :meth:`joined`, but started only; call the result to wait."""
         import torch.distributed as dist
 
         group = self.groups.get(axes)
@@ -143,8 +143,11 @@ class Processes:
     def exchanging(
         self, rows: Tensor, send: Sequence[int], receive: Sequence[int]
     ) -> tuple[Tensor, Callable[[], object]]:
-        """``send[r]`` rows to each process r of the expert group; ``receive[r]`` rows from it: they
-        have come when the second answer, called, has waited for them."""
+        """Send ``send[r]`` rows to each process r of the expert group and receive ``receive[r]``
+        rows.
+
+        Returns the received rows, and a function that waits for them.
+        """
         import torch.distributed as dist
 
         self.beat()
