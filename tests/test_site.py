@@ -143,3 +143,32 @@ def test_fields_in_words() -> None:
 
 def test_a_configuration_without_fields_says_so() -> None:
     assert field_words.table(SELECTS.get("dense"), {}) == "No fields."
+
+
+def own_classes() -> list[type[Config]]:
+    """Every part and every other configuration that the reference shows."""
+    parts = [
+        part_pages.registry(plural).get(kind)
+        for plural in REGISTRIES
+        for kind in part_pages.registry(plural).kinds()
+    ]
+    found = dict.fromkeys([*part_pages.configurations(), *parts])
+    return [cls for cls in found if cls.__module__.startswith("coterie.")]
+
+
+def test_every_field_has_a_meaning() -> None:
+    without = [
+        f"{cls.__name__}.{name}"
+        for cls in own_classes()
+        for name in cls.model_fields
+        if name != "kind" and not field_words.meanings(cls).get(name)
+    ]
+    assert without == []
+
+
+def test_the_first_line_on_a_part_is_a_whole_sentence() -> None:
+    """``coterie list`` shows that line alone, or the summary of a data source."""
+    parts = [cls for cls in own_classes() if issubclass(cls, Part) and not hasattr(cls, "info")]
+    lines = {cls.__name__: part_pages.described(cls).partition("\n")[0] for cls in parts}
+    assert lines
+    assert {name: line for name, line in lines.items() if not line.endswith(".")} == {}
