@@ -18,7 +18,7 @@ ifneq ($(shell $(USABLE) && echo yes),yes)
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test docs fuzz lint format verify bench clean
+.PHONY: help setup demo test docs fuzz lint format verify bench wheel clean
 
 help:
 	@echo "make demo     train a small mixture of experts, sample from it, report who does what"
@@ -29,6 +29,7 @@ help:
 	@echo "make format   rewrite the sources in the house format"
 	@echo "make verify   run the claims of the recipes (RECIPES=\"dit-moe\" for some of them)"
 	@echo "make bench    time the expert layers here"
+	@echo "make wheel    source archive and wheel into dist/, tried with core dependencies only"
 	@echo "make clean    remove the environment and all caches; runs/ stays"
 
 setup: $(STAMP)
@@ -71,6 +72,9 @@ verify: $(STAMP)
 
 bench: $(STAMP)
 	@$(BIN)/coterie bench experts
+
+wheel: $(STAMP)
+	@$(BIN)/python tools/try_wheel.py --out dist
 
 clean:
 	rm -rf $(VENV) build dist site src/*.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -14,7 +14,7 @@ from coterie.cli import main as module
 from coterie.cli.main import run
 from coterie.core import machine
 from coterie.core.errors import DataError
-from coterie.data.download.cache import cache_root
+from coterie.core.user_cache import cache_root
 
 OUTS = [
     ["train", "dit-moe"],

@@ -14,9 +14,10 @@ import numpy as np
 import pytest
 
 from coterie.core.errors import ConfigError, DataError
+from coterie.core.user_cache import cache_root
 from coterie.data import build_source, status
 from coterie.data.download import fetch
-from coterie.data.download.cache import cache_root, open_array, problem, save_array
+from coterie.data.download.cache import open_array, problem, save_array
 from coterie.data.download.clients import Member, Package, digest, members
 from coterie.data.download.fetch import DOWNLOADS, Download
 

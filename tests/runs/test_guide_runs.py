@@ -18,8 +18,8 @@ from coterie.core.config import override
 from coterie.core.errors import ConfigError, DataError
 from coterie.core.prediction import Condition
 from coterie.core.rng import generator
+from coterie.core.user_cache import cache_root
 from coterie.data import build_source
-from coterie.data.download.cache import cache_root
 from coterie.guides import Guide, height_map, pixel_classes
 from coterie.guides.tasks import distilled, supervised
 from coterie.recipes import ppap

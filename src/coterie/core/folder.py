@@ -16,7 +16,6 @@ import shutil
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from importlib import metadata
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -186,6 +185,8 @@ def seal(folder: Path, header: Mapping[str, Any]) -> dict[str, Any]:
 
 def libraries() -> dict[str, str]:
     """Library versions, stored in a folder for information; never compared."""
+    from importlib import metadata  # slow to import, and only writers need it
+
     out = {"python": platform.python_version()}
     for name in ("coterie", "torch"):
         try:

@@ -11,8 +11,9 @@ from coterie.core.batch import Source
 from coterie.core.registry import Part
 from coterie.core.rng import derive
 from coterie.core.tensors import read_tensors, write_tensors
+from coterie.core.user_cache import cache_root
 from coterie.data import Subset
-from coterie.data.download.cache import cache_root, locked
+from coterie.data.download.cache import locked
 from coterie.encoders import Features, SmallClassifier, lite0_extractor
 from coterie.train.config import TrainConfig
 from coterie.train.loop import Trainer

@@ -1,4 +1,4 @@
-"""The user's cache: ``$COTERIE_CACHE`` (default ``coterie`` in the system's folder of caches).
+"""Data sets in the user's cache (:mod:`coterie.core.user_cache`).
 
 Each converted data set is one sealed folder (:mod:`coterie.core.folder`): it appears complete or
 not at all. A lock file keeps two processes from doing the same work; the system releases it when
@@ -7,7 +7,6 @@ its owner dies.
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,18 +16,9 @@ import numpy as np
 
 from coterie.core.errors import CheckpointError, DataError
 from coterie.core.folder import atomic_folder, clean, read_manifest, seal, verify_file
-from coterie.core.paths import expanded
 from coterie.data.arrays import open_npy
 
 FORMAT, VERSION = "coterie-data", 1
-
-
-def cache_root() -> Path:
-    """``$COTERIE_CACHE`` if set, else ``coterie`` in ``$XDG_CACHE_HOME``, else in ``~/.cache``."""
-    chosen, common = os.environ.get("COTERIE_CACHE"), os.environ.get("XDG_CACHE_HOME", "")
-    if not chosen and Path(common).is_absolute():  # a relative one is to be ignored
-        return Path(common) / "coterie"
-    return expanded(chosen or "~/.cache/coterie", "COTERIE_CACHE")
 
 
 @contextmanager

@@ -18,7 +18,8 @@ from pathlib import Path
 import numpy as np
 
 from coterie.core.errors import ConfigError, DataError, unknown
-from coterie.data.download.cache import cache_root, locked, open_array, problem, write_folder
+from coterie.core.user_cache import cache_root
+from coterie.data.download.cache import locked, open_array, problem, write_folder
 from coterie.data.download.clients import Package, get_package, read_members
 
 Files = Mapping[str, bytes]

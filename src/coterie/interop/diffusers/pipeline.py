@@ -266,7 +266,7 @@ def _class_of(kind: object, where: str) -> Any:
     try:
         import diffusers
     except ImportError:
-        raise ConfigError("diffusers: not installed; pip install 'coterie[diffusers]'") from None
+        raise ConfigError("diffusers: not installed; pip install 'coterie[interop]'") from None
     found = getattr(diffusers, str(kind), None)
     if not (isinstance(found, type) and issubclass(found, diffusers.ModelMixin)):
         raise ConfigError(describe(f"{where}_class_name", kind, "a model of diffusers"))

@@ -113,9 +113,7 @@ class Scheduler:
         try:
             import diffusers
         except ImportError:
-            raise ConfigError(
-                "diffusers: not installed; pip install 'coterie[diffusers]'"
-            ) from None
+            raise ConfigError("diffusers: not installed; pip install 'coterie[interop]'") from None
         self.type: Any = getattr(diffusers, kind, None)
         if self.type is None or hasattr(self.type, "_backends"):  # what stands in for it
             allowed = f"a class that diffusers {diffusers.__version__} has as it is installed"

@@ -27,9 +27,9 @@ from coterie.core.folder import digest
 from coterie.core.numbers import Few
 from coterie.core.registry import Part
 from coterie.core.rng import numpy_generator
+from coterie.core.user_cache import cache_root
 from coterie.data import Compaction, Partition, kmeans_partition, order, shards_of
 from coterie.data.download.cache import (
-    cache_root,
     locked,
     open_array,
     problem,

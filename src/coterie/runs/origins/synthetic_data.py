@@ -11,8 +11,8 @@ from pydantic import Field
 from coterie.core.errors import ConfigError, describe
 from coterie.core.paths import Place
 from coterie.core.rng import derive
+from coterie.core.user_cache import cache_root
 from coterie.data.download.cache import (
-    cache_root,
     locked,
     open_array,
     problem,

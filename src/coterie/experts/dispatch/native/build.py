@@ -22,7 +22,8 @@ from typing import Any
 from coterie.core.errors import CheckpointError, DataError
 from coterie.core.folder import canonical, file_digest, sync
 from coterie.core.json_reader import read_object
-from coterie.data.download.cache import cache_root, locked
+from coterie.core.user_cache import cache_root
+from coterie.data.download.cache import locked
 
 HERE = Path(__file__).parent
 FLAGS = ("-O3", "-march=native", "-std=gnu11", "-fPIC", "-shared", "-w")
