@@ -212,6 +212,19 @@ def test_the_help_of_the_command_line_is_quick() -> None:
     assert not loaded & {"torch", "numpy", "matplotlib", "scipy", "pydantic"}
 
 
+def test_the_help_of_no_verb_imports_torch() -> None:
+    from coterie.cli.main import VERBS
+
+    code = f"""
+from coterie.cli.main import run
+for verb in {list(VERBS)!r}:
+    assert run([verb, "--help"]) == 0
+"""
+    loaded = modules_after(code)
+    assert "coterie.cli.train" in loaded
+    assert not loaded & {"torch", "numpy", "matplotlib", "scipy", "pydantic"}
+
+
 def test_the_version_is_the_same_everywhere() -> None:
     import coterie
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from coterie.cli import candidates
 from coterie.cli.output import OUT, facts, say, say_json, table
 
 RUN = click.Path(file_okay=False, exists=True, path_type=Path)
@@ -24,7 +25,9 @@ def command() -> None:
 
 
 @command.command("merge")
-@click.argument("runs", nargs=-1, required=True, type=RUN, metavar="RUN...")
+@click.argument(
+    "runs", nargs=-1, required=True, type=RUN, metavar="RUN...", shell_complete=candidates.runs
+)
 @click.option("--out", required=True, type=OUT, help="The new run.")
 @click.option(
     "--weight", multiple=True, type=float, help="Weight of each RUN's adapters, in order. [1]"
@@ -40,7 +43,9 @@ def merge(runs: tuple[Path, ...], out: Path, weight: tuple[float, ...], dry_run:
 
 
 @command.command("check")
-@click.argument("runs", nargs=-1, required=True, type=RUN, metavar="RUN...")
+@click.argument(
+    "runs", nargs=-1, required=True, type=RUN, metavar="RUN...", shell_complete=candidates.runs
+)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def check(runs: tuple[Path, ...], as_json: bool) -> None:
     """Check whether adapters of RUNs go together: bases, free slots, overlap, crosstalk."""
@@ -58,7 +63,7 @@ def check(runs: tuple[Path, ...], as_json: bool) -> None:
 
 
 @command.command("export")
-@click.argument("run", type=RUN)
+@click.argument("run", type=RUN, shell_complete=candidates.runs)
 @click.option("--out", required=True, type=OUT, help="A new folder.")
 @click.option("--name", help="Which adapter, where RUN has several.")
 def export(run: Path, out: Path, name: str | None) -> None:

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from coterie.cli.output import OUT, facts, say, say_json, table
-from coterie.cli.overrides import ANY_FLAG, split, takes_paths
+from coterie.cli.overrides import PathsCommand, split, takes_paths
 
 if TYPE_CHECKING:
     from coterie.ensembles.headroom import Headroom
 
 
-@click.command("aggregate", context_settings=ANY_FLAG)
+@click.command("aggregate", cls=PathsCommand)
 @takes_paths("RUN RUN... [--PATH=VALUE]...")
 @click.option(
     "--headroom", is_flag=True, help="Train nothing: say what the best weights could gain."

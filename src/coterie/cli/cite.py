@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import click
 
+from coterie.cli import candidates
 from coterie.cli.output import say
 
 
 @click.command("cite")
-@click.argument("recipes", nargs=-1, required=True, metavar="RECIPE...")
+@click.argument(
+    "recipes", nargs=-1, required=True, metavar="RECIPE...", shell_complete=candidates.recipes
+)
 def command(recipes: tuple[str, ...]) -> None:
     """Print the BibTeX of each RECIPE's paper."""
     from coterie.recipes import get_recipe

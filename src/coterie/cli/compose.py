@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from coterie.cli import candidates
 from coterie.cli.output import OUT, say, say_json
 from coterie.core.errors import ConfigError, describe
 from coterie.core.json_reader import parse_json
@@ -60,7 +61,14 @@ class Kind(click.ParamType[dict[str, Any]]):
 
 
 @click.command("compose")
-@click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="RUN...")
+@click.argument(
+    "runs",
+    nargs=-1,
+    required=True,
+    type=click.Path(path_type=Path),
+    metavar="RUN...",
+    shell_complete=candidates.runs,
+)
 @click.option(
     "--betas", type=Numbers(), help="Power of each model's density. [1 each; average: 1 / M]"
 )

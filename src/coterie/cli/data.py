@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import click
 
+from coterie.cli import candidates
 from coterie.cli.output import note, say, say_json, table
 
 
@@ -37,7 +38,9 @@ def list_sources(as_json: bool) -> None:
 
 
 @command.command("get")
-@click.argument("kinds", nargs=-1, required=True, metavar="NAME...")
+@click.argument(
+    "kinds", nargs=-1, required=True, metavar="NAME...", shell_complete=candidates.sources
+)
 @click.option("--refresh", is_flag=True, help="Fetch again what is here already.")
 def get(kinds: tuple[str, ...], refresh: bool) -> None:
     """Fetch data sets once, and say their licence; a second call finds them in the cache.

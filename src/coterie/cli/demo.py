@@ -7,14 +7,14 @@ from pathlib import Path
 import click
 
 from coterie.cli.output import OUT, progress_bar, say, threads_option
-from coterie.cli.overrides import ANY_FLAG, apply, split, takes_paths
+from coterie.cli.overrides import PathsCommand, apply, split, takes_paths
 
 RECIPE = "dit-moe"
 DATA = "mnist-5k"
 NUM = 100
 
 
-@click.command("demo", context_settings=ANY_FLAG)
+@click.command("demo", cls=PathsCommand)
 @takes_paths("[--PATH=VALUE]...")
 @click.option(
     "--out", type=OUT, default=Path("runs/demo"), show_default=True, help="Run directory."

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from coterie.cli.output import OUT, facts, say, say_json
-from coterie.cli.overrides import ANY_FLAG, apply, split, takes_paths
+from coterie.cli.overrides import PathsCommand, apply, split, takes_paths
 
 if TYPE_CHECKING:
     from coterie.runs.config import RunConfig
@@ -26,7 +26,7 @@ def command() -> None:
     """
 
 
-@command.command("reader", context_settings=ANY_FLAG)
+@command.command("reader", cls=PathsCommand)
 @takes_paths("DENOISER [--PATH=VALUE]...")
 @click.option(
     "--task",
@@ -55,7 +55,7 @@ def reader(
     _start(apply(ctx, reader_run(denoiser, task, steps), paths), **options)
 
 
-@command.command("train", context_settings=ANY_FLAG)
+@command.command("train", cls=PathsCommand)
 @takes_paths("DENOISER READER [--PATH=VALUE]...")
 @click.option(
     "--experts",

@@ -8,8 +8,9 @@ from typing import Any
 
 import click
 
+from coterie.cli import candidates
 from coterie.cli.output import OUT, facts, progress_bar, say, say_json, table
-from coterie.cli.overrides import ANY_FLAG, one_word, recipe_and_config, split, takes_paths
+from coterie.cli.overrides import PathsCommand, one_word, recipe_and_config, split, takes_paths
 
 PLAN = click.argument("plan", type=click.Path(path_type=Path), metavar="PLAN")
 JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
@@ -30,9 +31,15 @@ def command() -> None:
     """
 
 
-@command.command("plan", context_settings=ANY_FLAG)
+@command.command("plan", cls=PathsCommand)
 @takes_paths("RECIPE [--PATH=VALUE]...")
-@click.option("--preset", default="tiny", show_default=True, help="Sizes: tiny, paper, gpu, ...")
+@click.option(
+    "--preset",
+    default="tiny",
+    show_default=True,
+    shell_complete=candidates.presets,
+    help="Sizes: tiny, paper, gpu, ...",
+)
 @click.option(
     "--islands", type=int, default=4, show_default=True, help="Number of parts of the data."
 )
@@ -137,7 +144,7 @@ def status_command(plan: Path, as_json: bool) -> None:
     say_json(rows) if as_json else say(table(rows))
 
 
-@command.command("router", context_settings=ANY_FLAG)
+@command.command("router", cls=PathsCommand)
 @takes_paths("PLAN [--PATH=VALUE]...")
 @QUIET
 @click.pass_context
@@ -154,7 +161,7 @@ def router_command(ctx: click.Context, arguments: tuple[str, ...], quiet: bool) 
     say(f"next    coterie island assemble {plan} --out {plan}/together")
 
 
-@command.command("assemble", context_settings=ANY_FLAG)
+@command.command("assemble", cls=PathsCommand)
 @takes_paths("PLAN [--PATH=VALUE]...")
 @click.option("--out", type=OUT, required=True, help="Run to write.")
 @click.option(
@@ -200,7 +207,7 @@ def assemble_command(
     say(f"        coterie report {run}")
 
 
-@command.command("distil", context_settings=ANY_FLAG)
+@command.command("distil", cls=PathsCommand)
 @takes_paths("PLAN [--PATH=VALUE]...")
 @click.option("--out", type=OUT, required=True, help="Run to write.")
 @QUIET

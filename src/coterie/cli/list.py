@@ -36,8 +36,12 @@ REGISTRIES = {
 those of an ensemble."""
 
 
+def _kinds(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:
+    return [kind for kind in ("recipes", *REGISTRIES) if kind.startswith(incomplete)]
+
+
 @click.command("list")
-@click.argument("what", required=False, metavar="[KIND]")
+@click.argument("what", required=False, metavar="[KIND]", shell_complete=_kinds)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def command(what: str | None, as_json: bool) -> None:
     """Names that a configuration or a command may use: `coterie list recipes`, `... solvers`.

@@ -36,6 +36,7 @@ VERBS = {
     "show": "Print the configuration and the size of a recipe.",
     "cite": "Print the BibTeX of the papers behind recipes.",
     "env": "Print versions, processor, threads and devices of this machine.",
+    "completion": "Print the script that completes commands in your shell.",
 }
 """Verb -> one line of help; ``cli/<verb>.py`` defines its ``command``."""
 

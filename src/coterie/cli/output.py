@@ -79,6 +79,8 @@ def threads_option(
     own choice, which is said where that makes one, but for ``--quiet``, or torch's."""
 
     def ask(ctx: click.Context, _: click.Parameter, count: int | None) -> None:
+        if ctx.resilient_parsing:  # a shell completes the line: no work follows
+            return
         from coterie.core.threads import asking
 
         def tell(line: str) -> None:

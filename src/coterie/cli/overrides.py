@@ -7,20 +7,46 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
+from click.shell_completion import CompletionItem
+
+from coterie.cli import candidates
 
 if TYPE_CHECKING:
     from coterie.recipes import Recipe
     from coterie.runs.config import RunConfig
 
-ANY_FLAG = {"ignore_unknown_options": True, "help_option_names": ["-h", "--help"]}
-"""Context settings of a command that takes configuration paths as flags."""
-
 CommandT = TypeVar("CommandT", bound=Callable[..., Any])
 
 
+class PathsCommand(click.Command):
+    """A command that takes configuration paths as flags."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        any_flag = {"ignore_unknown_options": True, "help_option_names": ["-h", "--help"]}
+        super().__init__(*args, **{**kwargs, "context_settings": any_flag})
+
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        """Options, and paths of the configuration where the first word names one."""
+        found = super().shell_complete(ctx, incomplete)
+        (arguments,) = [one for one in self.params if isinstance(one, click.Argument)]
+        named = str(arguments.metavar).startswith("RECIPE")
+        return found + candidates.flags(ctx, incomplete) if named else found
+
+
 def takes_paths(metavar: str) -> Callable[[CommandT], CommandT]:
-    """Decorator: collect what is no option of the command as ``arguments`` (see :func:`split`)."""
-    return click.argument("arguments", nargs=-1, type=click.UNPROCESSED, metavar=metavar)
+    """Decorator: collect what is no option of the command as ``arguments`` (see :func:`split`).
+
+    The first word of ``metavar`` says what a shell offers for the words: RECIPE, RUN or both.
+    """
+    word = metavar.split()[0]
+    offered = {
+        "RECIPE": candidates.recipes,
+        "RECIPE|RUN": candidates.recipes_and_runs,
+        "[--PATH=VALUE]...": None,
+    }.get(word, candidates.runs)
+    return click.argument(
+        "arguments", nargs=-1, type=click.UNPROCESSED, metavar=metavar, shell_complete=offered
+    )
 
 
 def split(arguments: Sequence[str]) -> tuple[list[str], dict[str, str]]:

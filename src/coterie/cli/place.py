@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from coterie.cli import candidates
 from coterie.cli.model_folder import given_of, is_model, load, prepare, reads_text
 from coterie.cli.output import OUT, progress_bar, say, say_json, table, threads_option
 from coterie.core.json_reader import read_object
@@ -29,7 +30,7 @@ class Counts(click.ParamType[tuple[int, ...]]):
 
 
 @click.command("place")
-@click.argument("run", type=click.Path(path_type=Path))
+@click.argument("run", type=click.Path(path_type=Path), shell_complete=candidates.runs)
 @click.option(
     "--devices",
     type=Counts(),

@@ -8,10 +8,10 @@ from typing import Any
 import click
 
 from coterie.cli.output import OUT, say, say_json
-from coterie.cli.overrides import ANY_FLAG, split, takes_paths
+from coterie.cli.overrides import PathsCommand, split, takes_paths
 
 
-@click.command("ranges", context_settings=ANY_FLAG)
+@click.command("ranges", cls=PathsCommand)
 @takes_paths("RUN RUN... [--PATH=VALUE]...")
 @click.option("--boundaries", help="Noise levels between the RUNs, from noisy to clean: 0.7,0.3.")
 @click.option(

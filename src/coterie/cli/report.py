@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from coterie.cli import candidates
 from coterie.cli.model_folder import given_of, is_model, load, prepare, reads_text
 from coterie.cli.output import OUT, facts, note, progress_bar, say, say_json, threads_option
 from coterie.core.errors import CheckpointError, ConfigError
@@ -15,7 +16,7 @@ from coterie.core.json_reader import read_object
 
 
 @click.command("report")
-@click.argument("run", type=click.Path(path_type=Path))
+@click.argument("run", type=click.Path(path_type=Path), shell_complete=candidates.runs)
 @click.option("--out", type=OUT, help="Folder. [RUN/report]")
 @reads_text()
 @click.option("-n", "--dry-run", is_flag=True, help="A model: sizes and projected minutes only.")

@@ -7,11 +7,12 @@ from pathlib import Path
 
 import click
 
+from coterie.cli import candidates
 from coterie.cli.output import OUT, facts, progress_bar, say, say_json, threads_option
 
 
 @click.command("restore")
-@click.argument("run", type=click.Path(path_type=Path))
+@click.argument("run", type=click.Path(path_type=Path), shell_complete=candidates.runs)
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.option("--out", type=OUT, required=True, help="Folder to write.")
 @click.option(

@@ -7,12 +7,13 @@ from typing import Any
 
 import click
 
+from coterie.cli import candidates
 from coterie.cli.output import OUT, facts, progress_bar, say, say_json, table, threads_option
 from coterie.cli.sample import Labels
 
 
 @click.command("rollout")
-@click.argument("run", type=click.Path(path_type=Path))
+@click.argument("run", type=click.Path(path_type=Path), shell_complete=candidates.runs)
 @click.option("--num", type=click.IntRange(1), default=200, show_default=True, help="Episodes.")
 @click.option("--labels", type=Labels(), help="Goals in turn: 3, or 0,3, or 0-3. [all]")
 @click.option(

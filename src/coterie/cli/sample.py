@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from coterie.cli import candidates
 from coterie.cli.output import OUT, human, progress_bar, say, say_json, threads_option
 
 MOST_LABELS = 100_000
@@ -53,7 +54,7 @@ class Places(Labels):
 
 
 @click.command("sample")
-@click.argument("run", type=click.Path(path_type=Path))
+@click.argument("run", type=click.Path(path_type=Path), shell_complete=candidates.runs)
 @click.option(
     "--num",
     type=click.IntRange(1, 1_000_000),

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import click
 
+from coterie.cli import candidates
 from coterie.cli.output import facts, say, say_json
-from coterie.cli.overrides import ANY_FLAG, recipe_and_config, takes_paths
+from coterie.cli.overrides import PathsCommand, recipe_and_config, takes_paths
 
 
-@click.command("show", context_settings=ANY_FLAG)
+@click.command("show", cls=PathsCommand)
 @takes_paths("RECIPE [--PATH=VALUE]...")
-@click.option("--preset", default="tiny", show_default=True)
+@click.option("--preset", default="tiny", show_default=True, shell_complete=candidates.presets)
 @click.option("--json", "as_json", is_flag=True, help="Print everything as one JSON object.")
 @click.pass_context
 def command(ctx: click.Context, arguments: tuple[str, ...], preset: str, as_json: bool) -> None:

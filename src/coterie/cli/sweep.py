@@ -10,7 +10,7 @@ import click
 
 from coterie.cli.model_folder import given_of, is_model, load, prepare, reads_text
 from coterie.cli.output import OUT, progress_bar, say, say_json, table, threads_option
-from coterie.cli.overrides import ANY_FLAG, one_word, split, takes_paths
+from coterie.cli.overrides import PathsCommand, one_word, split, takes_paths
 from coterie.core.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 SAMPLES = 512
 
 
-@click.command("sweep", context_settings=ANY_FLAG)
+@click.command("sweep", cls=PathsCommand)
 @takes_paths("RUN --PATH=VALUES...")
 @click.option("--limit", type=click.IntRange(1), help="Held-out samples to measure. [512]")
 @reads_text()

@@ -7,16 +7,18 @@ from typing import Any
 
 import click
 
+from coterie.cli import candidates
 from coterie.cli.output import OUT, facts, note, say, say_json
-from coterie.cli.overrides import ANY_FLAG, run_and_config, takes_paths
+from coterie.cli.overrides import PathsCommand, run_and_config, takes_paths
 
 
-@click.command("train", context_settings=ANY_FLAG)
+@click.command("train", cls=PathsCommand)
 @takes_paths("RECIPE|RUN [--PATH=VALUE]...")
 @click.option(
     "--preset",
     default="tiny",
     show_default=True,
+    shell_complete=candidates.presets,
     help="Named sizes: tiny (minutes on a CPU), gpu, paper, ...",
 )
 @click.option("--out", type=OUT, help="Run directory. [runs/RECIPE]")

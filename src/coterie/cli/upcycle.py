@@ -9,7 +9,7 @@ import click
 
 from coterie.cli.model_folder import config_of
 from coterie.cli.output import OUT, facts, say, say_json
-from coterie.cli.overrides import ANY_FLAG, apply, one_word, split, takes_paths
+from coterie.cli.overrides import PathsCommand, apply, one_word, split, takes_paths
 
 if TYPE_CHECKING:
     from coterie.convert import Preserved, UpcycleConfig
@@ -18,7 +18,7 @@ MODES = {"copy": {"slices": 1}, "slice": {"copies": 1}, "slice+copy": {}}
 SAMPLES = 64  # on which the function is compared before and after
 
 
-@click.command("upcycle", context_settings=ANY_FLAG)
+@click.command("upcycle", cls=PathsCommand)
 @takes_paths("SOURCE [--PATH=VALUE]...")
 @click.option("--out", type=OUT, help="Folder to write.  [required]")
 @click.option("--mode", type=click.Choice(list(MODES)), help="[slice+copy]")

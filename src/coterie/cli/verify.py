@@ -8,11 +8,12 @@ from typing import Any
 
 import click
 
+from coterie.cli import candidates
 from coterie.cli.output import OUT, OUT_NAME, progress_bar, say, say_json, table
 
 
 @click.command("verify")
-@click.argument("recipes", nargs=-1, metavar="[RECIPE]...")
+@click.argument("recipes", nargs=-1, metavar="[RECIPE]...", shell_complete=candidates.recipes)
 @click.option(
     "--out",
     type=OUT_NAME,
