@@ -50,7 +50,7 @@ def test_readme_shows_existing_verbs_only() -> None:
 
 
 def test_links_inside_the_repository_lead_somewhere() -> None:
-    for page in PAGES:
+    for page in [*PAGES, ROOT / "CONTRIBUTING.md"]:
         for target in re.findall(r"\]\((?!http)([^)#]+)", page.read_text(encoding="utf-8")):
             assert (page.parent / target).exists(), f"{page.name}: {target}"
 

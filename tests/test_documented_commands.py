@@ -16,7 +16,7 @@ from coterie.core.errors import CoterieError
 from coterie.recipes import get_recipe, list_recipes
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 WITH_RECIPES = ("train", "show")
 
 
