@@ -21,7 +21,7 @@ TINY = {
     "cache_exactly": "--num 2 --steps 3 --repeats 1",
     "compare_solvers_and_guidance": "--num 16",
     "expert_layer_alone": "--steps 3",
-    "expert_map": "run",
+    "expert_map": "--run runs/tiny --steps 2 --out map.png",
     "hugging_face_moe": "--tokens 16",
     "join_two_noise_ranges": "--steps 2",
     "multiply_two_denoisers": "--systems 2 --steps 4",

@@ -19,6 +19,7 @@ import click
 from click.shell_completion import CompletionItem
 
 from coterie.core.errors import CoterieError
+from coterie.core.json_reader import read_json
 
 RECIPE = re.compile(r"^PAPER = ", re.MULTILINE)
 PRESET = re.compile(r"^def (tiny|paper|demo|gpu|text)\(", re.MULTILINE)
@@ -114,8 +115,8 @@ def _of_recipe(recipe: str, preset: str) -> Any:
 
 def _read(path: Path) -> Any:
     try:
-        return json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError):
+        return read_json(path)
+    except CoterieError:
         return None
 
 
