@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 import coterie
-from coterie.runs.loading import LoadedRun
 from coterie.runs.sample.sampling import generate
+from coterie.runs.trained_run import LoadedRun
 
 matplotlib.use("agg")
 ROWS, LEVEL = 4, 0.2  # rows of pictures; noise when the model is asked, 0 to 1

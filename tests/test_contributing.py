@@ -28,7 +28,7 @@ for name, check in sorted(vars(tests).items()):
 from coterie.recipes.dit_moe import arms
 from coterie.recipes.verify import judge
 from coterie.runs.measure.evaluation import held_out
-from coterie.runs.loading import load_run
+from coterie.runs.trained_run import load_run
 from coterie.runs.training import start
 
 claim, configs = recipe.CLAIM, {{**arms(), "sphere": recipe.sphere()}}

@@ -40,8 +40,8 @@ if TYPE_CHECKING:  # the same names as in _HOME, for editors and type checkers
     from coterie.recipes import get_recipe as get_recipe
     from coterie.recipes import list_recipes as list_recipes
     from coterie.runs.config import RunConfig as RunConfig
-    from coterie.runs.loading import load_run as load_run
     from coterie.runs.sample.sample_files import sample_run as sample_run
+    from coterie.runs.trained_run import load_run as load_run
     from coterie.runs.training import start as start
     from coterie.solvers import GuidanceConfig as GuidanceConfig
     from coterie.solvers import guide as guide
@@ -82,7 +82,7 @@ _HOME = {
     "guide": "solvers",
     "list_recipes": "recipes",
     "load_pretrained": "hub",
-    "load_run": "runs.loading",
+    "load_run": "runs.trained_run",
     "sample": "solvers",
     "sample_run": "runs.sample.sample_files",
     "save_pretrained": "hub",

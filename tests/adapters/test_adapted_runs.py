@@ -26,10 +26,10 @@ from coterie.core.tensors import read_tensors
 from coterie.hub import load_manifest, load_pretrained
 from coterie.runs.config import RunConfig
 from coterie.runs.cost import plan
-from coterie.runs.loading import load_run
 from coterie.runs.measure.report import report_run
 from coterie.runs.origins.first_weights import InitConfig
 from coterie.runs.sample.sample_files import sample_run
+from coterie.runs.trained_run import load_run
 from coterie.runs.training import prepare, start
 from coterie.train import checkpoint
 from small_models import images, small, times

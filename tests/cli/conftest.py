@@ -127,7 +127,7 @@ def _fakes(calls: Calls) -> list[ModuleType]:
         ),
         _module("coterie.recipes.verify", verify=verify),
         _module("coterie.runs.training", start=start),
-        _module("coterie.runs.loading", load_run=load_run),
+        _module("coterie.runs.trained_run", load_run=load_run),
         _module("coterie.runs.cost", plan=plan),
         _module("coterie.runs.sample.sample_files", sample_run=sample_run),
         _module("coterie.bench.experts", run_benchmark=run_benchmark, CASES={"S2": 1, "B2": 2}),

@@ -11,8 +11,8 @@ from coterie.cli.main import run
 from coterie.core.config import override
 from coterie.recipes import get_recipe
 from coterie.recipes.fkc import BOTH, LOW, composed, expert
-from coterie.runs.loading import load_run
 from coterie.runs.sample.sampling import generate
+from coterie.runs.trained_run import load_run
 from coterie.runs.training import start
 
 SMALL = {

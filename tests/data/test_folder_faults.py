@@ -20,8 +20,8 @@ from coterie.data.sample_files import DataWarning
 from coterie.data.source import changed, identity
 from coterie.recipes import get_recipe
 from coterie.runs.islands.partition import PartitionConfig, partition_of
-from coterie.runs.loading import load_run
 from coterie.runs.measure.evaluation import held_out
+from coterie.runs.trained_run import load_run
 from coterie.runs.training import prepare, start
 from coterie.train import checkpoint
 

@@ -18,7 +18,7 @@ from coterie.ensembles import ClusterRouterConfig, ExactPosterior, MixtureConfig
 from coterie.hub import load_pretrained
 from coterie.process import PROCESSES, ExactDenoiser, Mixture
 from coterie.runs.config import RunConfig
-from coterie.runs.loading import load_run
+from coterie.runs.trained_run import load_run
 from coterie.runs.training import start
 from coterie.train import TrainConfig, Trainer
 from coterie.train.objectives import OBJECTIVES, ClusterPosteriorConfig

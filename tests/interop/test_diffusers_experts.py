@@ -23,7 +23,7 @@ from coterie.ensembles import AggregateConfig, EnsembleModelConfig, MemberConfig
 from coterie.hub import load_member, load_pretrained, save_ensemble
 from coterie.interop.diffusers import DiffusersConfig, DiffusersNetworkConfig
 from coterie.process import PROCESSES
-from coterie.runs.loading import load_run
+from coterie.runs.trained_run import load_run
 from coterie.solvers import GRIDS, SOLVERS, sample
 
 SMALL = {"sample_size": 8, "in_channels": 1, "out_channels": 1}

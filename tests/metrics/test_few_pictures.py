@@ -7,7 +7,7 @@ from typing import Any
 
 from coterie.runs.judges import noise
 from coterie.runs.judges.noise import ImageJudge
-from coterie.runs.loading import load_run
+from coterie.runs.trained_run import load_run
 
 
 def test_H_fewer_than_four_held_out_pictures(tmp_path: Path, monkeypatch: Any) -> None:

@@ -17,8 +17,8 @@ from coterie.metrics import score_points
 from coterie.recipes import fastdit_3d
 from coterie.runs.build import build_model, build_source
 from coterie.runs.config import RunConfig
-from coterie.runs.loading import load_run
 from coterie.runs.sample.sampling import generate
+from coterie.runs.trained_run import load_run
 from coterie.runs.training import start
 
 SHORT = {

@@ -12,8 +12,8 @@ from coterie.core.cost import count_parameters
 from coterie.core.routing import Routing
 from coterie.recipes import home
 from coterie.runs.build import build_model
-from coterie.runs.loading import load_run
 from coterie.runs.measure.evaluation import measure
+from coterie.runs.trained_run import load_run
 from coterie.runs.training import start
 from small_models import IMAGE, images
 

@@ -19,8 +19,8 @@ from coterie.recipes import mofme
 from coterie.runs.build import build_model, build_source
 from coterie.runs.config import RunConfig
 from coterie.runs.cost import plan
-from coterie.runs.loading import load_run
 from coterie.runs.measure.active_parameters import slot_parameters
+from coterie.runs.trained_run import load_run
 from coterie.runs.training import start
 
 SHORT = {

@@ -13,7 +13,7 @@ from coterie.recipes import get_recipe, orthogonal_adaptation
 from coterie.recipes.verify import job_of
 from coterie.runs.build import build_model
 from coterie.runs.config import RunConfig
-from coterie.runs.loading import load_run
+from coterie.runs.trained_run import load_run
 from coterie.runs.training import start
 
 RECIPE = get_recipe("orthogonal-adaptation")

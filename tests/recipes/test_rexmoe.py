@@ -23,7 +23,7 @@ from coterie.recipes import get_recipe
 from coterie.recipes.rexmoe import SIZES, paper, slot, text, tiny
 from coterie.runs.build import build_model
 from coterie.runs.config import RunConfig
-from coterie.runs.loading import load_run
+from coterie.runs.trained_run import load_run
 from coterie.runs.training import make_trainer, start
 from coterie.train import TrainConfig
 from coterie.train.optimizer import build_optimizer, trainable

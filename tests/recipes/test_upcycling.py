@@ -17,7 +17,7 @@ from coterie.recipes.base import Recipe
 from coterie.recipes.verify import job_of, run_arm
 from coterie.runs.build import build_model
 from coterie.runs.config import RunConfig
-from coterie.runs.loading import load_run
+from coterie.runs.trained_run import load_run
 from small_models import IMAGE
 
 SHORT = {

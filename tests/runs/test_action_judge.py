@@ -20,11 +20,11 @@ from coterie.runs.build import build_model, build_source
 from coterie.runs.config import RunConfig
 from coterie.runs.judges import judge_of
 from coterie.runs.judges.action import ActionJudge
-from coterie.runs.loading import LoadedRun, load_run
 from coterie.runs.measure.evaluation import measure
 from coterie.runs.measure.report import report_run
 from coterie.runs.sample.rollouts import RolledOut, both_ways, demonstrator, roll_out
 from coterie.runs.sample.sample_files import sample_run
+from coterie.runs.trained_run import LoadedRun, load_run
 from coterie.runs.training import start
 from coterie.train import TrainConfig, Trainer
 

@@ -19,9 +19,9 @@ from coterie.denoiser import DenoiserConfig
 from coterie.hub import load_manifest, load_pretrained
 from coterie.inspect import ReportData, Trace, write_report
 from coterie.runs.config import RunConfig
-from coterie.runs.loading import load_run
 from coterie.runs.measure.gate_maps import gate_maps
 from coterie.runs.origins.trained_model import WeightAverageConfig
+from coterie.runs.trained_run import load_run
 from coterie.runs.training import start
 
 TRUNK = TrunkConfig(width=16, depth=1, heads=2)

@@ -13,9 +13,9 @@ from torch._inductor.utils import fresh_cache
 
 from coterie.cli.main import run as coterie
 from coterie.core.errors import ConfigError
-from coterie.runs.loading import LoadedRun, load_run
 from coterie.runs.sample.caches import cached, compiled
 from coterie.runs.sample.sampling import generate
+from coterie.runs.trained_run import LoadedRun, load_run
 from coterie.solvers import SOLVERS
 from small_runs import finished
 

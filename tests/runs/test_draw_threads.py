@@ -13,9 +13,9 @@ from coterie.cli.main import cli, run
 from coterie.core import threads as core
 from coterie.core.errors import ConfigError
 from coterie.core.threads import Choice, Watch
-from coterie.runs.loading import load_run
 from coterie.runs.sample import threads as here
 from coterie.runs.sample.sample_files import sample_run
+from coterie.runs.trained_run import load_run
 from coterie.runs.training import start
 from small_runs import short
 

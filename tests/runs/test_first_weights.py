@@ -20,10 +20,10 @@ from coterie.core.folder import MANIFEST, file_digest
 from coterie.experts import Router
 from coterie.runs.build import build_model, upcycled_run
 from coterie.runs.config import RunConfig
-from coterie.runs.loading import load_run
 from coterie.runs.measure.evaluation import held_out
 from coterie.runs.origins.first_weights import InitConfig
 from coterie.runs.origins.trained_model import PretrainedConfig
+from coterie.runs.trained_run import load_run
 from coterie.runs.training import make_trainer, prepare, start
 from coterie.train import RunDir, Trainer, checkpoint, load_weights, read_metrics
 from small_models import small, words

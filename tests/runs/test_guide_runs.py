@@ -27,7 +27,6 @@ from coterie.runs.build import build_model
 from coterie.runs.config import RunConfig
 from coterie.runs.cost import plan
 from coterie.runs.judges.guide_scores import measured
-from coterie.runs.loading import LoadedRun, load_run
 from coterie.runs.measure.evaluation import measure
 from coterie.runs.measure.report import report_run
 from coterie.runs.origins.first_weights import find_origin
@@ -35,6 +34,7 @@ from coterie.runs.origins.guides import guide_run, reader_run
 from coterie.runs.origins.trained_model import PretrainedConfig
 from coterie.runs.sample.guides import followed, read_picture, with_guide
 from coterie.runs.sample.sampling import generate
+from coterie.runs.trained_run import LoadedRun, load_run
 from coterie.runs.training import make_trainer, start
 from coterie.solvers.network_guidance import GuidedConfig
 from coterie.train.learning_rate import SCHEDULES, turn_at

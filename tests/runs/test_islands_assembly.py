@@ -21,9 +21,9 @@ from coterie.runs.islands.assembly import (
 from coterie.runs.islands.plan import make_plan, read_plan
 from coterie.runs.islands.workers import run_island
 from coterie.runs.judges import judge_of
-from coterie.runs.loading import load_run
 from coterie.runs.measure.evaluation import held_out, measured_active
 from coterie.runs.sample.sample_files import sample_run
+from coterie.runs.trained_run import load_run
 
 SMALL = {"depth": 2, "width": 16, "heads": 2}
 CUT = PartitionConfig(islands=2)

@@ -23,10 +23,10 @@ from coterie.runs.config import RunConfig
 from coterie.runs.judges import JUDGES, judge_of
 from coterie.runs.judges.base import by_class, judges
 from coterie.runs.judges.restoration import use_of, without_experts
-from coterie.runs.loading import LoadedRun, load_run
 from coterie.runs.measure import report
 from coterie.runs.measure.evaluation import flat, measure
 from coterie.runs.sample.sample_files import sample_run
+from coterie.runs.trained_run import LoadedRun, load_run
 from coterie.runs.training import start
 from coterie.train.config import TrainConfig
 from coterie.train.objectives import RestorationConfig

@@ -23,10 +23,10 @@ from coterie.inspect import Place, Trace
 from coterie.runs.build import build_source
 from coterie.runs.config import RunConfig
 from coterie.runs.judges.marked_answers import answer_measures, marks_answers, whole_answers
-from coterie.runs.loading import LoadedRun, load_run
 from coterie.runs.measure import active_parameters as active
 from coterie.runs.measure import evaluation, routing_probes
 from coterie.runs.measure.routing import routing_measures
+from coterie.runs.trained_run import LoadedRun, load_run
 from small_models import small, woken
 from small_runs import finished
 

@@ -20,8 +20,8 @@ from coterie.runs.config import RunConfig
 from coterie.runs.islands.partition import PartitionConfig
 from coterie.runs.islands.plan import FILE, make_plan, read_plan
 from coterie.runs.islands.workers import run_island, status
-from coterie.runs.loading import load_run
 from coterie.runs.origins.trained_model import PretrainedConfig
+from coterie.runs.trained_run import load_run
 from coterie.runs.training import prepare, start
 from coterie.train.run_directory import RunDir, stored_hash
 from small_models import small

@@ -23,10 +23,10 @@ from coterie.metrics import auc, gauc
 from coterie.runs.build import build_model
 from coterie.runs.config import RunConfig
 from coterie.runs.cost import plan
-from coterie.runs.loading import LoadedRun, load_run
 from coterie.runs.measure.evaluation import measure
 from coterie.runs.measure.report import report_run
 from coterie.runs.sample.sample_files import sample_run
+from coterie.runs.trained_run import LoadedRun, load_run
 from coterie.runs.training import start
 from coterie.train.objectives import OBJECTIVES
 

@@ -9,8 +9,8 @@ from coterie.cli.main import run as cli
 from coterie.core.errors import ConfigError
 from coterie.core.prediction import Condition
 from coterie.recipes.common import image_tiny
-from coterie.runs.loading import load_run
 from coterie.runs.origins.noise_ranges import find_boundaries, join_ranges
+from coterie.runs.trained_run import load_run
 from coterie.runs.training import start
 
 SMALL = {"depth": 1, "width": 16, "heads": 2}

@@ -15,8 +15,8 @@ from coterie.cli.main import run as coterie
 from coterie.core.errors import CheckpointError, DataError
 from coterie.core.folder import seal
 from coterie.core.tensors import read_tensors, write_tensors
-from coterie.runs.loading import LoadedRun, load_run
 from coterie.runs.sample.sampling import generate
+from coterie.runs.trained_run import LoadedRun, load_run
 from small_runs import finished
 
 

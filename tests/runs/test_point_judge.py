@@ -13,10 +13,10 @@ from coterie.core.config import override
 from coterie.hub import load_pretrained
 from coterie.recipes import fastdit_3d
 from coterie.runs.judges import judge_of
-from coterie.runs.loading import LoadedRun, load_run
 from coterie.runs.measure.evaluation import measure
 from coterie.runs.measure.report import report_run
 from coterie.runs.sample.sample_files import sample_run
+from coterie.runs.trained_run import LoadedRun, load_run
 from coterie.runs.training import start
 
 SHORT = {

@@ -22,8 +22,8 @@ from coterie.data.images.photos import CROP, PhotosConfig
 from coterie.data.source import ArraySource
 from coterie.denoiser import DenoiserConfig
 from coterie.runs.config import RunConfig
-from coterie.runs.loading import load_run
 from coterie.runs.sample.restoration import corners, ramp, restore_tiled
+from coterie.runs.trained_run import load_run
 from coterie.runs.training import start
 from coterie.train.config import TrainConfig
 from coterie.train.objectives import RestorationConfig

@@ -15,9 +15,9 @@ from coterie.core.cost import count_parameters
 from coterie.core.errors import CheckpointError, ConfigError
 from coterie.runs.build import build_model, build_source
 from coterie.runs.cost import plan
-from coterie.runs.loading import LoadedRun, load_run
 from coterie.runs.sample.sample_files import sample_run
 from coterie.runs.sample.sampling import balanced_labels, generate, grid_image, to_pixels
+from coterie.runs.trained_run import LoadedRun, load_run
 from coterie.runs.training import start
 from small_models import images, small, times
 from small_runs import finished, short

@@ -18,10 +18,10 @@ from coterie.core.errors import CheckpointError, ConfigError, TrainingError
 from coterie.core.folder import FolderWarning
 from coterie.hub import save_pretrained
 from coterie.runs import training
-from coterie.runs.loading import load_run
 from coterie.runs.measure.report import report_run
 from coterie.runs.origins.trained_model import PretrainedConfig
 from coterie.runs.sample.sample_files import sample_run
+from coterie.runs.trained_run import load_run
 from coterie.runs.training import start
 from coterie.train import RunDir, Trainer, checkpoint, load_weights, resume
 from coterie.train.checkpoint import CheckpointWarning

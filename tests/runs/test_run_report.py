@@ -18,8 +18,8 @@ from coterie.experts import Router
 from coterie.runs import feature_networks
 from coterie.runs.build import build_source
 from coterie.runs.judges import base, noise
-from coterie.runs.loading import LoadedRun, load_run
 from coterie.runs.measure import evaluation, report, routing_probes
+from coterie.runs.trained_run import LoadedRun, load_run
 from coterie.train.config import TrainConfig
 from small_models import images, small, times, woken
 from small_runs import finished

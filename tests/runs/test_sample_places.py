@@ -11,8 +11,8 @@ import torch
 from coterie.cli.main import run as coterie
 from coterie.core.config import override
 from coterie.core.errors import ConfigError
-from coterie.runs.loading import LoadedRun, load_run
 from coterie.runs.sample.sampling import generate
+from coterie.runs.trained_run import LoadedRun, load_run
 from small_runs import finished
 
 

@@ -15,8 +15,8 @@ from coterie.core.errors import ConfigError
 from coterie.experts import ExpertLayer, Router, RouterConfig
 from coterie.inspect.plots.sweep import plot_sweep
 from coterie.runs.build import build_source
-from coterie.runs.loading import LoadedRun
 from coterie.runs.measure import active_parameters, evaluation, sweep
+from coterie.runs.trained_run import LoadedRun
 from small_models import small, woken
 
 SELECT = "model.backbone.trunk.slots.0.expert.router.select"

@@ -25,9 +25,9 @@ from coterie.runs.build import build_model, build_source
 from coterie.runs.config import RunConfig
 from coterie.runs.cost import plan
 from coterie.runs.judges import noise
-from coterie.runs.loading import load_run
 from coterie.runs.measure.evaluation import held_out
 from coterie.runs.sample.sampling import generate
+from coterie.runs.trained_run import load_run
 from coterie.runs.training import start
 from coterie.solvers import SOLVERS
 from small_models import images, times

@@ -21,7 +21,7 @@ from together import in_processes
 from coterie.core.errors import CheckpointError, ConfigError, CoterieError, TrainingError
 from coterie.runs.config import RunConfig
 from coterie.runs.launch import Hung, launch, supervisor
-from coterie.runs.loading import load_run
+from coterie.runs.trained_run import load_run
 from coterie.runs.training import make_trainer, start
 from coterie.train import Interrupted, Trainer, checkpoint, read_metrics
 from coterie.train.parallel import ParallelConfig, Processes, Spread, sharding

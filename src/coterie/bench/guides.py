@@ -21,8 +21,8 @@ from coterie.guides import Guide, GuideConfig
 from coterie.recipes import ppap
 from coterie.runs.config import RunConfig
 from coterie.runs.judges import judge_of
-from coterie.runs.loading import load_run
 from coterie.runs.origins.trained_model import PretrainedConfig
+from coterie.runs.trained_run import load_run
 from coterie.runs.training import start
 from coterie.solvers.network_guidance import GuidedConfig, GuidedDenoiser
 

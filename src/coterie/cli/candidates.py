@@ -93,8 +93,10 @@ def config_paths(recipe_or_run: str, preset: str) -> list[str]:
 
     kept = cache_root() / "completion" / f"{recipe_or_run}-{preset}.json"
     newest = max(path.stat().st_mtime_ns for path in package().rglob("*.py"))
-    if kept.is_file() and kept.stat().st_mtime_ns > newest and isinstance(_read(kept), list):
-        return list(_read(kept))
+    if kept.is_file() and kept.stat().st_mtime_ns > newest:
+        before = _read(kept)
+        if isinstance(before, list):
+            return before
     found = sorted(_paths(_of_recipe(recipe_or_run, preset)))
     try:
         kept.parent.mkdir(parents=True, exist_ok=True)

@@ -32,9 +32,9 @@ def command(ctx: click.Context, arguments: tuple[str, ...], out: Path, quiet: bo
         raise click.UsageError(f"unexpected: {' '.join(words)}")
     from coterie.data.download.fetch import fetch
     from coterie.recipes import get_recipe
-    from coterie.runs.loading import load_run
     from coterie.runs.measure.report import report_run
     from coterie.runs.sample.sample_files import sample_run
+    from coterie.runs.trained_run import load_run
     from coterie.runs.training import start
 
     recipe = get_recipe(RECIPE)

@@ -46,8 +46,8 @@ def command(
     \b
       coterie restore runs/mofme holiday --out holiday-restored
     """
-    from coterie.runs.loading import load_run
     from coterie.runs.sample.restoration import plan_folder, restore_folder
+    from coterie.runs.trained_run import load_run
 
     loaded = load_run(run, which=weights)
     plan = plan_folder(loaded, folder, out, overlap)

@@ -52,8 +52,8 @@ def command(
       coterie rollout runs/mode-policy --num 200
       coterie rollout runs/mode-policy --cached --labels 0,3
     """
-    from coterie.runs.loading import load_run
     from coterie.runs.sample.rollout_files import rollout_run
+    from coterie.runs.trained_run import load_run
 
     loaded = load_run(run, which=weights)
     with progress_bar(num, "episodes", quiet) as advance:

@@ -154,8 +154,8 @@ def command(
             raise click.UsageError("--seed and --seeds: samples have seeds of one kind; leave one")
         if given and num != len(seeds):
             raise click.UsageError(f"--num {num}: --seeds names {len(seeds)} samples; leave --num")
-    from coterie.runs.loading import load_run
     from coterie.runs.sample.sample_files import sample_run
+    from coterie.runs.trained_run import load_run
 
     loaded = load_run(run, which=weights)
     folder = run / "samples"

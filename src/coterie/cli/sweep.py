@@ -73,8 +73,8 @@ def command(
 def _run(
     run: Path, values: Mapping[str, Any], limit: int, out: Path, quiet: bool
 ) -> tuple[Path, Sequence[Any]]:
-    from coterie.runs.loading import load_run
     from coterie.runs.measure.sweep import check, sweep, sweep_outputs, write_sweep
+    from coterie.runs.trained_run import load_run
 
     loaded = load_run(run)
     points = check(loaded, values)

@@ -133,7 +133,7 @@ def _run(
     from coterie.data import order
     from coterie.runs.build import upcycled_run
     from coterie.runs.config import RunConfig
-    from coterie.runs.loading import load_run
+    from coterie.runs.trained_run import load_run
     from coterie.runs.training import prepare
 
     before = RunConfig.load(source / "config.json")

@@ -221,8 +221,8 @@ def run_arm(config_json: str, folder: str) -> dict[str, float]:
     """Train, measure and store one arm (in a worker process). Finished work is not repeated."""
     import torch
 
-    from coterie.runs.loading import load_run
     from coterie.runs.measure.evaluation import measure
+    from coterie.runs.trained_run import load_run
     from coterie.runs.training import start
 
     torch.set_num_threads(1)
@@ -243,9 +243,9 @@ def run_arm(config_json: str, folder: str) -> dict[str, float]:
 
 def _initial(config: RunConfig, folder: Path) -> dict[str, float]:
     """Held-out loss and load of the weights an arm starts from; kept, as training moves on."""
-    from coterie.runs.loading import load_run
     from coterie.runs.measure.evaluation import held_out
     from coterie.runs.measure.routing import routing_measures
+    from coterie.runs.trained_run import load_run
     from coterie.runs.training import prepare
 
     stored = folder / "initial.json"

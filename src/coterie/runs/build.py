@@ -10,7 +10,7 @@ import torch
 
 from coterie.backbones.base import BackbonePart
 from coterie.convert import UpcycleConfig, upcycle, upcycled_config
-from coterie.core import memory as needs
+from coterie.core import memory
 from coterie.core.batch import Source
 from coterie.core.errors import ConfigError, describe
 from coterie.core.rng import derive, generator
@@ -47,13 +47,13 @@ def check_fits(config: RunConfig, training: bool = True, parts: int = 1) -> None
     """
     if getattr(config.model, "is_trained", False) or getattr(config.model, "absent", ""):
         return  # what others trained says how large it is when it is read
-    most = needs.memory_bytes() * parts
+    most = memory.memory_bytes() * parts
     if training and config.train.threads is not None:
         check_threads(config.train.threads)
-    made = needs.on_meta(config.model, lambda: build_model(config), most)
+    made = memory.on_meta(config.model, lambda: build_model(config), most)
     train = config.train if training else None
     batch = config.train.batch // config.train.accumulate if training else config.sample.batch
-    needs.check_memory(config.model, made, train, batch, parts)
+    memory.check_memory(config.model, made, train, batch, parts)
 
 
 def build_source(config: RunConfig, split: str = "train") -> Source:

@@ -21,7 +21,7 @@ from torch import Generator, Tensor, nn
 
 from coterie.backbones import unet_layers
 from coterie.backbones.taps import Layers, Topology
-from coterie.core import memory as needs
+from coterie.core import memory
 from coterie.core.errors import CheckpointError, ConfigError, describe
 from coterie.core.json_reader import read_object
 from coterie.core.prediction import Condition, Prediction, View, as_times
@@ -288,17 +288,17 @@ def new_network(
             hint = "what it does to the network is not known"
             raise ConfigError(describe(f"{where}{kind}.{name}", value, f"fields of {kind}", hint))
     convention_for(found, config)
-    limit, whose = needs.memory_bytes(), needs.MACHINE
+    limit, whose = memory.memory_bytes(), memory.MACHINE
     stored = max(SMALL, FROM_FILE * sum(file.stat().st_size for file in files))
     if files and stored < limit:
-        limit, whose = stored, f"{needs.size(SMALL)} or {FROM_FILE} times {files[0].name}"
+        limit, whose = stored, f"{memory.size(SMALL)} or {FROM_FILE} times {files[0].name}"
 
     def build() -> nn.Module:
         made: nn.Module = found.from_config(dict(config))
         return made
 
     try:
-        shapes = needs.on_meta(config, build, limit, whose)
+        shapes = memory.on_meta(config, build, limit, whose)
         return shapes if torch.get_default_device().type == "meta" else build()
     except ConfigError as error:
         raise ConfigError(f"{where}{kind}: {error}") from None

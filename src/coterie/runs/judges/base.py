@@ -23,8 +23,8 @@ from coterie.data import order
 from coterie.inspect import Trace, label_name
 from coterie.metrics import NoiseBins
 from coterie.runs.build import build_source
-from coterie.runs.loading import LoadedRun
 from coterie.runs.sample.sampling import Samples, conditional, generate
+from coterie.runs.trained_run import LoadedRun
 
 LEVELS = 10  # noise levels at which held-out data are looked at
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from coterie.runs.build import build_source
 from coterie.runs.feature_networks import read_labels
 from coterie.runs.judges.base import batches
-from coterie.runs.loading import LoadedRun
+from coterie.runs.trained_run import LoadedRun
 
 REAL = 1000  # real pictures that are read for the floor
 

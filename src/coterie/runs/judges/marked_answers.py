@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from coterie.core.batch import Batch, Source
-from coterie.runs.loading import LoadedRun
+from coterie.runs.trained_run import LoadedRun
 from coterie.train.objectives.text import BITS, token_nats
 
 

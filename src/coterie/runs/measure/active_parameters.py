@@ -16,8 +16,8 @@ from coterie.core.routing import ENSEMBLE
 from coterie.ensembles import Ensemble
 from coterie.experts import ExpertLayer, ExpertPool, multiply_adds
 from coterie.inspect import Place, Trace, analyse
-from coterie.runs.loading import LoadedRun
 from coterie.runs.measure.routing_probes import observed, probe_loss
+from coterie.runs.trained_run import LoadedRun
 
 Sites = Mapping[ExpertLayer, tuple[str, int]]
 """Expert layer -> the slot and the layer it sits in."""

@@ -22,7 +22,7 @@ from coterie.runs.build import build_source
 from coterie.runs.judges import judge_of
 from coterie.runs.judges.base import batches
 from coterie.runs.judges.noise import MIDDLE, NoiseJudge
-from coterie.runs.loading import LoadedRun
+from coterie.runs.trained_run import LoadedRun
 
 LOOKED_AT = 128  # held-out samples per adapter
 

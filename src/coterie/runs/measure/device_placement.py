@@ -11,7 +11,7 @@ from coterie.inspect.page.placement_table import placement_outputs, write_placem
 from coterie.inspect.statistics.device_steps import measured_cost
 from coterie.inspect.statistics.routers import analyse
 from coterie.runs.judges import judge_of
-from coterie.runs.loading import load_run
+from coterie.runs.trained_run import load_run
 
 
 def place_run(

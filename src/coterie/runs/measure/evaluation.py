@@ -10,7 +10,6 @@ from torch import Tensor
 from coterie.core.prediction import Prediction
 from coterie.inspect import Trace
 from coterie.runs.judges import HeldOut, judge_of
-from coterie.runs.loading import LoadedRun
 from coterie.runs.measure import routing_probes
 from coterie.runs.measure.active_parameters import (
     active_parameters,
@@ -21,6 +20,7 @@ from coterie.runs.measure.active_parameters import (
 )
 from coterie.runs.measure.adapters import adapter_measures
 from coterie.runs.measure.routing import routing_measures
+from coterie.runs.trained_run import LoadedRun
 from coterie.train.run_directory import RunDir, read_metrics
 
 

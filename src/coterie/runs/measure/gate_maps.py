@@ -11,8 +11,8 @@ from coterie.ensembles import Ensemble
 from coterie.inspect import GateMaps
 from coterie.runs.build import build_source
 from coterie.runs.judges.base import batches
-from coterie.runs.loading import LoadedRun
 from coterie.runs.sample.sampling import to_pixels
+from coterie.runs.trained_run import LoadedRun
 
 SHOWN = 3  # pictures, each at every one of
 NOISES = (0.25, 0.75)

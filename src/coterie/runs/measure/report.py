@@ -13,13 +13,13 @@ from coterie.inspect import ReportData, noise_name, report_outputs, write_report
 from coterie.runs.judges import HeldOut, Judge, judge_of
 from coterie.runs.judges.base import make_trace
 from coterie.runs.judges.text import ANSWERS
-from coterie.runs.loading import LoadedRun, load_run
 from coterie.runs.measure.evaluation import StepRecorder, held_out, measured_active
 from coterie.runs.measure.expert_answers import watched_answers
 from coterie.runs.measure.gate_maps import gate_maps
 from coterie.runs.measure.routing_probes import expert_cosines
 from coterie.runs.origins.composition import composed_of
 from coterie.runs.sample.threads import draw_threads
+from coterie.runs.trained_run import LoadedRun, load_run
 from coterie.train.progress import stages
 from coterie.train.run_directory import RunDir, read_metrics
 

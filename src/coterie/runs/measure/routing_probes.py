@@ -26,7 +26,7 @@ from coterie.experts.rerouting import rerouted, token_routers
 from coterie.inspect import Place, off_diagonal_mean
 from coterie.runs.build import build_source
 from coterie.runs.judges import judge_of
-from coterie.runs.loading import LoadedRun
+from coterie.runs.trained_run import LoadedRun
 
 DISABLED_SHARE = 1 / 8  # of all routed experts, the best of each token
 ALIKE_TOKENS = 256  # tokens on which the answers of experts are compared

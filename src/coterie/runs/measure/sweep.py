@@ -23,7 +23,6 @@ from coterie.inspect.statistics.sweep import (
     values_of,
 )
 from coterie.runs.judges import judge_of
-from coterie.runs.loading import LoadedRun
 from coterie.runs.measure.active_parameters import (
     Sites,
     active_parameters,
@@ -32,6 +31,7 @@ from coterie.runs.measure.active_parameters import (
     expert_sites,
 )
 from coterie.runs.measure.evaluation import held_out
+from coterie.runs.trained_run import LoadedRun
 
 __all__ = ["SweepRow", "check", "sweep", "sweep_outputs", "values_of", "write_sweep"]
 

@@ -13,9 +13,9 @@ from coterie.adapters.reach import share
 from coterie.core.errors import ConfigError, describe
 from coterie.runs.build import based_model, build_source
 from coterie.runs.config import RunConfig
-from coterie.runs.loading import LoadedRun, load_run
 from coterie.runs.measure.adapters import adapter_measures
 from coterie.runs.origins.first_weights import InitConfig
+from coterie.runs.trained_run import LoadedRun, load_run
 from coterie.train.run_directory import RunDir
 
 

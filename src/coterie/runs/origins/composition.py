@@ -16,9 +16,9 @@ from coterie.inspect.statistics.compositions import Composed
 from coterie.interop.diffusers.expert import DiffusersConfig, is_diffusers
 from coterie.interop.diffusers.pipeline import INDEX
 from coterie.runs.config import RunConfig
-from coterie.runs.loading import LoadedRun
 from coterie.runs.origins.first_weights import KINDS
 from coterie.runs.origins.trained_model import PretrainedConfig
+from coterie.runs.trained_run import LoadedRun
 from coterie.solvers import FeynmanKacConfig, GuidanceConfig
 from coterie.train.config import TrainConfig
 

@@ -89,8 +89,8 @@ class GeneratedConfig(SourceConfig):
         return open_array(folder, "x")
 
     def _draw(self, split: Split) -> np.ndarray:
-        from coterie.runs.loading import load_run
         from coterie.runs.sample.sampling import conditional, generate
+        from coterie.runs.trained_run import load_run
 
         run = load_run(self.path, which=self.weights)
         count = self.count if split == "train" else max(8, self.count // 8)

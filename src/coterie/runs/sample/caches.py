@@ -13,7 +13,7 @@ import torch
 from coterie.cache import Cache, CacheCost, compile_network, cost
 from coterie.cache import cached as cached_denoiser
 from coterie.core.errors import ConfigError, describe
-from coterie.runs.loading import LoadedRun
+from coterie.runs.trained_run import LoadedRun
 from coterie.solvers import asked_times
 
 

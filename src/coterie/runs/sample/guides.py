@@ -20,8 +20,8 @@ from coterie.data.images import pictures
 from coterie.guides import Guide, height_map, pixel_classes
 from coterie.guides.tasks import target_of
 from coterie.runs.feature_networks import read_labels
-from coterie.runs.loading import LoadedRun
 from coterie.runs.origins.trained_model import PretrainedConfig
+from coterie.runs.trained_run import LoadedRun
 from coterie.solvers.network_guidance import GuidedConfig, GuidedDenoiser, reads_label
 
 

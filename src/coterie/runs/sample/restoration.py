@@ -27,8 +27,8 @@ from coterie.core.paths import relative
 from coterie.core.prediction import Condition
 from coterie.data.images.pictures import SUFFIXES, Dark, read_picture
 from coterie.data.sample_files import existing_folder, files_below
-from coterie.runs.loading import LoadedRun
 from coterie.runs.sample.sampling import to_pixels
+from coterie.runs.trained_run import LoadedRun
 from coterie.train.objectives.restoration import restore
 
 RECORD = "restored.json"

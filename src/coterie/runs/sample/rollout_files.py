@@ -13,10 +13,10 @@ from coterie.core.errors import ConfigError, describe
 from coterie.metrics import success_rate
 from coterie.runs.judges import judge_of
 from coterie.runs.judges.action import ActionJudge
-from coterie.runs.loading import LoadedRun
 from coterie.runs.sample.caches import cached
 from coterie.runs.sample.rollouts import RolledOut, Rollouts
 from coterie.runs.sample.sample_files import outputs_at, write_samples
+from coterie.runs.trained_run import LoadedRun
 
 
 def rollout_run(

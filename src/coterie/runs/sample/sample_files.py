@@ -12,9 +12,9 @@ from typing import Any
 from coterie.core.errors import ConfigError, describe
 from coterie.core.outputs import Outputs
 from coterie.runs.judges import Judge, judge_of
-from coterie.runs.loading import LoadedRun
 from coterie.runs.sample.sampling import Samples
 from coterie.runs.sample.threads import counted, draw_threads
+from coterie.runs.trained_run import LoadedRun
 
 PARTICLES = "particles.json"
 """What happened to weighted particles, batch by batch: effective sizes, ancestry, normaliser."""

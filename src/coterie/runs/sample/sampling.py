@@ -16,9 +16,9 @@ from coterie.core.context import NULL_LABEL
 from coterie.core.errors import ConfigError, DataError, describe
 from coterie.core.prediction import Condition
 from coterie.core.rng import SampleNoise, derive
-from coterie.runs.loading import LoadedRun
 from coterie.runs.sample import guides
 from coterie.runs.sample.nonfinite import explained
+from coterie.runs.trained_run import LoadedRun
 from coterie.solvers import (
     FeynmanKac,
     GuidanceConfig,

@@ -17,7 +17,7 @@ from torch import nn
 
 from coterie.core.threads import Watch, asked, choose, most_threads, pays
 from coterie.runs.judges import Judge
-from coterie.runs.loading import LoadedRun
+from coterie.runs.trained_run import LoadedRun
 from coterie.train.threads import run_threads
 
 FLAG = "--threads"
